@@ -1,0 +1,174 @@
+"""What a caller may pass: checks arguments and brings them into one form.
+
+Static arguments are checked when the transformation is built, extra arguments when an update is
+traced. What is known at trace time stays a Python value, so that the program need not ask.
+"""
+
+from collections.abc import Callable
+import operator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+_INT32_MAX = np.iinfo(np.int32).max
+
+
+def check_every_k(every_k: Any) -> int | jax.Array | Callable[[jax.Array], Any]:
+    """Returns `every_k` as a Python int >= 1, an integer `jax.Array` of shape [], or a callable."""
+    if callable(every_k):
+        return every_k
+    if isinstance(every_k, jax.Array):
+        _check_integer_scalar("`every_k`", every_k)
+        if not isinstance(every_k, jax.core.Tracer):
+            _check_at_least_one(int(every_k))
+        return every_k
+    try:
+        if isinstance(every_k, bool | np.bool_):
+            raise TypeError
+        every_k = operator.index(every_k)
+    except TypeError:
+        raise TypeError(
+            "`every_k` must be an integer >= 1, an integer scalar array or a function of the "
+            f"gradient step, got {every_k!r} of type {type(every_k).__name__}"
+        ) from None
+    _check_at_least_one(every_k)
+    return every_k
+
+
+def _check_at_least_one(every_k: int) -> None:
+    if not 1 <= every_k <= _INT32_MAX:
+        bound = ">= 1" if every_k < 1 else f"<= {_INT32_MAX}"
+        raise ValueError(f"`every_k` must be {bound}, got {every_k}")
+
+
+def _check_integer_scalar(name: str, value: Any) -> None:
+    if jnp.shape(value) != () or not jnp.issubdtype(jnp.result_type(value), jnp.integer):
+        raise TypeError(
+            f"{name} must be an integer scalar, got {_describe(value)}; round a float schedule "
+            "yourself, e.g. `lambda step: schedule(step).astype(int)`"
+        )
+
+
+def window_length(every_k: Any, gradient_step: jax.Array) -> int | jax.Array:
+    """Returns the length of the window that follows `gradient_step` releases."""
+    if not callable(every_k):
+        return every_k
+    length = every_k(gradient_step)
+    _check_integer_scalar("`every_k(gradient_step)`", length)
+    if isinstance(length, int | np.integer):
+        _check_at_least_one(int(length))
+    return length
+
+
+def check_transformation(name: str, tx: Any) -> optax.GradientTransformationExtraArgs:
+    """Returns `tx`, made to accept extra arguments."""
+    if not (callable(getattr(tx, "init", None)) and callable(getattr(tx, "update", None))):
+        hint = "; call it to build the transformation" if callable(tx) else ""
+        raise TypeError(
+            f"{name} must be an optax.GradientTransformation such as optax.adam(1e-3), got "
+            f"{tx!r} of type {type(tx).__name__}{hint}"
+        )
+    return optax.with_extra_args_support(tx)
+
+
+def check_skip_fn(should_skip_update_fn: Any) -> None:
+    """Raises unless `should_skip_update_fn` is None or can be called."""
+    if should_skip_update_fn is not None and not callable(should_skip_update_fn):
+        raise TypeError(
+            "`should_skip_update_fn` must be a function such as optax.skip_not_finite, got "
+            f"{should_skip_update_fn!r}"
+        )
+
+
+def check_accumulator_dtype(dtype: Any) -> jnp.dtype | None:
+    """Returns `dtype` as a floating or complex `jnp.dtype`, or None."""
+    if dtype is None:
+        return None
+    try:
+        result = jnp.dtype(dtype)
+    except TypeError as error:
+        raise TypeError(f"`accumulator_dtype` {dtype!r} is not a dtype: {error}") from None
+    if not jnp.issubdtype(result, jnp.inexact):
+        raise TypeError(
+            f"`accumulator_dtype` must be floating-point or complex, got {result}; leave it None "
+            "for each gradient's own dtype promoted to at least float32"
+        )
+    if jax.dtypes.canonicalize_dtype(result) != result:
+        raise ValueError(
+            f"`accumulator_dtype` {result} needs 64-bit types; enable them with "
+            "jax.config.update('jax_enable_x64', True)"
+        )
+    return result
+
+
+def check_average_args(names: Any) -> tuple[str, ...]:
+    """Returns the names of the averaged extra arguments as a tuple."""
+    if isinstance(names, str) or not all(isinstance(name, str) for name in names):
+        raise TypeError(f"`average_args` must be a tuple of names like ('value',), got {names!r}")
+    reserved = {"weight", "release"}.intersection(names)
+    if reserved:
+        raise ValueError(
+            f"`average_args` cannot name {min(reserved)!r}: `accumulate` uses that argument itself"
+        )
+    return tuple(dict.fromkeys(names))
+
+
+def averaged(names: tuple[str, ...], extra_args: dict[str, Any]) -> dict[str, jax.Array]:
+    """Returns the extra arguments to average, as floating scalars."""
+    values = {}
+    for name in names:
+        if name not in extra_args:
+            raise ValueError(
+                f"`average_args` names {name!r}, but the update was called without it; pass "
+                f"`{name}=` with every microbatch"
+            )
+        value = extra_args[name]
+        _check_scalar(f"`{name}` (one of `average_args`)", value, jnp.floating, jnp.integer)
+        values[name] = jnp.asarray(value, jnp.result_type(value, jnp.bfloat16(0)))
+    return values
+
+
+def as_weight(weight: Any) -> float | jax.Array | None:
+    """Returns None, a Python float (known now, finite and >= 0), or an f32[] to judge later."""
+    if weight is None:
+        return None
+    _check_scalar("`weight`", weight, jnp.floating, jnp.integer, jnp.bool_)
+    if isinstance(weight, jax.Array):
+        return weight.astype(jnp.float32)
+    known = float(np.float32(weight))
+    if not 0 <= known < float("inf"):
+        raise ValueError(f"`weight` must be finite and >= 0, got {weight!r}")
+    return known
+
+
+def as_release(release: Any) -> bool | jax.Array | None:
+    """Returns None, a Python bool (known now) or a bool[]."""
+    if release is None:
+        return None
+    _check_scalar("`release`", release, jnp.bool_)
+    return release if isinstance(release, jax.Array) else bool(release)
+
+
+def as_skip(should_skip: Any) -> jax.Array:
+    """Returns the verdict of a `should_skip_update_fn` as a bool[]."""
+    _check_scalar("the first result of `should_skip_update_fn`", should_skip, jnp.bool_)
+    return jnp.asarray(should_skip)
+
+
+def _check_scalar(name: str, value: Any, *kinds: Any) -> None:
+    try:
+        dtype, shape = jnp.result_type(value), jnp.shape(value)
+    except (TypeError, ValueError):
+        dtype, shape = None, None
+    if shape != () or not any(jnp.issubdtype(dtype, kind) for kind in kinds):
+        wanted = " or ".join(getattr(kind, "__name__", str(kind)) for kind in kinds)
+        raise TypeError(f"{name} must be a scalar ({wanted}), got {_describe(value)}")
+
+
+def _describe(value: Any) -> str:
+    if isinstance(value, jax.Array | np.ndarray | np.generic):
+        return f"{value.dtype}{list(value.shape)}"
+    return f"{value!r} of type {type(value).__name__}"
