@@ -1,12 +1,8 @@
 """Exact, free and safe gradient accumulation for Optax."""
 
-from optaccum._accumulate import (
-    AccumulateState,
-    accumulate,
-    apply_gradients,
-    get_state,
-    has_released,
-)
+from optaccum._accumulate import accumulate
+from optaccum._apply import apply_gradients
+from optaccum._state import AccumulateState, get_state, has_released
 
 __all__ = (
     "AccumulateState",

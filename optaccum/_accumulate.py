@@ -2,48 +2,19 @@
 
 from collections.abc import Callable
 import functools
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 from jax import lax
+from jax.core import Tracer
 import jax.numpy as jnp
 import optax
 
 from optaccum import _arguments, _window
+from optaccum._state import AccumulateState
 
 
-class AccumulateState(NamedTuple):
-    """State of :func:`optaccum.accumulate`.
-
-    Every leaf is a strongly typed `jax.Array` whose dtype never changes. Sums and weight stay
-    readable after a release, when `grad_sum / weight` is the mean that was released, until the
-    next accepted microbatch overwrites them.
-
-    Attributes:
-        mini_step: i32[], microbatches accepted in the open window; 0 once it is closed.
-        gradient_step: i32[], windows released so far: the steps of the inner optimizer.
-        released: bool[], whether the last call released a window.
-        skipped: i32[], microbatches rejected so far.
-        weight: f32[], sum of the weights of the window's microbatches.
-        grad_sum: weighted sums of the window's gradients, a tree like the parameters in the
-            accumulator dtype; () where `every_k` is the constant 1.
-        arg_sums: {name: f32[]}, weighted sums of the `average_args`.
-        skip_state: what `should_skip_update_fn` last reported; () without one.
-        inner_state: state of the inner optimizer; only a release changes it.
-    """
-
-    mini_step: jax.Array
-    gradient_step: jax.Array
-    released: jax.Array
-    skipped: jax.Array
-    weight: jax.Array
-    grad_sum: Any
-    arg_sums: dict[str, jax.Array]
-    skip_state: Any
-    inner_state: Any
-
-
-class _Accumulate(optax.GradientTransformationExtraArgs):
+class Accumulate(optax.GradientTransformationExtraArgs):
     """`(init, update)`, and in `apply` the same step ending in parameters, not in updates."""
 
     apply: Callable[..., tuple[Any, AccumulateState]]
@@ -58,7 +29,116 @@ def accumulate(
     accumulator_dtype: jax.typing.DTypeLike | None = None,
     average_args: tuple[str, ...] = (),
 ) -> optax.GradientTransformationExtraArgs:
-    """DOC"""
+    """Accumulate the gradients of a window of microbatches, then step `inner` once.
+
+    For the accepted microbatches i = 1..n of a window, with gradients g_i and weights w_i, the
+    inner optimizer is given
+
+        G = (sum_i w_i g_i) / (sum_i w_i)        use_grad_mean=True, the default
+        G =  sum_i w_i g_i                       use_grad_mean=False
+
+    which is the gradient of the whole window taken as one batch, if every g_i is the gradient of
+    a mean over w_i examples (or tokens). The window closes with the microbatch that makes
+    `mini_step >= every_k`, or where `release` says so. It is then *released*: `inner` steps once,
+    on G, with that microbatch's `params` and extra arguments. All other calls *hold*.
+
+    >>> import jax.numpy as jnp, optax
+    >>> from optaccum import accumulate, apply_gradients, has_released
+    >>> tx = accumulate(2, optax.sgd(0.5))
+    >>> params = jnp.array([1.0, 2.0])
+    >>> state = tx.init(params)
+    >>> params, state = apply_gradients(tx, jnp.array([1.0, 0.0]), state, params)
+    >>> print(params, has_released(state))
+    [1. 2.] False
+    >>> params, state = apply_gradients(tx, jnp.array([3.0, 2.0]), state, params)
+    >>> print(params, has_released(state))
+    [0.  1.5] True
+
+    Guarantees:
+        * A hold does not run `inner` nor touch its state; its updates are exact zeros of the
+          shapes and dtypes that a release returns.
+        * Sums are kept in `accumulator_dtype`, by default the parameter's dtype promoted to at
+          least float32; G is cast back to the gradient's dtype. State leaves, the inner ones
+          included, keep the dtype that `init` gave them: the state can be carried by `scan`.
+        * Windows are opened by overwriting, so nothing of one window, a NaN included, reaches
+          the next.
+        * A microbatch costs one fused pass over the sums. With `optaccum.apply_gradients` and
+          donated buffers the compiled step has no temporary as large as the parameters; with
+          `update` it has the updates.
+        * The new state, `grad_sum / weight` included, can be read at any time.
+
+    ============================================  ==============================================
+    case                                          result
+    ============================================  ==============================================
+    `every_k` the constant 1                      `inner` with a few scalars; no accumulator
+    `every_k` shrinks below an open `mini_step`   the next accepted microbatch closes the window
+    `every_k`, traced, is below 1                 as 1
+    `release=True`                                closes the window, divided by what it holds
+    `release=False`                               keeps it open, however many it holds
+    `release` a Python bool                       decided when traced; no conditional compiled
+    `weight` 0                                    adds nothing, not even a NaN, but is counted
+    weights of the window sum to 0                dropped when it closes: zero updates, `inner`
+                                                  untouched, `gradient_step` unmoved
+    `weight` traced and negative, inf or NaN      the microbatch is rejected
+    `should_skip_update_fn` says skip             the microbatch is rejected
+    rejected                                      the window stays as it was, `skipped` counts
+                                                  it, nothing is released (`release=True` too)
+    a None gradient                               passes through; its sum stays as it was
+    ============================================  ==============================================
+
+    Schedules inside `inner` count releases, not microbatches. Transformations that act on every
+    call (`optax.ema`, `optax.lookahead`, `optax.contrib.schedule_free`) belong inside `inner`.
+
+    Without `inner` the transformation emits zeros until a window is released, then G. That is
+    right only in front of *stateless* transformations, `optax.chain(accumulate(4),
+    optax.sgd(0.1))`: to a stateful one like Adam zeros are gradients, which decay its moments and
+    count as steps. Give it as `inner` instead.
+
+    State made eagerly, or under explicit sharding, is sharded like the parameters. Under
+    `jax.jit` with automatic sharding the compiler places zeros where it likes, so say where::
+
+        shardings = optax.tree.map_params(
+            tx, lambda _, s: s, jax.eval_shape(tx.init, params), params_shardings,
+            transform_non_params=lambda _: jax.NamedSharding(mesh, jax.P()))
+        state = jax.jit(tx.init, out_shardings=shardings)(params)
+
+    Args:
+        every_k: microbatches a window: an integer >= 1, an integer array of shape [] (traced
+            too), or a function of `gradient_step`, i32[], that returns one of these.
+        inner: the optimizer that steps once a window; None for `optax.identity()`. It gets every
+            extra argument but `weight` and `release`.
+        use_grad_mean: whether G is the weighted mean or the weighted sum.
+        should_skip_update_fn: `(grads, gradient_step, params) -> (bool[], report)`, Optax's
+            protocol: `optax.skip_not_finite`, `functools.partial(optax.skip_large_updates,
+            max_squared_norm=...)`. The report is kept in `skip_state`.
+        accumulator_dtype: dtype of the sums. A narrower one saves memory and loses bits; pass a
+            wider one where gradients are wider than their parameters.
+        average_args: names of scalar extra arguments that `inner` should see as the window's
+            weighted mean and not as the last microbatch's, `("value",)` for a loss. They are
+            summed in float32.
+
+    Returns:
+        An `optax.GradientTransformationExtraArgs` with state :class:`AccumulateState`, whose
+        `update` takes two extra arguments of its own.
+
+        * `weight`: scalar >= 0, how much this microbatch counts (default 1). Weights are summed
+          in float32, token counts up to 2**24 exactly.
+        * `release`: None to count (the default), a bool, or a bool[].
+
+    Raises:
+        TypeError: (here) for an `every_k` that is no integer, an `inner` that is no
+            transformation, an `accumulator_dtype` that is no floating or complex dtype; (when
+            `update` is traced) for integer, boolean or float0 gradients and for a `weight`,
+            `release` or averaged argument that is not a scalar of its kind.
+        ValueError: (here) for an `every_k` below 1; (in `init`) for a real `accumulator_dtype` on
+            a complex parameter; (when `update` is traced) for gradients that do not fit the
+            state, a Python number `weight` that is negative or not finite, a missing averaged
+            argument. No error touches the state.
+
+    References:
+        `optax.MultiSteps`, whose faults are why this exists: github.com/google-deepmind/optax
+        issues 320 and 472.
+    """
     every_k = _arguments.check_every_k(every_k)
     inner = _arguments.check_transformation("`inner`", optax.identity() if inner is None else inner)
     _arguments.check_skip_fn(should_skip_update_fn)
@@ -107,7 +187,7 @@ def accumulate(
         certain = weight is None or (isinstance(weight, float) and weight > 0)
         weight = None if weight is None else jnp.asarray(weight, jnp.float32)
 
-        count = optax.safe_increment(state.mini_step)
+        count = jnp.asarray(optax.safe_increment(state.mini_step))
         if every_one:
             first, due = True, _due_every_time(release)
         else:
@@ -120,7 +200,7 @@ def accumulate(
         arg_sums = add(state.arg_sums, args, weight)
         grad_sum = state.grad_sum if every_one else add(state.grad_sum, grads, weight)
         closes = _both(accept, due)
-        steps = closes if certain else _both(closes, total > 0)
+        steps = closes if certain else _both(closes, jnp.greater(total, 0))
 
         def step():
             if not every_one:
@@ -141,16 +221,15 @@ def accumulate(
 
         # The sums stay outside the conditional: one fused pass a microbatch, and nothing for
         # the branches to copy. A Python bool `release` leaves no conditional: where it is True
-        # and the window may yet be dropped, the step is taken and selected.
-        if due is False:
-            result, inner_state = hold()
-        elif due is not True:
-            result, inner_state = lax.cond(steps, step, hold)
-        elif steps is True:
-            result, inner_state = step()
-        else:
+        # and the window may yet be dropped, the step is taken and selected. Outside `jit` the
+        # predicate is a number, and a conditional would be compiled anew in every call.
+        if due is True and steps is not True:
             select = functools.partial(jnp.where, steps)
             result, inner_state = jax.tree.map(select, step(), hold())
+        elif isinstance(steps, Tracer):
+            result, inner_state = lax.cond(steps, step, hold)
+        else:
+            result, inner_state = step() if steps else hold()
 
         return result, AccumulateState(
             mini_step=jnp.where(closes, 0, jnp.where(accept, count, state.mini_step)),
@@ -182,49 +261,9 @@ def accumulate(
             grads, state, params, weight, release, extra_args, finish, idle=lambda _: params
         )
 
-    tx = _Accumulate(init_fn, update_fn)
+    tx = Accumulate(init_fn, update_fn)
     tx.apply = apply_fn
     return tx
-
-
-def apply_gradients(
-    tx: optax.GradientTransformation, grads: Any, opt_state: Any, params: Any, **extra_args: Any
-) -> tuple[Any, Any]:
-    """DOC"""
-    if isinstance(tx, _Accumulate):
-        return tx.apply(grads, opt_state, params, **extra_args)
-    tx = _arguments.check_transformation("`tx`", tx)
-    updates, opt_state = tx.update(grads, opt_state, params, **extra_args)
-    last = opt_state
-    while type(last) is tuple and last:
-        last = last[-1]
-    if not isinstance(last, AccumulateState):
-        return optax.apply_updates(params, updates), opt_state
-    params = lax.cond(
-        last.released, optax.apply_updates, lambda params, _: params, params, updates
-    )
-    return params, opt_state
-
-
-def get_state(opt_state: Any) -> AccumulateState:
-    """DOC"""
-    found = optax.tree.get_all_with_path(opt_state, AccumulateState.__name__)
-    if len(found) == 1:
-        return found[0][1]
-    if not found:
-        raise ValueError(
-            "`opt_state` holds no AccumulateState; pass the state of an optimizer built with "
-            f"optaccum.accumulate, got {type(opt_state).__name__}"
-        )
-    paths = ", ".join(f"opt_state{jax.tree_util.keystr(path)}" for path, _ in found)
-    raise ValueError(
-        f"`opt_state` holds {len(found)} AccumulateStates, at {paths}; pass one of them"
-    )
-
-
-def has_released(opt_state: Any) -> jax.Array:
-    """DOC"""
-    return get_state(opt_state).released
 
 
 def _trained(params: Any) -> Any:

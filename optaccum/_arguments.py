@@ -9,6 +9,7 @@ import operator
 from typing import Any
 
 import jax
+from jax.core import Tracer
 import jax.numpy as jnp
 import numpy as np
 import optax
@@ -21,8 +22,8 @@ def check_every_k(every_k: Any) -> int | jax.Array | Callable[[jax.Array], Any]:
     if callable(every_k):
         return every_k
     if isinstance(every_k, jax.Array):
-        _check_integer_scalar("`every_k`", every_k)
-        if not isinstance(every_k, jax.core.Tracer):
+        _check_scalar("`every_k`", every_k, jnp.integer)
+        if not isinstance(every_k, Tracer):
             _check_at_least_one(int(every_k))
         return every_k
     try:
@@ -44,23 +45,18 @@ def _check_at_least_one(every_k: int) -> None:
         raise ValueError(f"`every_k` must be {bound}, got {every_k}")
 
 
-def _check_integer_scalar(name: str, value: Any) -> None:
-    if jnp.shape(value) != () or not jnp.issubdtype(jnp.result_type(value), jnp.integer):
-        raise TypeError(
-            f"{name} must be an integer scalar, got {_describe(value)}; round a float schedule "
-            "yourself, e.g. `lambda step: schedule(step).astype(int)`"
-        )
-
-
-def window_length(every_k: Any, gradient_step: jax.Array) -> int | jax.Array:
+def window_length(
+    every_k: int | jax.Array | Callable[[jax.Array], Any], gradient_step: jax.Array
+) -> int | jax.Array:
     """Returns the length of the window that follows `gradient_step` releases."""
     if not callable(every_k):
         return every_k
     length = every_k(gradient_step)
-    _check_integer_scalar("`every_k(gradient_step)`", length)
-    if isinstance(length, int | np.integer):
-        _check_at_least_one(int(length))
-    return length
+    _check_scalar("`every_k(gradient_step)` (cast a float schedule)", length, jnp.integer)
+    if isinstance(length, jax.Array):
+        return length
+    _check_at_least_one(int(length))
+    return int(length)
 
 
 def check_transformation(name: str, tx: Any) -> optax.GradientTransformationExtraArgs:
@@ -106,7 +102,7 @@ def check_accumulator_dtype(dtype: Any) -> jnp.dtype | None:
 
 def check_average_args(names: Any) -> tuple[str, ...]:
     """Returns the names of the averaged extra arguments as a tuple."""
-    if isinstance(names, str) or not all(isinstance(name, str) for name in names):
+    if not isinstance(names, tuple | list) or not all(isinstance(name, str) for name in names):
         raise TypeError(f"`average_args` must be a tuple of names like ('value',), got {names!r}")
     reserved = {"weight", "release"}.intersection(names)
     if reserved:
@@ -159,11 +155,9 @@ def as_skip(should_skip: Any) -> jax.Array:
 
 
 def _check_scalar(name: str, value: Any, *kinds: Any) -> None:
-    try:
-        dtype, shape = jnp.result_type(value), jnp.shape(value)
-    except (TypeError, ValueError):
-        dtype, shape = None, None
-    if shape != () or not any(jnp.issubdtype(dtype, kind) for kind in kinds):
+    known = isinstance(value, jax.Array | np.ndarray | np.generic | int | float | complex)
+    fits = known and jnp.shape(value) == ()
+    if not (fits and any(jnp.issubdtype(jnp.result_type(value), kind) for kind in kinds)):
         wanted = " or ".join(getattr(kind, "__name__", str(kind)) for kind in kinds)
         raise TypeError(f"{name} must be a scalar ({wanted}), got {_describe(value)}")
 

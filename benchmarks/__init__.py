@@ -1,0 +1,1 @@
+"""Benchmarks of optaccum against the other ways of accumulating gradients."""

@@ -1,0 +1,206 @@
+"""The contenders of the benchmarks, one adapter for each way of accumulating gradients.
+
+An adapter is a function `(inner, every_k) -> Peer`. To add a contender, write one and list it in
+`PEERS`: whatever measures the others then measures it too.
+"""
+
+from collections.abc import Callable
+import dataclasses
+import itertools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+import optaccum
+
+Carry = dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """A jitted function that takes in one microbatch.
+
+    Attributes:
+        function: `(part, grads) -> part`, where `part` holds the entries `names` of the carry. It
+            is donated and comes back in the order it went in, so that XLA can update each buffer
+            in place; the gradients are not donated.
+        names: the entries of the carry that the program needs; it leaves the others alone.
+    """
+
+    function: Any
+    names: tuple[str, ...]
+
+    def __call__(self, carry: Carry, grads: Any) -> Carry:
+        """Returns the carry after the microbatch."""
+        return carry | self.function(self._part(carry), grads)
+
+    def compile(self, carry: Carry, grads: Any) -> Any:
+        """Returns the program compiled ahead of time; shapes and dtypes are all it reads."""
+        return self.function.lower(self._part(carry), grads).compile()
+
+    def _part(self, carry: Carry) -> Carry:
+        return {name: carry[name] for name in self.names}
+
+
+@dataclasses.dataclass(frozen=True)
+class Peer:
+    """One way of accumulating gradients.
+
+    Attributes:
+        name: what the tables call it.
+        init: `params -> carry`: a dict with the entry `params` and whatever else a step needs.
+        programs: the programs of one window, a program for each of its microbatches.
+    """
+
+    name: str
+    init: Callable[[Any], Carry]
+    programs: tuple[Program, ...]
+
+    def run_window(self, carry: Carry, microbatches: list[Any]) -> Carry:
+        """Returns the carry after one window; its gradients repeat where there are too few."""
+        for i, program in enumerate(self.programs):
+            carry = program(carry, microbatches[i % len(microbatches)])
+        return carry
+
+
+def optaccum_apply_gradients(inner: optax.GradientTransformation, every_k: int) -> Peer:
+    """`optaccum.apply_gradients`: the parameters are updated where the inner optimizer steps."""
+    tx = optaccum.accumulate(every_k, inner)
+
+    def step(part, grads):
+        params, opt_state = optaccum.apply_gradients(tx, grads, part["opt_state"], part["params"])
+        return {"params": params, "opt_state": opt_state}
+
+    return _one_program("optaccum.apply_gradients", tx, step, every_k)
+
+
+def optaccum_update(inner: optax.GradientTransformation, every_k: int) -> Peer:
+    """`optaccum.accumulate` as a drop-in: `update`, then `optax.apply_updates`."""
+    return _drop_in("optaccum, drop-in update", optaccum.accumulate(every_k, inner), every_k)
+
+
+def optax_multi_steps(inner: optax.GradientTransformation, every_k: int) -> Peer:
+    """`optax.MultiSteps`."""
+    return _drop_in("optax.MultiSteps", optax.MultiSteps(inner, every_k), every_k)
+
+
+def optax_aggregating(inner: optax.GradientTransformation, every_k: int) -> Peer:
+    """`optax.experimental.aggregating.process`."""
+    aggregating = optax.experimental.aggregating
+    tx = aggregating.process(
+        preprocessor=optax.identity(),
+        aggregator=aggregating.average_incrementally_updates(
+            per_elt_axis=None, accumulation_steps=every_k
+        ),
+        postprocessor=inner,
+    )
+    return _drop_in("aggregating.process", tx, every_k)
+
+
+def hand_written(inner: optax.GradientTransformation, every_k: int) -> Peer:
+    """A loop of two programs, `add` and `add and update`; the second zeroes the sums."""
+
+    def add_and_update(part, grads):
+        stepped = _add_and_update(inner, every_k, part, grads)
+        return stepped | {"sums": optax.tree.zeros_like(part["sums"])}
+
+    hold = _program(_add, ("sums",))
+    release = _program(add_and_update, ("params", "opt_state", "sums"))
+    return Peer("hand-written loop", _init_with_sums(inner), (hold,) * (every_k - 1) + (release,))
+
+
+def hand_written_overwriting(inner: optax.GradientTransformation, every_k: int) -> Peer:
+    """The same loop with a third program: the first microbatch overwrites, the last only reads."""
+
+    def overwrite(part, grads):
+        del part
+        return {"sums": jax.tree.map(jnp.copy, grads)}
+
+    def add_and_update(part, grads):
+        return _add_and_update(inner, every_k, part, grads) | {"sums": part["sums"]}
+
+    first, hold = _program(overwrite, ("sums",)), _program(_add, ("sums",))
+    release = _program(add_and_update, ("params", "opt_state", "sums"))
+    programs = (first,) + (hold,) * (every_k - 2) + (release,)
+    return Peer("the same, no zeroing", _init_with_sums(inner), programs)
+
+
+def full_batch(
+    inner: optax.GradientTransformation, every_k: int, params: Any, microbatches: list[Any]
+) -> Any:
+    """Returns the parameters after two steps of `inner` on the mean gradient of a window."""
+    window = list(itertools.islice(itertools.cycle(microbatches), every_k))
+    mean = jax.tree.map(lambda *g: sum(np.asarray(x, np.float64) for x in g) / every_k, *window)
+    mean = jax.tree.map(lambda g: jnp.asarray(g, jnp.float32), mean)
+    state = inner.init(params)
+    for _ in range(2):
+        updates, state = jax.jit(inner.update)(mean, state, params)
+        params = optax.apply_updates(params, updates)
+    return params
+
+
+def agrees(peer: Peer, params: Any, microbatches: list[Any], expected: Any) -> bool:
+    """Returns whether two windows of `peer` take `params` to what `full_batch` expects."""
+    carry = peer.init(jax.tree.map(jnp.copy, params))
+    for _ in range(2):
+        carry = peer.run_window(carry, microbatches)
+
+    def largest_difference(a, b):
+        return max(jax.tree.leaves(jax.tree.map(lambda x, y: np.max(np.abs(x - y)), a, b)))
+
+    # Rounding a parameter near 4 is worth 1e-4 of a step of 1e-2.
+    error = largest_difference(carry["params"], expected)
+    return bool(error <= 1e-3 * largest_difference(expected, params))
+
+
+PEERS = (
+    optaccum_apply_gradients,
+    optaccum_update,
+    optax_multi_steps,
+    optax_aggregating,
+    hand_written,
+    hand_written_overwriting,
+)
+
+
+def _program(function: Callable[[Carry, Any], Carry], names: tuple[str, ...]) -> Program:
+    # An unused argument is kept, or what overwrites a buffer could not be given that buffer.
+    return Program(jax.jit(function, donate_argnums=0, keep_unused=True), names)
+
+
+def _one_program(name: str, tx: Any, step: Callable[[Carry, Any], Carry], every_k: int) -> Peer:
+    def init(params):
+        return {"params": params, "opt_state": tx.init(params)}
+
+    return Peer(name, init, (_program(step, ("params", "opt_state")),) * every_k)
+
+
+def _drop_in(name: str, tx: Any, every_k: int) -> Peer:
+    def step(part, grads):
+        updates, opt_state = tx.update(grads, part["opt_state"], part["params"])
+        return {"params": optax.apply_updates(part["params"], updates), "opt_state": opt_state}
+
+    return _one_program(name, tx, step, every_k)
+
+
+def _add(part: Carry, grads: Any) -> Carry:
+    return {"sums": optax.tree.add(part["sums"], grads)}
+
+
+def _init_with_sums(inner: optax.GradientTransformation) -> Callable[[Any], Carry]:
+    def init(params):
+        sums = optax.tree.zeros_like(params)
+        return {"params": params, "opt_state": inner.init(params), "sums": sums}
+
+    return init
+
+
+def _add_and_update(
+    inner: optax.GradientTransformation, every_k: int, part: Carry, grads: Any
+) -> Carry:
+    mean = optax.tree.scale(1 / every_k, optax.tree.add(part["sums"], grads))
+    updates, opt_state = inner.update(mean, part["opt_state"], part["params"])
+    return {"params": optax.apply_updates(part["params"], updates), "opt_state": opt_state}

@@ -1,0 +1,64 @@
+"""From gradients to parameters in one call, with nothing written on a hold."""
+
+from typing import Any
+
+from jax import lax
+import optax
+
+from optaccum import _arguments
+from optaccum._accumulate import Accumulate
+from optaccum._state import AccumulateState
+
+
+def apply_gradients(
+    tx: optax.GradientTransformation, grads: Any, opt_state: Any, params: Any, **extra_args: Any
+) -> tuple[Any, Any]:
+    """Update the parameters: `tx.update` and `optax.apply_updates` in one.
+
+    The result is that of the two calls, for any Optax transformation. If `tx` is an
+    :func:`accumulate`, the parameters are updated inside its release branch, so that a hold
+    neither writes zeros nor touches the parameters. If one is the last link of an
+    `optax.chain`, the addition is skipped on hold.
+
+    Donate `params` and `opt_state`, and return them in the order in which they are taken: XLA
+    pairs donated inputs with outputs of the same shape in order, and copies where they cross.
+
+    >>> import jax, jax.numpy as jnp, optax
+    >>> from optaccum import accumulate, apply_gradients
+    >>> tx = accumulate(2, optax.sgd(0.125))
+    >>> @jax.jit
+    ... def step(params, opt_state, x):
+    ...     grads = jax.grad(lambda params: jnp.sum((params - x) ** 2))(params)
+    ...     return apply_gradients(tx, grads, opt_state, params)
+    >>> params = jnp.zeros(2)
+    >>> opt_state = tx.init(params)
+    >>> for x in (1.0, 3.0):
+    ...     params, opt_state = step(params, opt_state, x)
+    ...     print(params)
+    [0. 0.]
+    [0.5 0.5]
+
+    Args:
+        tx: any Optax transformation.
+        grads: gradients, a tree like `params`.
+        opt_state: the state of `tx`.
+        params: parameters. Their dtypes are kept.
+        **extra_args: passed on to `tx.update`; `weight=` and `release=` for :func:`accumulate`.
+
+    Returns:
+        `(params, opt_state)`.
+
+    Raises:
+        TypeError: if `tx` is no transformation; else what `tx.update` raises.
+    """
+    if isinstance(tx, Accumulate):
+        return tx.apply(grads, opt_state, params, **extra_args)
+    tx = _arguments.check_transformation("`tx`", tx)
+    updates, opt_state = tx.update(grads, opt_state, params, **extra_args)
+    last = opt_state
+    while type(last) is tuple and last:
+        last = last[-1]
+    if not isinstance(last, AccumulateState):
+        return optax.apply_updates(params, updates), opt_state
+    params = lax.cond(last.released, optax.apply_updates, lambda params, _: params, params, updates)
+    return params, opt_state

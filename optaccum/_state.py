@@ -1,0 +1,78 @@
+"""What an accumulating optimizer remembers, and how to find it in a larger state."""
+
+from typing import Any, NamedTuple
+
+import jax
+import optax
+
+
+class AccumulateState(NamedTuple):
+    """State of :func:`optaccum.accumulate`.
+
+    Every leaf is a strongly typed `jax.Array` whose dtype never changes. Sums and weight stay
+    readable after a release, when `grad_sum / weight` is the mean that was released, until the
+    next accepted microbatch overwrites them.
+
+    Attributes:
+        mini_step: i32[], microbatches accepted in the open window; 0 once it is closed.
+        gradient_step: i32[], windows released so far: the steps of the inner optimizer.
+        released: bool[], whether the last call released a window.
+        skipped: i32[], microbatches rejected so far.
+        weight: f32[], sum of the weights of the window's microbatches.
+        grad_sum: weighted sums of the window's gradients, a tree like the parameters in the
+            accumulator dtype; () where `every_k` is the constant 1.
+        arg_sums: {name: f32[]}, weighted sums of the `average_args`.
+        skip_state: what `should_skip_update_fn` last reported; () without one.
+        inner_state: state of the inner optimizer; only a release changes it.
+    """
+
+    mini_step: jax.Array
+    gradient_step: jax.Array
+    released: jax.Array
+    skipped: jax.Array
+    weight: jax.Array
+    grad_sum: Any
+    arg_sums: dict[str, jax.Array]
+    skip_state: Any
+    inner_state: Any
+
+
+def get_state(opt_state: Any) -> AccumulateState:
+    """Find the :class:`AccumulateState` in the state of any optimizer.
+
+    Args:
+        opt_state: an optimizer state that holds one AccumulateState, however deep: the state of
+            `optax.chain(optax.clip(1.0), accumulate(4, optax.adam(1e-3)))`, for example.
+
+    Raises:
+        ValueError: if `opt_state` holds none, or several (as under `optax.partition` with one
+            :func:`accumulate` a group, or with one inside another).
+    """
+    found = optax.tree.get_all_with_path(opt_state, AccumulateState.__name__)
+    if len(found) == 1:
+        return found[0][1]
+    if not found:
+        raise ValueError(
+            "`opt_state` holds no AccumulateState; pass the state of an optimizer built with "
+            f"optaccum.accumulate, got {type(opt_state).__name__}"
+        )
+    paths = ", ".join(jax.tree_util.keystr(path) or "its root" for path, _ in found)
+    raise ValueError(
+        f"`opt_state` holds {len(found)} AccumulateStates, at {paths}; pass the part of it that "
+        "holds the one you mean"
+    )
+
+
+def has_released(opt_state: Any) -> jax.Array:
+    """Return whether the last update released a window, as a bool[].
+
+    False before the first update, on every hold, after a rejected microbatch and after a window
+    that was dropped because its weights sum to zero.
+
+    Args:
+        opt_state: as for :func:`get_state`.
+
+    Raises:
+        ValueError: as :func:`get_state` does.
+    """
+    return get_state(opt_state).released

@@ -1,0 +1,155 @@
+"""What a window means, in plain loops: the oracle that the tests compare `accumulate` with.
+
+NumPy only, float64 or complex128 throughout, one microbatch after the other and one leaf after
+the other. Nothing here is shared with the library.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+import dataclasses
+import math
+
+import numpy as np
+
+Leaves = list[np.ndarray | None]
+
+
+@dataclasses.dataclass(frozen=True)
+class Microbatch:
+    """One call of `update`.
+
+    Attributes:
+        gradient: leaves of the gradient, None where there is none.
+        weight: how much the microbatch counts.
+        release: None for "count", True for "close now", False for "keep open".
+        rejected: whether the skip function turns it down.
+        args: values of the averaged extra arguments.
+    """
+
+    gradient: Sequence[np.ndarray | None]
+    weight: float = 1.0
+    release: bool | None = None
+    rejected: bool = False
+    args: Mapping[str, float] = dataclasses.field(default_factory=dict)
+
+
+@dataclasses.dataclass(frozen=True)
+class Record:
+    """What one call of `update` leaves behind.
+
+    Attributes:
+        released: whether the call released a window.
+        gradient: leaves that the inner optimizer saw, or None on a hold.
+        args: averaged extra arguments that it saw, or None on a hold.
+        error_scale: leaves of sum |w_i g_i|, divided like `gradient`: rounding is relative to it.
+        terms: microbatches in the window.
+        mini_step: microbatches accepted in the open window after the call.
+        gradient_step: windows released so far.
+        skipped: microbatches rejected so far.
+        weight: sum of the weights of the window.
+        grad_sum: leaves of the weighted sum of the gradients of the window.
+    """
+
+    released: bool
+    gradient: Leaves | None
+    args: dict[str, float] | None
+    error_scale: Leaves | None
+    terms: int
+    mini_step: int
+    gradient_step: int
+    skipped: int
+    weight: float
+    grad_sum: Leaves
+
+
+def simulate(
+    microbatches: Sequence[Microbatch],
+    every_k: int | Callable[[int], int],
+    *,
+    use_grad_mean: bool = True,
+) -> list[Record]:
+    """Runs every microbatch through the definition of a window.
+
+    Args:
+        microbatches: the calls, in order.
+        every_k: microbatches in a window, or a function of the windows released so far.
+        use_grad_mean: whether to release the weighted mean or the weighted sum.
+
+    Returns:
+        One record per call.
+    """
+    records = []
+    window: list[Microbatch] = []
+    last: list[Microbatch] = []
+    mini_step = gradient_step = skipped = 0
+    for microbatch in microbatches:
+        released, gradient, args, error_scale = False, None, None, None
+        if microbatch.rejected or not 0 <= microbatch.weight < math.inf:
+            skipped += 1
+        else:
+            window = [*window, microbatch] if mini_step else [microbatch]
+            mini_step += 1
+            length = every_k(gradient_step) if callable(every_k) else every_k
+            if microbatch.release is None:
+                closes = mini_step >= length
+            else:
+                closes = microbatch.release
+            if closes:
+                mini_step = 0
+                total = sum(m.weight for m in window)
+                if total > 0:
+                    released = True
+                    gradient_step += 1
+                    divisor = total if use_grad_mean else 1.0
+                    gradient = _divided(_weighted_sum(window), divisor)
+                    error_scale = _divided(_weighted_sum(window, magnitude=True), divisor)
+                    args = {
+                        name: sum(m.weight * m.args[name] for m in window if m.weight > 0) / total
+                        for name in microbatch.args
+                    }
+            last = window
+        records.append(
+            Record(
+                released=released,
+                gradient=gradient,
+                args=args,
+                error_scale=error_scale,
+                terms=len(last),
+                mini_step=mini_step,
+                gradient_step=gradient_step,
+                skipped=skipped,
+                weight=sum(m.weight for m in last),
+                grad_sum=_weighted_sum(last) if last else _zeros(microbatch.gradient),
+            )
+        )
+    return records
+
+
+def weighted_mean(values: Sequence[np.ndarray], weights: Sequence[float]) -> np.ndarray:
+    """Returns sum_i w_i x_i / sum_i w_i."""
+    total = np.zeros_like(_wide(values[0]))
+    for value, weight in zip(values, weights, strict=True):
+        total = total + weight * _wide(value)
+    return total / sum(weights)
+
+
+def _weighted_sum(window: Sequence[Microbatch], magnitude: bool = False) -> Leaves:
+    sums = _zeros(window[0].gradient)
+    for microbatch in window:
+        for i, g in enumerate(microbatch.gradient):
+            # A microbatch of weight zero adds nothing, even where its gradient is NaN.
+            if g is not None and microbatch.weight > 0:
+                term = microbatch.weight * _wide(g)
+                sums[i] = sums[i] + (np.abs(term) if magnitude else term)
+    return sums
+
+
+def _zeros(gradient: Sequence[np.ndarray | None]) -> Leaves:
+    return [None if g is None else np.zeros_like(_wide(g)) for g in gradient]
+
+
+def _divided(leaves: Leaves, divisor: float) -> Leaves:
+    return [None if x is None else x / divisor for x in leaves]
+
+
+def _wide(x: np.ndarray) -> np.ndarray:
+    return np.asarray(x).astype(np.complex128 if np.iscomplexobj(x) else np.float64)

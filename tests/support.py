@@ -1,0 +1,67 @@
+"""What several test modules share: ways to take a step, a recording inner, 64-bit types."""
+
+from collections.abc import Callable
+import contextlib
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+import optaccum
+
+
+def update_step(tx: optax.GradientTransformation) -> Callable[..., tuple[Any, Any]]:
+    """Returns `step(params, opt_state, grads, **extra_args)` made of `update` and `apply_updates`."""
+    tx = optax.with_extra_args_support(tx)
+
+    def step(params, opt_state, grads, **extra_args):
+        updates, opt_state = tx.update(grads, opt_state, params, **extra_args)
+        return optax.apply_updates(params, updates), opt_state
+
+    return step
+
+
+def apply_step(tx: optax.GradientTransformation) -> Callable[..., tuple[Any, Any]]:
+    """Returns `step(params, opt_state, grads, **extra_args)` made of `apply_gradients`."""
+
+    def step(params, opt_state, grads, **extra_args):
+        return optaccum.apply_gradients(tx, grads, opt_state, params, **extra_args)
+
+    return step
+
+
+STEPS = {"update": update_step, "apply_gradients": apply_step}
+
+
+class RecordingState(NamedTuple):
+    """State of :func:`recording`.
+
+    Attributes:
+        count: i32[], calls so far.
+        value: f32[], the `value` of the last call.
+    """
+
+    count: jax.Array
+    value: jax.Array
+
+
+def recording() -> optax.GradientTransformationExtraArgs:
+    """Returns an identity that counts its calls and remembers the last `value`."""
+
+    def init_fn(params):
+        del params
+        return RecordingState(jnp.zeros([], jnp.int32), jnp.zeros([], jnp.float32))
+
+    def update_fn(updates, state, params=None, *, value=0.0, **extra_args):
+        del params, extra_args
+        return updates, RecordingState(state.count + 1, jnp.asarray(value, jnp.float32))
+
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def x64() -> contextlib.AbstractContextManager[Any]:
+    """Enables 64-bit types within the context, by the name the installed JAX has for it."""
+    if hasattr(jax, "enable_x64"):
+        return jax.enable_x64(True)
+    return jax.experimental.enable_x64()  # pyright: ignore[reportAttributeAccessIssue]
