@@ -1,12 +1,10 @@
 """Measure what accumulating gradients costs on the optimizer's side, contender by contender.
 
-    python -m benchmarks.overhead [--quick] [--every-k 8] [--megabytes 25] [--output FILE]
-
 There is no model: the gradients lie ready, and a window is its k steps of accumulation and the
 one step of AdamW. Every contender is first checked against one optimizer step a window on the
 mean gradient. Then all take turns, one whole window each a round and in a new order every round,
-so that whatever else the machine does falls on all alike. Absolute times are noise; the ratios,
-medians of those taken round by round, are what counts.
+so that whatever else the machine does falls on all alike. Absolute times are noise: the medians
+of the ratios taken round by round are what counts.
 """
 
 import argparse
@@ -31,9 +29,7 @@ from rich.table import Column, Table
 
 from benchmarks import peers
 
-WARMUP_ROUNDS = 3
-MAX_DISTINCT_MICROBATCHES = 8
-MULTI_STEPS, HAND_WRITTEN = "optax.MultiSteps", "hand-written loop"
+WARMUP_ROUNDS, MAX_DISTINCT_MICROBATCHES = 3, 8
 CAPTION = (
     "Ratios, medians over the rounds of this run, are what counts; absolute times are noise.\n"
     "Temporaries: of the hungriest program, in sizes of the parameters."
@@ -93,14 +89,11 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         make_tree(seed, args.leaves, args.megabytes)
         for seed in range(1 + min(args.every_k, MAX_DISTINCT_MICROBATCHES))
     )
-    repeats = 1 if args.quick else 3
-    measure_compilation(peers.PEERS[0], args.every_k, params, 1)  # wakes the compiler
-    compilation = [
-        measure_compilation(factory, args.every_k, params, repeats)
-        for factory in progress(peers.PEERS, "Compiling")
-    ]
+    compiled = functools.partial(measure_compilation, params=params, repeats=1 if args.quick else 3)
+    compiled(peers.PEERS[0], args.every_k)  # wakes the compiler
+    compilations = [compiled(f, args.every_k) for f in progress(peers.PEERS, "Compiling")]
     by_every_k = [
-        {"every_k": k, **measure_compilation(peers.PEERS[0], k, params, repeats)}
+        {"every_k": k, **compiled(peers.optaccum_apply_gradients, k)}
         for k in progress((2, 8, 64, 1024), "Compiling at k = 2 to 1024")
     ]
     contenders = [factory(INNER, args.every_k) for factory in peers.PEERS]
@@ -111,29 +104,28 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     ]
     seconds = time_windows(contenders, params, microbatches, args.rounds)
 
-    def quartiles(values):
-        return dict(zip(("q1", "median", "q3"), np.percentile(values, [25, 50, 75]), strict=True))
+    units = {
+        "window_ms": 1e-3,
+        "ratio_to_multi_steps": seconds["optax.MultiSteps"],
+        "ratio_to_hand_written": seconds["hand-written loop"],
+    }
 
     def timing(name):
-        times = np.asarray(seconds[name])
-        return {
-            "window_ms": quartiles(1e3 * times),
-            "ratio_to_multi_steps": quartiles(times / seconds[MULTI_STEPS]),
-            "ratio_to_hand_written": quartiles(times / seconds[HAND_WRITTEN]),
-        }
+        ratios = {key: np.divide(seconds[name], unit) for key, unit in units.items()}
+        quartiles = {"q1": 25, "median": 50, "q3": 75}.items()
+        return {key: {q: np.percentile(x, at) for q, at in quartiles} for key, x in ratios.items()}
 
-    device = jax.devices()[0]
     versions = {name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "optax")}
     return {
         "benchmark": "overhead",
         "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-        "device": f"{device.platform}: {device.device_kind}",
+        "device": jax.devices()[0].device_kind,
         "versions": {"python": platform.python_version(), **versions},
         "parameter_bytes": 4 * optax.tree.size(params),
         **{name: getattr(args, name) for name in ("every_k", "leaves", "rounds")},
         "contenders": [
-            {"name": peer.name, "agrees": agrees, **compiled, **timing(peer.name)}
-            for peer, agrees, compiled in zip(contenders, agreement, compilation, strict=True)
+            {"name": peer.name, "agrees": agrees, **compilation, **timing(peer.name)}
+            for peer, agrees, compilation in zip(contenders, agreement, compilations, strict=True)
         ],
         "compilation_of_apply_gradients": by_every_k,
     }
@@ -161,25 +153,23 @@ def print_tables(result: dict[str, Any]) -> None:
     by_k = Table("k", "temporaries", "compile s", box=box.SIMPLE_HEAD)
     for row in result["compilation_of_apply_gradients"]:
         by_k.add_row(str(row["every_k"]), f"{row['temporaries']:.2f}", f"{row['compile_s']:.2f}")
-    Console(width=None if sys.stdout.isatty() else 100).print(
-        table, "optaccum.apply_gradients by window length:", by_k
-    )
+    console = Console(width=None if sys.stdout.isatty() else 100)
+    console.print(table, "optaccum.apply_gradients by window length:", by_k)
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """Returns the command line, the sizes that it leaves open filled in."""
 
     def at_least(bound):
-        def parse(text):
+        def number(text):
             value = type(bound)(text)
             if not bound <= value < float("inf"):
                 raise argparse.ArgumentTypeError(f"must be at least {bound}, got {text}")
             return value
 
-        parse.__name__ = type(bound).__name__
-        return parse
+        return number
 
-    parser = argparse.ArgumentParser("python -m benchmarks.overhead")
+    parser = argparse.ArgumentParser("python -m benchmarks.overhead", description=__doc__)
     add = parser.add_argument
     add("--quick", action="store_true", help="small sizes and few rounds, for a smoke test")
     add("--every-k", type=at_least(2), default=8, help="microbatches a window (8)")

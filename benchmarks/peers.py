@@ -1,11 +1,11 @@
 """The contenders of the benchmarks, one adapter for each way of accumulating gradients.
 
-An adapter is a function `(inner, every_k) -> Peer`. To add a contender, write one and list it in
-`PEERS`: whatever measures the others then measures it too.
+An adapter is a function `(inner, every_k) -> Peer`; what `PEERS` lists is measured.
 """
 
 from collections.abc import Callable
 import dataclasses
+import functools
 import itertools
 from typing import Any
 
@@ -35,14 +35,11 @@ class Program:
 
     def __call__(self, carry: Carry, grads: Any) -> Carry:
         """Returns the carry after the microbatch."""
-        return carry | self.function(self._part(carry), grads)
+        return carry | self.function({name: carry[name] for name in self.names}, grads)
 
     def compile(self, carry: Carry, grads: Any) -> Any:
         """Returns the program compiled ahead of time; shapes and dtypes are all it reads."""
-        return self.function.lower(self._part(carry), grads).compile()
-
-    def _part(self, carry: Carry) -> Carry:
-        return {name: carry[name] for name in self.names}
+        return self.function.lower({name: carry[name] for name in self.names}, grads).compile()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,22 +66,17 @@ class Peer:
 def optaccum_apply_gradients(inner: optax.GradientTransformation, every_k: int) -> Peer:
     """`optaccum.apply_gradients`: the parameters are updated where the inner optimizer steps."""
     tx = optaccum.accumulate(every_k, inner)
-
-    def step(part, grads):
-        params, opt_state = optaccum.apply_gradients(tx, grads, part["opt_state"], part["params"])
-        return {"params": params, "opt_state": opt_state}
-
-    return _one_program("optaccum.apply_gradients", tx, step, every_k)
+    return _one_program("optaccum.apply_gradients", tx, every_k, optaccum.apply_gradients)
 
 
 def optaccum_update(inner: optax.GradientTransformation, every_k: int) -> Peer:
     """`optaccum.accumulate` as a drop-in: `update`, then `optax.apply_updates`."""
-    return _drop_in("optaccum, drop-in update", optaccum.accumulate(every_k, inner), every_k)
+    return _one_program("optaccum, drop-in update", optaccum.accumulate(every_k, inner), every_k)
 
 
 def optax_multi_steps(inner: optax.GradientTransformation, every_k: int) -> Peer:
     """`optax.MultiSteps`."""
-    return _drop_in("optax.MultiSteps", optax.MultiSteps(inner, every_k), every_k)
+    return _one_program("optax.MultiSteps", optax.MultiSteps(inner, every_k), every_k)
 
 
 def optax_aggregating(inner: optax.GradientTransformation, every_k: int) -> Peer:
@@ -97,7 +89,7 @@ def optax_aggregating(inner: optax.GradientTransformation, every_k: int) -> Peer
         ),
         postprocessor=inner,
     )
-    return _drop_in("aggregating.process", tx, every_k)
+    return _one_program("aggregating.process", tx, every_k)
 
 
 def hand_written(inner: optax.GradientTransformation, every_k: int) -> Peer:
@@ -125,7 +117,7 @@ def hand_written_overwriting(inner: optax.GradientTransformation, every_k: int) 
     first, hold = _program(overwrite, ("sums",)), _program(_add, ("sums",))
     release = _program(add_and_update, ("params", "opt_state", "sums"))
     programs = (first,) + (hold,) * (every_k - 2) + (release,)
-    return Peer("the same, no zeroing", _init_with_sums(inner), programs)
+    return Peer("hand-written, no zeroing", _init_with_sums(inner), programs)
 
 
 def full_batch(
@@ -136,9 +128,9 @@ def full_batch(
     mean = jax.tree.map(lambda *g: sum(np.asarray(x, np.float64) for x in g) / every_k, *window)
     mean = jax.tree.map(lambda g: jnp.asarray(g, jnp.float32), mean)
     state = inner.init(params)
+    step = jax.jit(functools.partial(_update_and_apply, inner))
     for _ in range(2):
-        updates, state = jax.jit(inner.update)(mean, state, params)
-        params = optax.apply_updates(params, updates)
+        params, state = step(mean, state, params)
     return params
 
 
@@ -149,7 +141,7 @@ def agrees(peer: Peer, params: Any, microbatches: list[Any], expected: Any) -> b
         carry = peer.run_window(carry, microbatches)
 
     def largest_difference(a, b):
-        return max(jax.tree.leaves(jax.tree.map(lambda x, y: np.max(np.abs(x - y)), a, b)))
+        return np.max(jax.tree.leaves(jax.tree.map(lambda x, y: jnp.max(jnp.abs(x - y)), a, b)))
 
     # Rounding a parameter near 4 is worth 1e-4 of a step of 1e-2.
     error = largest_difference(carry["params"], expected)
@@ -171,19 +163,20 @@ def _program(function: Callable[[Carry, Any], Carry], names: tuple[str, ...]) ->
     return Program(jax.jit(function, donate_argnums=0, keep_unused=True), names)
 
 
-def _one_program(name: str, tx: Any, step: Callable[[Carry, Any], Carry], every_k: int) -> Peer:
+def _update_and_apply(tx: Any, grads: Any, opt_state: Any, params: Any) -> tuple[Any, Any]:
+    updates, opt_state = tx.update(grads, opt_state, params)
+    return optax.apply_updates(params, updates), opt_state
+
+
+def _one_program(name: str, tx: Any, every_k: int, apply: Any = _update_and_apply) -> Peer:
     def init(params):
         return {"params": params, "opt_state": tx.init(params)}
 
-    return Peer(name, init, (_program(step, ("params", "opt_state")),) * every_k)
-
-
-def _drop_in(name: str, tx: Any, every_k: int) -> Peer:
     def step(part, grads):
-        updates, opt_state = tx.update(grads, part["opt_state"], part["params"])
-        return {"params": optax.apply_updates(part["params"], updates), "opt_state": opt_state}
+        params, opt_state = apply(tx, grads, part["opt_state"], part["params"])
+        return {"params": params, "opt_state": opt_state}
 
-    return _one_program(name, tx, step, every_k)
+    return Peer(name, init, (_program(step, ("params", "opt_state")),) * every_k)
 
 
 def _add(part: Carry, grads: Any) -> Carry:
@@ -202,5 +195,5 @@ def _add_and_update(
     inner: optax.GradientTransformation, every_k: int, part: Carry, grads: Any
 ) -> Carry:
     mean = optax.tree.scale(1 / every_k, optax.tree.add(part["sums"], grads))
-    updates, opt_state = inner.update(mean, part["opt_state"], part["params"])
-    return {"params": optax.apply_updates(part["params"], updates), "opt_state": opt_state}
+    params, opt_state = _update_and_apply(inner, mean, part["opt_state"], part["params"])
+    return {"params": params, "opt_state": opt_state}

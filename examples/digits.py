@@ -1,29 +1,24 @@
-"""Train a small CNN on handwritten digits with and without gradient accumulation.
+"""Train a small CNN on handwritten digits, with and without gradient accumulation.
 
 The same 256 examples make one gradient step in four ways: as one batch, as equal microbatches, as
-ragged microbatches, and as equal microbatches with the optimizer on the wrong side of
-`accumulate`. The first three agree to float32 rounding; the microbatches need a fraction of the
-memory.
-
-    python examples/digits.py --help
+ragged ones, and with the optimizer outside `accumulate`, where it does not belong. The first three
+agree to float32 rounding, and a microbatch needs a fraction of the full batch's temporaries.
 """
 
 import argparse
-from collections.abc import Callable
-import os
+from collections.abc import Callable, Iterator
 from pathlib import Path
 import time
 from typing import Any, NamedTuple
 
 from flax import nnx
 import jax
-import jax.numpy as jnp
 from matplotlib.figure import Figure
 import numpy as np
 import optax
+from rich import box, filesize
 from rich.console import Console
-from rich.filesize import decimal
-from rich.progress import MofNCompleteColumn, Progress
+from rich.progress import Progress
 from rich.table import Table
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
@@ -34,8 +29,6 @@ BATCH_SIZE = 256
 
 
 class CNN(nnx.Module):
-    """Two convolutions and a linear layer, for 8x8 grey images."""
-
     def __init__(self, rngs: nnx.Rngs):
         self.conv1 = nnx.Conv(1, 32, (3, 3), rngs=rngs)
         self.conv2 = nnx.Conv(32, 64, (3, 3), strides=2, rngs=rngs)
@@ -48,7 +41,7 @@ class CNN(nnx.Module):
 
 
 class Way(NamedTuple):
-    """One way to take a gradient step from a batch: an optimizer and how the batch is cut up."""
+    """A way to take one gradient step: an optimizer, and the sizes a batch is cut into."""
 
     name: str
     tx: optax.GradientTransformation
@@ -56,33 +49,31 @@ class Way(NamedTuple):
 
 
 class Result(NamedTuple):
-    """What one training run gave."""
-
     params: Any
     losses: list[float]
     accuracy: float
-    temporary_bytes: int
+    temporaries: int
     seconds: float
 
 
 def make_ways(every_k: int, steps: int) -> list[Way]:
-    """Returns the four ways; the first is the reference for the others."""
+    """Return the four ways, the full batch first."""
     adamw = optax.adamw(optax.cosine_decay_schedule(3e-3, decay_steps=steps))
     equal = [BATCH_SIZE // every_k] * every_k
-    ends = np.round((BATCH_SIZE - every_k) * (np.arange(every_k + 1) / every_k) ** 1.5)
+    ends = np.round((BATCH_SIZE - every_k) * np.linspace(0, 1, every_k + 1) ** 1.5)
     ragged = [1 + int(extra) for extra in np.diff(ends)]
     return [
         Way("full batch", adamw, [BATCH_SIZE]),
         Way("accumulate(k, adamw)", optaccum.accumulate(every_k, adamw), equal),
         Way("the same, ragged", optaccum.accumulate(every_k, adamw), ragged),
-        # A trap: adamw runs on every microbatch. It takes a held gradient, which is zero, for a
-        # real one, so its moments decay and its learning rate schedule ends k times too early.
+        # The trap: adamw sees every microbatch, and takes the zeros of a hold for gradients. Its
+        # moments decay on them, and its learning rate schedule ends k times too early.
         Way("chain(accumulate(k), adamw)", optax.chain(optaccum.accumulate(every_k), adamw), equal),
     ]
 
 
-def make_train_step(model: nnx.GraphDef, tx: optax.GradientTransformation) -> Callable:
-    """Returns the jitted step on one microbatch; the same for every optimizer."""
+def make_train_step(model: nnx.GraphDef, tx: optax.GradientTransformation):
+    """Return the jitted step that takes in one microbatch; the same for any optimizer."""
 
     def loss_fn(params, images, labels, mask):
         logits = nnx.merge(model, params)(images)
@@ -91,165 +82,118 @@ def make_train_step(model: nnx.GraphDef, tx: optax.GradientTransformation) -> Ca
 
     def train_step(params, opt_state, images, labels, mask):
         loss, grads = jax.value_and_grad(loss_fn)(params, images, labels, mask)
-        # The gradient is a mean over the real examples, so their number is its weight: the
-        # window's mean is then the mean over all of its examples, however they were split.
+        # A microbatch's gradient is the mean over its real examples. Weighted with their number,
+        # a window's gradient is the mean over all examples, however they were cut up.
         params, opt_state = optaccum.apply_gradients(
             tx, grads, opt_state, params, weight=mask.sum()
         )
         return params, opt_state, loss
 
-    # Donated buffers are reused in order: return params and opt_state as they were taken.
+    # XLA pairs donated buffers with outputs in order: return them in the order they came in.
     return jax.jit(train_step, donate_argnums=(0, 1))
 
 
-def microbatches(images: np.ndarray, labels: np.ndarray, sizes: list[int]):
-    """Cuts one batch up, padding every microbatch to the largest size; the mask marks the rest."""
-    ends = np.cumsum(sizes)
-    for size, end in zip(sizes, ends, strict=True):
+def cut_up(images: np.ndarray, labels: np.ndarray, sizes: list[int]) -> Iterator[tuple]:
+    """Yield microbatches, padded to one size so that one program serves all, with their masks."""
+    for size, end in zip(sizes, np.cumsum(sizes), strict=True):
         mask = np.arange(max(sizes)) < size
-        padded = np.where(mask, np.arange(end - size, end - size + max(sizes)), 0)
-        yield images[padded], labels[padded], mask
+        rows = np.where(mask, end - size + np.arange(max(sizes)), 0)
+        yield images[rows], labels[rows], mask
 
 
-def train(way: Way, data, batches: np.ndarray, advance: Callable[[], None]) -> Result:
-    """Trains a fresh CNN, always from the same parameters, one gradient step per batch."""
-    train_images, test_images, train_labels, test_labels = data
+def train(way: Way, data: Any, batches: list[np.ndarray], advance: Callable) -> Result:
+    """Train a CNN from the same initial parameters, one gradient step per batch."""
+    images, test_images, labels, test_labels = data
     model, params = nnx.split(CNN(nnx.Rngs(0)), nnx.Param)
     opt_state = way.tx.init(params)
-
-    example = next(microbatches(train_images, train_labels, way.sizes))
-    train_step = make_train_step(model, way.tx).lower(params, opt_state, *example).compile()
-    memory = train_step.memory_analysis()
+    example = next(cut_up(images, labels, way.sizes))
+    train_step: Any = make_train_step(model, way.tx).lower(params, opt_state, *example).compile()
 
     losses = []
     start = time.perf_counter()
-    for batch in batches:
+    for rows in batches:
         window = []
-        for microbatch in microbatches(train_images[batch], train_labels[batch], way.sizes):
+        for microbatch in cut_up(images[rows], labels[rows], way.sizes):
             params, opt_state, loss = train_step(params, opt_state, *microbatch)
             window.append(loss)
         losses.append(float(np.average(jax.device_get(window), weights=way.sizes)))
         advance()
     seconds = time.perf_counter() - start
+    logits = nnx.merge(model, params)(test_images)
+    accuracy = float((logits.argmax(axis=-1) == test_labels).mean())
+    temporaries = train_step.memory_analysis().temp_size_in_bytes
+    return Result(params, losses, accuracy, temporaries, seconds)
 
-    predictions = nnx.merge(model, params)(test_images).argmax(axis=-1)
-    accuracy = float(np.mean(predictions == test_labels))
-    return Result(params, losses, accuracy, memory.temp_size_in_bytes, seconds)
 
-
-def train_all(every_k: int, steps: int, console: Console) -> dict[str, Result]:
-    """Trains in all four ways, on the same examples in the same order."""
-    digits = load_digits()
-    images, labels = digits.images.astype(np.float32) / 16, digits.target.astype(np.int32)
-    data = train_test_split(images, labels, test_size=0.2, random_state=0, stratify=labels)
+def train_all(every_k: int, steps: int) -> dict[str, Result]:
+    """Train in all four ways, on the same examples in the same order."""
+    images, labels = load_digits(return_X_y=True)
+    images = images.reshape(-1, 8, 8).astype(np.float32) / 16
+    data = train_test_split(images, labels.astype(np.int32), test_size=0.2, random_state=0)
     rng = np.random.default_rng(0)
-    batches = np.stack([rng.permutation(len(data[0]))[:BATCH_SIZE] for _ in range(steps)])
-
+    batches = [rng.permutation(len(data[0]))[:BATCH_SIZE] for _ in range(steps)]
     results = {}
-    columns = (*Progress.get_default_columns(), MofNCompleteColumn())
-    with Progress(*columns, console=console) as progress:
+    # Accelerators may round float32 products coarsely, and differently for each batch size.
+    with Progress() as progress, jax.default_matmul_precision("highest"):
         for way in make_ways(every_k, steps):
             task = progress.add_task(way.name, total=steps)
             results[way.name] = train(way, data, batches, lambda task=task: progress.advance(task))
     return results
 
 
-def max_difference(a: Any, b: Any) -> float:
-    """Returns the largest absolute difference between two trees of parameters."""
-    return max(map(float, jax.tree.leaves(jax.tree.map(lambda x, y: abs(x - y).max(), a, b))))
-
-
-def results_table(results: dict[str, Result]) -> Table:
-    """Returns one row per way, compared with the first."""
-    table = Table("", title="Handwritten digits, one gradient step per 256 examples")
-    for header in ("final loss", "test acc.", "max |Δparam|", "temporaries", "seconds"):
-        table.add_column(header, justify="right")
+def print_table(results: dict[str, Result]) -> None:
+    table = Table("", box=box.SIMPLE, pad_edge=False, collapse_padding=True)
+    for header in ("loss", "accuracy", "max |Δp|", "temporaries", "time"):
+        table.add_column(header, justify="right", no_wrap=True)
     full_batch = next(iter(results.values()))
     for name, result in results.items():
-        difference = max_difference(result.params, full_batch.params)
-        table.add_row(
-            name,
-            f"{result.losses[-1]:.6f}",
-            f"{result.accuracy:.1%}",
-            "-" if result is full_batch else f"{difference:.1e}",
-            decimal(result.temporary_bytes),
-            f"{result.seconds:.1f}",
-        )
-    return table
+        difference = optax.tree.sub(result.params, full_batch.params)
+        distance = float(optax.tree.norm(difference, ord="inf"))
+        cells = f"{result.losses[-1]:.6f}", f"{result.accuracy:.1%}", f"{distance:.2g}"
+        table.add_row(name, *cells, filesize.decimal(result.temporaries), f"{result.seconds:.1f} s")
+    Console().print(table)
 
 
 def draw_losses(results: dict[str, Result], every_k: int, output: Path) -> None:
-    """Draws the loss curves; thinner lines lie on top, so that equal curves all show."""
-    styles = (
-        {"color": "#56b4e9", "linewidth": 9, "alpha": 0.55, "solid_capstyle": "round"},
-        {"color": "#0072b2", "linewidth": 3.5},
-        {"color": "black", "linewidth": 1.5, "linestyle": (0, (4, 3))},
-        {"color": "#d55e00", "linewidth": 2},
-    )
-    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    """Draw the losses, each line thinner than the one below it, so that equal ones all show."""
+    figure = Figure(figsize=(6.4, 3.6), dpi=200, layout="constrained")
     axes = figure.add_subplot()
-    for (name, result), style in zip(results.items(), styles, strict=True):
-        axes.plot(range(1, len(result.losses) + 1), result.losses, label=name, **style)
-    axes.set_yscale("log")
-    axes.set_xlabel("gradient step", fontsize=13)
-    axes.set_ylabel("training loss", fontsize=13)
-    axes.set_title(f"One batch of {BATCH_SIZE}, or k = {every_k} microbatches", fontsize=15)
-    axes.tick_params(labelsize=12)
+    styles = [("#9fd3f3", 8, "-"), ("#0072b2", 3, "-"), ("black", 1.2, "--"), ("#d55e00", 1.7, "-")]
+    for (name, result), (color, width, dash) in zip(results.items(), styles, strict=True):
+        axes.plot(result.losses, dash, color=color, linewidth=width, label=name)
+    axes.set(yscale="log", xlabel="gradient step", ylabel="training loss")
+    axes.set_title(f"A batch of {BATCH_SIZE}, whole or as k = {every_k} microbatches")
     axes.grid(alpha=0.3)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(fontsize=12, handlelength=3.5, frameon=False, loc="best")
-    figure.savefig(output, dpi=150)
+    axes.legend(handlelength=3.5)
+    figure.savefig(output)
 
 
-def parse_arguments() -> argparse.Namespace:
-    """Reads the command line; what cannot work is refused here, before any training."""
+def parse_args() -> argparse.Namespace:
+    """Parse the command line; refuse what cannot work before any training begins."""
     parser = argparse.ArgumentParser(
-        description="Train a small CNN on handwritten digits as one full batch, as microbatches, "
-        "as ragged microbatches, and wrongly; compare the results."
+        description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
-    parser.add_argument(
-        "--steps", type=int, default=150, metavar="N", help="gradient steps (default: %(default)s)"
-    )
-    parser.add_argument(
-        "--every-k",
-        type=int,
-        default=8,
-        metavar="K",
-        help=f"microbatches per gradient step, a divisor of {BATCH_SIZE} (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--output",
-        type=Path,
-        default=Path("digits.png"),
-        metavar="FILE",
-        help="where to write the figure of the losses (default: %(default)s)",
-    )
+    add = parser.add_argument
+    add("--steps", type=int, default=150, help="gradient steps")
+    add("--every-k", type=int, default=8, help=f"microbatches per step; divides {BATCH_SIZE}")
+    add("--output", type=Path, default=Path("digits.png"), help="where to write the figure")
     args = parser.parse_args()
-
     if args.steps < 1:
-        parser.error(f"--steps must be >= 1, got {args.steps}")
+        parser.error(f"argument --steps: must be >= 1, got {args.steps}")
     if args.every_k < 1 or BATCH_SIZE % args.every_k:
-        parser.error(f"--every-k must be a positive divisor of {BATCH_SIZE}, got {args.every_k}")
-    formats = Figure().canvas.get_supported_filetypes()
-    if args.output.suffix[1:].lower() not in formats:
-        parser.error(f"--output must end in one of {', '.join(formats)}, got {args.output}")
-    target = args.output if args.output.exists() else args.output.parent
-    if args.output.is_dir() or not args.output.parent.is_dir() or not os.access(target, os.W_OK):
-        parser.error(f"--output cannot be written: {args.output}")
+        parser.error(f"argument --every-k: must divide {BATCH_SIZE}, got {args.every_k}")
+    if args.output.suffix.lower() not in (".png", ".svg", ".pdf"):
+        parser.error(f"argument --output: must end in .png, .svg or .pdf, got {args.output}")
+    try:
+        args.output.open("ab").close()
+    except OSError as error:
+        parser.error(f"argument --output: {error}")
     return args
 
 
-def main() -> None:
-    """Trains, prints the table and writes the figure."""
-    args = parse_arguments()
-    console = Console()
-    # On a GPU or TPU float32 products are otherwise rounded coarsely, and differently per shape.
-    with jax.default_matmul_precision("highest"):
-        results = train_all(args.every_k, args.steps, console)
-    console.print(results_table(results))
-    draw_losses(results, args.every_k, args.output)
-    console.print(f"Wrote {args.output.resolve()}", soft_wrap=True)
-
-
 if __name__ == "__main__":
-    main()
+    args = parse_args()
+    results = train_all(args.every_k, args.steps)
+    print_table(results)
+    draw_losses(results, args.every_k, args.output)
+    print(f"Wrote {args.output.resolve()}")

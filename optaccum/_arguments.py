@@ -123,7 +123,9 @@ def averaged(names: tuple[str, ...], extra_args: dict[str, Any]) -> dict[str, ja
             )
         value = extra_args[name]
         _check_scalar(f"`{name}` (one of `average_args`)", value, jnp.floating, jnp.integer)
-        values[name] = jnp.asarray(value, jnp.result_type(value, jnp.bfloat16(0)))
+        dtype = jnp.result_type(value)
+        floating = jnp.issubdtype(dtype, jnp.floating)
+        values[name] = jnp.asarray(value, dtype if floating else jnp.float32)
     return values
 
 

@@ -89,10 +89,8 @@ def simulate(
             window = [*window, microbatch] if mini_step else [microbatch]
             mini_step += 1
             length = every_k(gradient_step) if callable(every_k) else every_k
-            if microbatch.release is None:
-                closes = mini_step >= length
-            else:
-                closes = microbatch.release
+            full = mini_step >= length
+            closes = full if microbatch.release is None else microbatch.release
             if closes:
                 mini_step = 0
                 total = sum(m.weight for m in window)

@@ -1,7 +1,6 @@
-"""What several test modules share: ways to take a step, a recording inner, 64-bit types."""
+"""What several test modules share: ways to take a step, and an inner that records."""
 
 from collections.abc import Callable
-import contextlib
 from typing import Any, NamedTuple
 
 import jax
@@ -12,7 +11,7 @@ import optaccum
 
 
 def update_step(tx: optax.GradientTransformation) -> Callable[..., tuple[Any, Any]]:
-    """Returns `step(params, opt_state, grads, **extra_args)` made of `update` and `apply_updates`."""
+    """Returns `step(params, opt_state, grads, **extra_args)` with `update`, `apply_updates`."""
     tx = optax.with_extra_args_support(tx)
 
     def step(params, opt_state, grads, **extra_args):
@@ -23,7 +22,7 @@ def update_step(tx: optax.GradientTransformation) -> Callable[..., tuple[Any, An
 
 
 def apply_step(tx: optax.GradientTransformation) -> Callable[..., tuple[Any, Any]]:
-    """Returns `step(params, opt_state, grads, **extra_args)` made of `apply_gradients`."""
+    """Returns `step(params, opt_state, grads, **extra_args)` with `apply_gradients`."""
 
     def step(params, opt_state, grads, **extra_args):
         return optaccum.apply_gradients(tx, grads, opt_state, params, **extra_args)
@@ -58,10 +57,3 @@ def recording() -> optax.GradientTransformationExtraArgs:
         return updates, RecordingState(state.count + 1, jnp.asarray(value, jnp.float32))
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
-
-
-def x64() -> contextlib.AbstractContextManager[Any]:
-    """Enables 64-bit types within the context, by the name the installed JAX has for it."""
-    if hasattr(jax, "enable_x64"):
-        return jax.enable_x64(True)
-    return jax.experimental.enable_x64()  # pyright: ignore[reportAttributeAccessIssue]

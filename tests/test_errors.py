@@ -99,9 +99,7 @@ def test_real_accumulator_for_a_complex_leaf():
 def test_should_skip_update_fn():
     with pytest.raises(TypeError, match=r"`should_skip_update_fn` must be a function.*got True"):
         accumulate(4, optax.sgd(0.1), should_skip_update_fn=True)  # pyright: ignore
-    tx = accumulate(
-        4, optax.sgd(0.1), should_skip_update_fn=lambda grads, step, params: (step, ())
-    )
+    tx = accumulate(4, optax.sgd(0.1), should_skip_update_fn=lambda grads, step, params: (step, ()))
     with pytest.raises(TypeError, match=r"`should_skip_update_fn` must be a scalar \(bool"):
         tx.update(GRADS, tx.init(PARAMS), PARAMS)
 
@@ -143,7 +141,9 @@ def test_gradients_that_do_not_fit(every_k, grads, error, message, fused):
 def test_an_unlike_container_of_the_same_leaves():
     tx = accumulate(4, optax.sgd(0.1))
     state = tx.init((jnp.ones(2), jnp.ones(3)))
-    with pytest.raises(ValueError, match=r"tree structure.*\[\*, \*\].*initialised with.*\(\*, \*\)"):
+    with pytest.raises(
+        ValueError, match=r"tree structure.*\[\*, \*\].*initialised with.*\(\*, \*\)"
+    ):
         tx.update([jnp.ones(2), jnp.ones(3)], state)
 
 

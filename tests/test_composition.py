@@ -1,0 +1,252 @@
+"""Accumulation inside, around and beside other Optax transformations equals the full batch."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from optaccum import accumulate, apply_gradients, get_state, has_released
+
+K, WINDOWS = 4, 3
+PARAMS = {"w": jax.random.normal(jax.random.key(0), (4, 3)), "b": jnp.ones(3)}
+# Two to three roundings a microbatch and a step, of values of order one.
+TOLERANCE = 8 * K * WINDOWS * float(np.finfo(np.float32).eps)
+
+
+def _gradients(i):
+    keys = dict(zip(PARAMS, jax.random.split(jax.random.key(i + 1), len(PARAMS)), strict=True))
+    return {name: 0.3 + jax.random.normal(keys[name], p.shape) for name, p in PARAMS.items()}
+
+
+def _mean(trees):
+    return jax.tree.map(lambda *x: sum(x) / len(x), *trees)
+
+
+MICROBATCHES = [_gradients(i) for i in range(K * WINDOWS)]
+FULL_BATCHES = [_mean(MICROBATCHES[i : i + K]) for i in range(0, K * WINDOWS, K)]
+
+
+def _update(tx, grads, state, params, **extra):
+    updates, state = tx.update(grads, state, params, **extra)
+    return optax.apply_updates(params, updates), state
+
+
+every_step = pytest.mark.parametrize(
+    "step", [_update, apply_gradients], ids=["update", "apply_gradients"]
+)
+
+
+def _train(tx, batches, step=_update, params=PARAMS, **extra):
+    run = jax.jit(functools.partial(step, tx, **extra))
+    state = tx.init(params)
+    for grads in batches:
+        params, state = run(grads, state, params)
+    return params, state
+
+
+def _assert_equal(actual, expected):
+    for a, e in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(a, e, rtol=TOLERANCE, atol=TOLERANCE)
+
+
+def _adam():
+    return optax.adamw(0.1)
+
+
+ONLY_W, ONLY_B = {"w": True, "b": False}, {"w": False, "b": True}
+PAIRS = {
+    "alone": (lambda: accumulate(K, _adam()), _adam),
+    "before a stateless link": (
+        lambda: optax.chain(accumulate(K), optax.sgd(0.1)),
+        lambda: optax.sgd(0.1),
+    ),
+    "last link": (
+        lambda: optax.chain(optax.scale(2.0), accumulate(K, _adam())),
+        lambda: optax.chain(optax.scale(2.0), _adam()),
+    ),
+    "middle link": (
+        lambda: optax.chain(optax.scale(2.0), accumulate(K, _adam()), optax.scale(0.5)),
+        lambda: optax.chain(optax.scale(2.0), _adam(), optax.scale(0.5)),
+    ),
+    "named chain": (
+        lambda: optax.named_chain(("a", optax.scale(2.0)), ("b", accumulate(K, _adam()))),
+        lambda: optax.chain(optax.scale(2.0), _adam()),
+    ),
+    "clipping inside": (
+        lambda: accumulate(K, optax.chain(optax.clip_by_global_norm(0.1), _adam())),
+        lambda: optax.chain(optax.clip_by_global_norm(0.1), _adam()),
+    ),
+    "masked": (
+        lambda: optax.chain(
+            optax.masked(accumulate(K, _adam()), ONLY_W),
+            optax.masked(accumulate(K, optax.sgd(0.1)), ONLY_B),
+        ),
+        lambda: optax.chain(optax.masked(_adam(), ONLY_W), optax.masked(optax.sgd(0.1), ONLY_B)),
+    ),
+    "masked inside": (
+        lambda: accumulate(K, optax.chain(_adam(), optax.masked(optax.scale(2.0), ONLY_W))),
+        lambda: optax.chain(_adam(), optax.masked(optax.scale(2.0), ONLY_W)),
+    ),
+    "partition inside": (
+        lambda: accumulate(
+            K, optax.partition({"a": _adam(), "s": optax.sgd(0.1)}, {"w": "a", "b": "s"})
+        ),
+        lambda: optax.partition({"a": _adam(), "s": optax.sgd(0.1)}, {"w": "a", "b": "s"}),
+    ),
+    "every_k a hyperparameter": (
+        lambda: optax.inject_hyperparams(accumulate)(every_k=K, inner=_adam()),
+        _adam,
+    ),
+    "injected inside": (
+        lambda: accumulate(
+            K,
+            optax.inject_hyperparams(optax.adamw)(
+                learning_rate=optax.linear_schedule(0.1, 0.01, WINDOWS)
+            ),
+        ),
+        lambda: optax.inject_hyperparams(optax.adamw)(
+            learning_rate=optax.linear_schedule(0.1, 0.01, WINDOWS)
+        ),
+    ),
+    "apply_if_finite": (lambda: optax.apply_if_finite(accumulate(K, _adam()), 3), _adam),
+    "apply_if_finite inside": (
+        lambda: accumulate(K, optax.apply_if_finite(_adam(), 3)),
+        _adam,
+    ),
+    "schedule_free_adamw": (
+        lambda: accumulate(K, optax.contrib.schedule_free_adamw(0.1)),
+        lambda: optax.contrib.schedule_free_adamw(0.1),
+    ),
+    "muon": (
+        lambda: accumulate(K, optax.contrib.muon(0.1)),
+        lambda: optax.contrib.muon(0.1),
+    ),
+    "ema inside": (
+        lambda: accumulate(K, optax.chain(_adam(), optax.ema(0.5))),
+        lambda: optax.chain(_adam(), optax.ema(0.5)),
+    ),
+}
+
+
+@pytest.mark.parametrize("pair", PAIRS.values(), ids=PAIRS)
+@every_step
+def test_equals_the_full_batch(pair, step):
+    accumulating, full = pair
+    params, _ = _train(accumulating(), MICROBATCHES, step)
+    _assert_equal(params, _train(full(), FULL_BATCHES)[0])
+
+
+@every_step
+def test_partition_with_another_k_for_each_group(step):
+    tx = optax.partition(
+        {"slow": accumulate(K, _adam()), "fast": accumulate(2, optax.sgd(0.1))},
+        {"w": "slow", "b": "fast"},
+    )
+    params, _ = _train(tx, MICROBATCHES, step)
+    pairs = [_mean(MICROBATCHES[i : i + 2]) for i in range(0, K * WINDOWS, 2)]
+    _assert_equal(params["w"], _train(_adam(), FULL_BATCHES)[0]["w"])
+    _assert_equal(params["b"], _train(optax.sgd(0.1), pairs)[0]["b"])
+
+
+@every_step
+@pytest.mark.parametrize("outside", [True, False])
+def test_lookahead(step, outside):
+    """Inside, lookahead counts windows; outside, microbatches."""
+    params = optax.LookaheadParams.init_synced(PARAMS)
+    period = 2
+    full, _ = _train(optax.lookahead(_adam(), period, 0.5), FULL_BATCHES, params=params)
+    tx = (
+        optax.lookahead(accumulate(K, _adam()), K * period, 0.5)
+        if outside
+        else accumulate(K, optax.lookahead(_adam(), period, 0.5))
+    )
+    actual, _ = _train(tx, MICROBATCHES, step, params)
+    _assert_equal(actual, full)
+
+
+@every_step
+def test_reduce_on_plateau_sees_the_mean_value_of_the_window(step):
+    def optimizer():
+        return optax.chain(
+            optax.sgd(0.1), optax.contrib.reduce_on_plateau(patience=1, cooldown=0, factor=0.5)
+        )
+
+    tx = accumulate(2, optimizer(), average_args=("value",))
+    # The means are 4, 5, 6: no improvement. The last values, 7, 5, 3, would be improvements.
+    values = [1.0, 7.0, 5.0, 5.0, 9.0, 3.0]
+    run, full = jax.jit(functools.partial(step, tx)), jax.jit(optimizer().update)
+    params, state = PARAMS, tx.init(PARAMS)
+    full_state = optimizer().init(PARAMS)
+    for grads, value in zip(MICROBATCHES, values, strict=False):
+        params, state = run(grads, state, params, value=value)
+    for i, value in enumerate([4.0, 5.0, 6.0]):
+        _, full_state = full(_mean(MICROBATCHES[2 * i : 2 * i + 2]), full_state, value=value)
+    scale = optax.tree.get(get_state(state).inner_state, "scale")
+    assert scale == optax.tree.get(full_state, "scale") == 0.25  # halved at 5 and at 6
+
+
+@every_step
+def test_lbfgs_line_search_gets_its_arguments_on_release(step):
+    def loss(params):
+        return jnp.sum((params["w"] - 1) ** 2) + jnp.sum(params["b"] ** 4)
+
+    def train(tx, steps):
+        @jax.jit
+        def run(params, state):
+            value, grads = jax.value_and_grad(loss)(params)
+            return step(tx, grads, state, params, value=value, grad=grads, value_fn=loss)
+
+        params, state = PARAMS, tx.init(PARAMS)
+        for _ in range(steps):
+            params, state = run(params, state)
+        return params
+
+    params = train(accumulate(K, optax.lbfgs()), K * WINDOWS)
+    expected = train(optax.lbfgs(), WINDOWS)
+    assert loss(expected) < 0.1 * loss(PARAMS)
+    _assert_equal(params, expected)
+
+
+@every_step
+def test_hyperparameters_can_change_in_mid_window(step):
+    tx = accumulate(2, optax.inject_hyperparams(optax.sgd)(learning_rate=0.1))
+    params, state = step(tx, MICROBATCHES[0], tx.init(PARAMS), PARAMS)
+    state = optax.tree.set(state, learning_rate=jnp.float32(1.0))
+    params, state = step(tx, MICROBATCHES[1], state, params)
+    mean = _mean(MICROBATCHES[:2])
+    _assert_equal(params, jax.tree.map(lambda p, g: p - g, PARAMS, mean))
+
+
+@every_step
+def test_every_k_can_change_in_mid_window(step):
+    tx = optax.inject_hyperparams(accumulate)(every_k=8, inner=optax.sgd(1.0))
+    run = jax.jit(functools.partial(step, tx))
+    params, state = PARAMS, tx.init(PARAMS)
+    for grads in MICROBATCHES[:3]:
+        params, state = run(grads, state, params)
+    assert not has_released(state)
+    state.hyperparams["every_k"] = jnp.int32(2)
+    params, state = run(MICROBATCHES[3], state, params)
+    assert has_released(state)
+    _assert_equal(params, jax.tree.map(lambda p, g: p - g, PARAMS, FULL_BATCHES[0]))
+
+
+def test_the_state_of_a_link_is_found():
+    tx = optax.chain(optax.clip(1.0), accumulate(2, _adam()))
+    state = tx.init(PARAMS)
+    assert get_state(state) is state[1]
+    released = []
+    for grads in MICROBATCHES[:4]:
+        _, state = tx.update(grads, state, PARAMS)
+        released.append(bool(has_released(state)))
+    assert released == [False, True, False, True]
+
+
+def test_an_accumulation_within_an_accumulation_is_a_mean_of_means():
+    tx = accumulate(2, accumulate(3, optax.sgd(1.0)))
+    params, _ = _train(tx, MICROBATCHES[:6])
+    expected = jax.tree.map(lambda p, g: p - g, PARAMS, _mean(MICROBATCHES[:6]))
+    _assert_equal(params, expected)

@@ -1,0 +1,172 @@
+"""What the compiled program does: nothing here measures time."""
+
+import functools
+import re
+
+import jax
+import jax.numpy as jnp
+import optax
+import pytest
+
+from optaccum import accumulate, apply_gradients
+
+LEAVES = 6
+PARAMS = {f"w{i}": jnp.full((128, 128), 0.1 * (i + 1)) for i in range(LEAVES)}
+PARAMETER_BYTES = sum(p.nbytes for p in PARAMS.values())
+# The scalars of the state, and the few hundred bytes that XLA aligns them to.
+SCALARS = 4096
+LION = optax.lion(0.1)
+
+
+def _update(tx, grads, state, params, **extra):
+    updates, state = tx.update(grads, state, params, **extra)
+    return optax.apply_updates(params, updates), state
+
+
+every_step = pytest.mark.parametrize(
+    "step", [_update, apply_gradients], ids=["update", "apply_gradients"]
+)
+
+
+def _compile(tx, step=apply_gradients, **static):
+    """Compiles a donated step that takes and returns (params, state) in one order."""
+
+    def run(params, state, grads, extra):
+        return step(tx, grads, state, params, **extra, **static)
+
+    extra = {"weight": 1.0} if static.pop("weighted", False) else {}
+    state = tx.init(PARAMS)
+    return jax.jit(run, donate_argnums=(0, 1)).lower(PARAMS, state, PARAMS, extra).compile()
+
+
+def _temporaries(compiled):
+    return compiled.memory_analysis().temp_size_in_bytes
+
+
+def _primitives(tx, step, **extra):
+    """Returns the names of all primitives of a step, those of sub-programs included."""
+    run = functools.partial(step, tx, **extra)
+    text = str(jax.make_jaxpr(run)(PARAMS, tx.init(PARAMS), PARAMS))
+    return set(re.findall(r"\b([a-z_0-9]+)\[", text))
+
+
+@pytest.mark.parametrize(
+    "inner",
+    [optax.sgd(0.1, momentum=0.9), optax.adamw(0.1), LION],
+    ids=["sgd", "adamw", "lion"],
+)
+@pytest.mark.parametrize("k", [2, 64])
+def test_apply_gradients_has_no_more_temporaries_than_the_inner_optimizer(inner, k):
+    """None for sgd and adamw; lion itself needs its old momentum beside the new one."""
+    alone = _temporaries(_compile(inner, _update))
+    assert _temporaries(_compile(accumulate(k, inner))) <= alone + SCALARS
+    assert alone < (2 * PARAMETER_BYTES if inner is LION else SCALARS)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"use_grad_mean": False},
+        {
+            "should_skip_update_fn": functools.partial(
+                optax.skip_large_updates, max_squared_norm=1e9
+            )
+        },
+        {"average_args": ()},
+    ],
+    ids=["sum", "skip_large_updates", "plain"],
+)
+def test_nor_has_it_with_options(options):
+    assert _temporaries(_compile(accumulate(4, optax.adamw(0.1), **options))) < SCALARS
+    weighted = _compile(accumulate(4, optax.adamw(0.1), **options), weighted=True)
+    assert _temporaries(weighted) < SCALARS
+
+
+def test_update_has_at_most_one():
+    compiled = _compile(accumulate(4, optax.adamw(0.1)), _update)
+    assert _temporaries(compiled) < PARAMETER_BYTES + SCALARS
+    assert " conditional(" in compiled.as_text()
+
+
+def test_multi_steps_has_three():
+    """The incumbent, by the same measure: so the measure sees temporaries."""
+    assert _temporaries(_compile(optax.MultiSteps(optax.adamw(0.1), 4), _update)) > (
+        2.5 * PARAMETER_BYTES
+    )
+
+
+@pytest.mark.parametrize("release", [True, False])
+def test_a_static_release_has_no_conditional_and_no_temporary(release):
+    compiled = _compile(accumulate(4, optax.adamw(0.1)), release=release)
+    assert " conditional(" not in compiled.as_text()
+    assert _temporaries(compiled) < SCALARS
+
+
+@every_step
+@pytest.mark.parametrize("release", [True, False])
+@pytest.mark.parametrize("weight", [None, 2.0, jnp.float32(2)])
+@pytest.mark.parametrize("skip", [None, optax.skip_not_finite])
+def test_a_static_release_never_has_a_conditional(step, release, weight, skip):
+    tx = accumulate(4, optax.adamw(0.1), should_skip_update_fn=skip)
+    assert "cond" not in _primitives(tx, step, release=release, weight=weight)
+
+
+@every_step
+@pytest.mark.parametrize("weight", [None, jnp.float32(2)])
+@pytest.mark.parametrize("skip", [None, optax.skip_not_finite])
+def test_every_k_of_one_has_no_conditional_and_no_accumulator(step, weight, skip):
+    tx = accumulate(1, optax.adamw(0.1), should_skip_update_fn=skip)
+    assert "cond" not in _primitives(tx, step, weight=weight)
+    state, plain = tx.init(PARAMS), optax.adamw(0.1).init(PARAMS)
+    extra = sum(x.nbytes for x in jax.tree.leaves(state)) - sum(
+        x.nbytes for x in jax.tree.leaves(plain)
+    )
+    assert extra < 64
+
+
+@every_step
+def test_every_k_of_one_compiles_to_the_inner_optimizer(step):
+    def flops(tx):
+        return _compile(tx, step).cost_analysis()["flops"]
+
+    # A few scalar operations on the counters, against seven operations an element.
+    assert flops(accumulate(1, optax.adamw(0.1))) - flops(optax.adamw(0.1)) < 100
+
+
+@every_step
+def test_the_inner_optimizer_is_in_the_release_branch_only(step):
+    def inner_update(updates, state, params=None):
+        return jax.tree.map(jnp.cos, updates), state
+
+    inner = optax.GradientTransformation(optax.init_empty_state, inner_update)
+    tx = accumulate(4, inner)
+    run = functools.partial(step, tx)
+    jaxpr = jax.make_jaxpr(run)(PARAMS, tx.init(PARAMS), PARAMS).jaxpr
+    assert not [e for e in jaxpr.eqns if e.primitive.name == "cos"]
+    (cond,) = [e for e in jaxpr.eqns if e.primitive.name == "cond"]
+    hold, release = cond.params["branches"]
+    assert "cos" not in str(hold)
+    assert str(release).count("cos") == LEAVES
+
+
+def test_a_hold_inside_the_release_branch_touches_nothing():
+    tx = accumulate(4, optax.adamw(0.1))
+    run = functools.partial(apply_gradients, tx)
+    jaxpr = jax.make_jaxpr(run)(PARAMS, tx.init(PARAMS), PARAMS).jaxpr
+    (cond,) = [e for e in jaxpr.eqns if e.primitive.name == "cond"]
+    assert not cond.params["branches"][0].jaxpr.eqns
+
+
+def test_the_last_link_of_a_chain_skips_the_addition_on_hold():
+    tx = optax.chain(optax.scale(2.0), accumulate(4, optax.adamw(0.1)))
+    run = functools.partial(apply_gradients, tx)
+    jaxpr = jax.make_jaxpr(run)(PARAMS, tx.init(PARAMS), PARAMS).jaxpr
+    _, addition = [e for e in jaxpr.eqns if e.primitive.name == "cond"]
+    assert not addition.params["branches"][0].jaxpr.eqns
+    assert str(addition.params["branches"][1]).count(" add ") == LEAVES
+
+
+def test_the_program_does_not_grow_with_k():
+    sizes = {k: len(_compile(accumulate(k, optax.adamw(0.1))).as_text()) for k in (2, 1000)}
+    # Nothing but the digits of the constant differs.
+    assert abs(sizes[1000] - sizes[2]) < 64

@@ -1,0 +1,250 @@
+"""Dtypes, drift, and counters near their maximum."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from optaccum import accumulate, apply_gradients, get_state
+
+INT32_MAX = np.iinfo(np.int32).max
+
+
+def _release(tx, grads, params, **extra):
+    """Returns the updates and state after the given microbatches."""
+    state = tx.init(params)
+    update = jax.jit(tx.update)
+    updates = None
+    for g in grads:
+        updates, state = update(g, state, params, **extra)
+    return updates, state
+
+
+@pytest.mark.parametrize(
+    ("param", "expected"),
+    [
+        (jnp.float32, jnp.float32),
+        (jnp.bfloat16, jnp.float32),
+        (jnp.float16, jnp.float32),
+        (jnp.float8_e4m3fn, jnp.float32),
+        (jnp.complex64, jnp.complex64),
+    ],
+)
+def test_default_accumulator_dtype(param, expected):
+    params = jnp.ones(3, param)
+    updates, state = _release(accumulate(2), [params, params], params)
+    assert state.grad_sum.dtype == expected
+    assert updates.dtype == param
+    np.testing.assert_array_equal(np.asarray(updates, np.complex64), np.ones(3))
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize(
+    ("param", "expected"),
+    [
+        (jnp.float32, jnp.float32),
+        (jnp.bfloat16, jnp.float32),
+        (jnp.float64, jnp.float64),
+        (jnp.complex64, jnp.complex64),
+        (jnp.complex128, jnp.complex128),
+    ],
+)
+def test_default_accumulator_dtype_with_64_bits(param, expected):
+    params = jnp.ones(3, param)
+    updates, state = _release(accumulate(2), [params, params], params)
+    assert state.grad_sum.dtype == expected
+    assert updates.dtype == param
+    assert (state.weight.dtype, state.mini_step.dtype) == (jnp.float32, jnp.int32)
+
+
+@pytest.mark.usefixtures("x64")
+def test_64_bit_sums_keep_64_bits():
+    grads = [jnp.array([1.0 + 2.0**-40, 1e-30]), jnp.array([3.0, 3e-30])]
+    updates, _ = _release(accumulate(2), grads, jnp.zeros(2))
+    np.testing.assert_array_equal(updates, np.mean(np.asarray(grads), axis=0))
+    third = [jnp.array([1.0]), jnp.array([1.0]), jnp.array([2.0])]
+    updates, _ = _release(accumulate(3), third, jnp.zeros(1))
+    # One rounding of the reciprocal, one of the product.
+    np.testing.assert_allclose(updates, [4 / 3], rtol=2 * np.finfo(np.float64).eps)
+
+
+@pytest.mark.parametrize(
+    ("requested", "leaf", "expected"),
+    [
+        (jnp.bfloat16, jnp.float32, jnp.bfloat16),
+        (jnp.float32, jnp.bfloat16, jnp.float32),
+        ("float16", jnp.float32, jnp.float16),
+        (jnp.complex64, jnp.complex64, jnp.complex64),
+        (jnp.complex64, jnp.float32, jnp.float32),
+    ],
+)
+def test_accumulator_dtype(requested, leaf, expected):
+    params = jnp.ones(3, leaf)
+    tx = accumulate(2, accumulator_dtype=requested)
+    updates, state = _release(tx, [params, 3 * params], params)
+    assert state.grad_sum.dtype == expected
+    assert updates.dtype == leaf
+    np.testing.assert_array_equal(np.asarray(updates, np.complex64), np.full(3, 2))
+
+
+@pytest.mark.usefixtures("x64")
+def test_a_wider_accumulator_for_gradients_wider_than_their_parameters():
+    tx = accumulate(2, accumulator_dtype=jnp.float64)
+    grads = [jnp.array([1.0 + 2.0**-40]), jnp.array([1.0])]
+    updates, _ = _release(tx, grads, jnp.zeros(1, jnp.float32))
+    assert updates.dtype == jnp.float64
+    np.testing.assert_array_equal(updates, [1.0 + 2.0**-41])
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+def test_a_thousand_small_gradients_do_not_drift(dtype):
+    """1024 times 0.01 in bfloat16 stops at 4; in float32 it is 10.25."""
+    small = jnp.full(2, 0.01, dtype)
+    tx = accumulate(1024, use_grad_mean=False)
+
+    def body(state, _):
+        updates, state = tx.update(small, state)
+        return state, updates
+
+    _, updates = jax.jit(lambda s: jax.lax.scan(body, s, length=1024))(tx.init(small))
+    exact = 1024 * np.float64(small[0])
+    np.testing.assert_array_equal(updates[-1], jnp.full(2, exact).astype(dtype))
+
+
+def test_a_narrow_accumulator_rounds_once_a_microbatch():
+    # 256 + 1 is not a bfloat16; 256 + 0.75 * 2 = 257.5 rounds to 258 only if the product and
+    # the sum are rounded together: 0.75 * 2 = 1.5, and 256 + 1.5 = 257.5 -> 258 (even).
+    tx = accumulate(2, use_grad_mean=False, accumulator_dtype=jnp.bfloat16)
+    params = jnp.zeros(1)
+    state = tx.init(params)
+    _, state = tx.update(jnp.array([256.0]), state)
+    _, state = tx.update(jnp.array([0.75]), state, weight=2.0)
+    np.testing.assert_array_equal(np.asarray(state.grad_sum, np.float32), [258.0])
+
+
+def test_complex_gradients_keep_their_imaginary_part():
+    grads = [jnp.array([1 + 2j]), jnp.array([3 - 6j])]
+    updates, _ = _release(accumulate(2), grads, jnp.zeros(1, jnp.complex64))
+    np.testing.assert_array_equal(updates, [2 - 2j])
+
+
+@pytest.mark.parametrize("k", [3, 5, 7, 10, 100])
+def test_the_mean_of_equal_gradients(k):
+    g = jnp.array([1.0, 1 / 3, 1e-30, 1e30, -7.7], jnp.float32)
+    updates, _ = _release(accumulate(k), [g] * k, g)
+    # k - 1 additions, the reciprocal and the product: each rounds by at most eps / 2.
+    np.testing.assert_allclose(updates, g, rtol=(k + 1) / 2 * np.finfo(np.float32).eps)
+
+
+def test_weights_beyond_the_counts_that_float32_holds():
+    """Sums of token counts stay exact to 2**24; large weights do not overflow the mean."""
+    grads = [jnp.array([1.0]), jnp.array([3.0])]
+    updates, state = _release(accumulate(2), grads, jnp.zeros(1), weight=2.0**23)
+    assert state.weight == 2.0**24
+    np.testing.assert_array_equal(updates, [2.0])
+    updates, _ = _release(accumulate(2), grads, jnp.zeros(1), weight=1e30)
+    np.testing.assert_allclose(updates, [2.0], rtol=4 * np.finfo(np.float32).eps)
+
+
+@pytest.mark.parametrize("weight", [1e-39, 1e-45])
+def test_a_subnormal_weight_counts_as_zero(weight):
+    params = jnp.ones(2)
+    tx = accumulate(1, optax.sgd(1.0))
+    _, state = jax.jit(tx.update)(params, tx.init(params), params, weight=jnp.float32(weight))
+    assert state.gradient_step == 0
+
+
+@pytest.mark.parametrize("param", [jnp.float32, jnp.bfloat16, jnp.float16])
+@pytest.mark.parametrize("grad", [jnp.float32, jnp.bfloat16, jnp.float16])
+@pytest.mark.parametrize("fused", [False, True], ids=["update", "apply_gradients"])
+def test_inner_sees_the_dtypes_of_the_full_batch(param, grad, fused):
+    """`inner` gets the gradient's dtype back, and gives the updates' dtype it always gives."""
+    params, grads = jnp.ones(3, param), jnp.ones(3, grad)
+    inner = optax.sgd(0.1, momentum=0.9)
+    tx = accumulate(2, inner)
+    state = tx.init(params)
+    step = functools.partial(apply_gradients, tx) if fused else tx.update
+    out, new_state = jax.jit(step)(grads, state, params)
+    updates, _ = inner.update(grads, inner.init(params), params)
+    assert out.dtype == (param if fused else updates.dtype)
+    assert [x.dtype for x in jax.tree.leaves(new_state)] == [
+        x.dtype for x in jax.tree.leaves(state)
+    ]
+
+
+def test_average_args_are_summed_in_float32():
+    seen = []
+
+    def update(updates, state, params=None, *, value, **extra_args):
+        seen.append(value)
+        return updates, state
+
+    inner = optax.GradientTransformationExtraArgs(optax.init_empty_state, update)
+    tx = accumulate(2, inner, average_args=("value",))
+    for values, expected, dtype in (
+        ((1.0, 2.0), 1.75, jnp.float32),
+        ((jnp.bfloat16(1), jnp.bfloat16(2)), 1.75, jnp.bfloat16),
+        ((1, 2), 1.75, jnp.float32),
+        ((float("nan"), 2.0), 2.0, jnp.float32),
+    ):
+        first = 0.0 if np.isnan(values[0]) else 1.0
+        state = tx.init(jnp.ones(1))
+        _, state = tx.update(jnp.ones(1), state, value=values[0], weight=first)
+        _, state = tx.update(jnp.ones(1), state, value=values[1], weight=3.0)
+        assert seen[-1] == expected
+        assert jnp.result_type(seen[-1]) == dtype
+        assert state.arg_sums["value"].dtype == jnp.float32
+
+
+def test_counters_saturate():
+    tx = accumulate(2, optax.sgd(1.0), should_skip_update_fn=optax.skip_not_finite)
+    params = jnp.ones(1)
+    full = jnp.int32(INT32_MAX)
+    state = tx.init(params)._replace(mini_step=full, gradient_step=full, skipped=full)
+    update = jax.jit(tx.update)
+    _, skipped = update(params * jnp.nan, state, params)
+    assert skipped.skipped == INT32_MAX
+    _, held = update(params, state, params, release=False)
+    assert held.mini_step == INT32_MAX
+    _, released = update(params, state, params)
+    assert released.gradient_step == INT32_MAX
+    assert released.mini_step == 0
+
+
+@pytest.mark.parametrize("fused", [False, True], ids=["update", "apply_gradients"])
+def test_every_k_of_one_passes_the_gradient_on_untouched(fused):
+    params = jnp.array([1.0, 2.0], jnp.bfloat16)
+    grads = jnp.array([1 / 3, 1e-3], jnp.bfloat16)
+    tx, inner = accumulate(1, optax.adam(0.1)), optax.adam(0.1)
+    expected, _ = inner.update(grads, inner.init(params), params)
+    # The mean of one is itself, whatever it weighs.
+    for weight in (None, 3.0, jnp.float32(1 / 7)):
+        out, state = (
+            apply_gradients(tx, grads, tx.init(params), params, weight=weight)
+            if fused
+            else tx.update(grads, tx.init(params), params, weight=weight)
+        )
+        expected_out = optax.apply_updates(params, expected) if fused else expected
+        np.testing.assert_array_equal(out, expected_out)
+        assert (int(state.gradient_step), bool(state.released)) == (1, True)
+        assert state.weight == (1.0 if weight is None else jnp.float32(weight))
+    tx = accumulate(1, use_grad_mean=False)
+    updates, _ = tx.update(grads, tx.init(params), weight=2.0)
+    np.testing.assert_array_equal(updates, 2 * grads)
+
+
+def test_sums_stay_readable_after_a_release():
+    grads = [jnp.array([1.0, 2.0]), jnp.array([4.0, 8.0])]
+    tx = accumulate(2, optax.sgd(1.0))
+    state = tx.init(jnp.zeros(2))
+    for g, w in zip(grads, (1.0, 2.0), strict=True):
+        updates, state = tx.update(g, state, weight=w)
+    np.testing.assert_array_equal(state.grad_sum, [9.0, 18.0])
+    assert state.weight == 3.0
+    np.testing.assert_allclose(-updates, [3.0, 6.0], rtol=2 * np.finfo(np.float32).eps)
+    _, state = tx.update(grads[0], state)
+    np.testing.assert_array_equal(get_state(state).grad_sum, grads[0])
+    assert state.weight == 1.0

@@ -1,0 +1,311 @@
+"""Random windows against the oracle: trees, dtypes, weights, skips, releases, schedules."""
+
+import dataclasses
+from typing import Any
+
+import hypothesis
+from hypothesis import strategies as st
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import reference
+import support
+
+import optaccum
+
+# Derandomised: the same examples on every run, so that a failure is a change of the code. Not
+# shrunk: every attempt compiles several programs.
+STABLE = hypothesis.settings(
+    deadline=None,
+    derandomize=True,
+    database=None,
+    phases=[hypothesis.Phase.explicit, hypothesis.Phase.generate],
+    suppress_health_check=list(hypothesis.HealthCheck),
+)
+DTYPES = [jnp.dtype(d) for d in (jnp.float32, jnp.bfloat16, jnp.float16, jnp.complex64)]
+BAD_WEIGHTS = [-1.0, float("nan"), float("inf"), float("-inf")]
+UNIT_ROUNDOFF = float(np.finfo(np.float32).eps) / 2
+
+
+@dataclasses.dataclass(frozen=True)
+class Leaf:
+    """Shape and dtype of a gradient leaf."""
+
+    shape: tuple[int, ...]
+    dtype: np.dtype
+
+    def draw(self, rng: np.random.Generator, nan: bool) -> np.ndarray:
+        # Multiples of 2^-5 up to 2, exact in every dtype: rounding begins in the library.
+        x = rng.integers(-64, 65, self.shape) / 32
+        if np.issubdtype(self.dtype, np.complexfloating):
+            x = x + 1j * rng.integers(-64, 65, self.shape) / 32
+        x = np.asarray(x).astype(self.dtype)
+        if nan and x.size:
+            x.reshape(-1)[rng.integers(x.size)] = np.nan
+        return x
+
+
+leaves = st.builds(
+    Leaf,
+    shape=st.lists(st.integers(0, 3), max_size=2).map(tuple),
+    dtype=st.sampled_from(DTYPES),
+)
+trees = st.recursive(
+    leaves,
+    lambda children: st.one_of(
+        st.dictionaries(st.sampled_from("abc"), st.none() | children, min_size=1, max_size=3),
+        st.lists(st.none() | children, min_size=1, max_size=2).map(tuple),
+    ),
+    max_leaves=4,
+)
+weights = st.one_of(st.just(0.0), st.sampled_from(BAD_WEIGHTS), st.floats(2**-10, 2**10, width=32))
+
+
+@st.composite
+def microbatches(draw: st.DrawFn, weights: st.SearchStrategy[float]) -> dict[str, Any]:
+    return {
+        "nan": draw(st.sampled_from([False, False, False, True])),
+        "weight": draw(weights),
+        "release": draw(st.sampled_from([None, None, None, True, False])),
+        "traced": draw(st.booleans()),
+    }
+
+
+def _jitted(tx: optax.GradientTransformation, api: str) -> Any:
+    """Returns a step whose `release` is traced if it is an array, and static otherwise."""
+    step = support.STEPS[api](tx)
+    static = jax.jit(step, static_argnames="release")
+    traced = jax.jit(step)
+
+    def call(*args, release, **kwargs):
+        return (traced if isinstance(release, jax.Array) else static)(
+            *args, release=release, **kwargs
+        )
+
+    return call
+
+
+def _assert_close(actual: Any, exact: np.ndarray | None, scale: np.ndarray | None, terms: int):
+    """Compares one leaf of the released gradient with the oracle's.
+
+    Each of n terms is rounded once when it is weighted (w g; twice for complex g, whose two
+    products are summed), then at most n times in the running sum, so the sum is off by at most
+    (n + 2) u sum |w g|, u = 2^-24. The sum of weights is off by n u, its reciprocal and the
+    product with it by u each: (2 n + 4) u to first order, and 10% for all higher orders. The
+    cast to the gradient's dtype rounds once more, to u_d |G|, or by half of float16's smallest
+    number where that is subnormal.
+    """
+    if exact is None:
+        assert actual is None
+        return
+    info = jnp.finfo(actual.dtype)
+    bound = 1.1 * (2 * terms + 4) * UNIT_ROUNDOFF * scale
+    # The same again on top of the rounding to `info.dtype`, which sees the inexact number.
+    bound = bound + float(info.eps) / 2 * (np.abs(exact) + bound)
+    bound = bound + float(info.smallest_subnormal)
+    actual = np.asarray(actual)
+    wide = actual.astype(np.complex128 if np.iscomplexobj(actual) else np.float64)
+    np.testing.assert_array_equal(np.isnan(wide), np.isnan(exact))
+    known = ~np.isnan(exact)
+    assert np.all(np.abs(wide - exact)[known] <= np.broadcast_to(bound, known.shape)[known])
+
+
+def _check(record, params, state):
+    """Compares what one call left behind with what the oracle says."""
+    assert bool(optaccum.has_released(state)) == record.released
+    counters = ("mini_step", "gradient_step", "skipped")
+    assert {name: int(getattr(state, name)) for name in counters} == {
+        name: getattr(record, name) for name in counters
+    }
+    assert int(state.inner_state.count) == record.gradient_step
+    np.testing.assert_allclose(state.weight, record.weight, rtol=16 * UNIT_ROUNDOFF)
+    flat = jax.tree.leaves(params, is_leaf=lambda x: x is None)
+    for i, leaf in enumerate(flat):
+        if record.gradient is None:
+            assert leaf is None or not np.any(np.asarray(leaf)), "a hold is not exactly zero"
+        else:
+            _assert_close(leaf, record.gradient[i], record.error_scale[i], record.terms)
+    if record.args is not None:
+        # As above; values are positive, so their mean is the scale of its own error.
+        bound = 1.1 * (2 * record.terms + 4) * UNIT_ROUNDOFF * record.args["value"]
+        assert abs(float(state.inner_state.value) - record.args["value"]) <= bound
+    sums = jax.tree.leaves(state.grad_sum, is_leaf=lambda x: x is None)
+    for leaf in sums:
+        assert leaf is None or leaf.dtype in (jnp.float32, jnp.complex64)
+
+
+def _run(tree, calls, tx, every_k, *, api, seed, skip_nan, use_grad_mean, static_weight=False):
+    rng = np.random.default_rng(seed)
+    flat, structure = jax.tree.flatten(tree, is_leaf=lambda x: x is None or isinstance(x, Leaf))
+    # Zero parameters before every call: what comes back is what was released.
+    zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), tree)
+    step, state = _jitted(tx, api), tx.init(zeros)
+    batches, outcomes = [], []
+    for call in calls:
+        gradient = [None if leaf is None else leaf.draw(rng, call["nan"]) for leaf in flat]
+        holds_nan = any(g is not None and np.any(np.isnan(g)) for g in gradient)
+        value = float(rng.integers(1, 65) / 32)
+        release = call["release"]
+        if release is not None and call["traced"]:
+            release = jnp.asarray(release)
+        weight = call["weight"] if static_weight else jnp.float32(call["weight"])
+        params, state = step(
+            zeros,
+            state,
+            jax.tree.unflatten(structure, gradient),
+            release=release,
+            weight=weight,
+            value=value,
+        )
+        outcomes.append((params, state))
+        batches.append(
+            reference.Microbatch(
+                gradient,
+                float(np.float32(call["weight"])),
+                call["release"],
+                rejected=skip_nan and holds_nan,
+                args={"value": value},
+            )
+        )
+    records = reference.simulate(batches, every_k, use_grad_mean=use_grad_mean)
+    for record, (params, state) in zip(records, outcomes, strict=True):
+        _check(record, params, state)
+
+
+@hypothesis.settings(STABLE, max_examples=40)
+@hypothesis.given(
+    tree=trees,
+    calls=st.lists(microbatches(weights), min_size=4, max_size=16),
+    lengths=st.lists(st.integers(1, 5), min_size=1, max_size=4),
+    scheduled=st.booleans(),
+    skip_nan=st.booleans(),
+    use_grad_mean=st.booleans(),
+    api=st.sampled_from(sorted(support.STEPS)),
+    seed=st.integers(0, 2**32 - 1),
+)
+def test_any_window_matches_the_oracle(
+    tree, calls, lengths, scheduled, skip_nan, use_grad_mean, api, seed
+):
+    """Whatever comes in: released gradients, averaged values and every counter are the oracle's."""
+    table = jnp.asarray(lengths)
+    tx = optaccum.accumulate(
+        (lambda step: table[jnp.minimum(step, len(lengths) - 1)]) if scheduled else lengths[0] + 1,
+        support.recording(),
+        use_grad_mean=use_grad_mean,
+        should_skip_update_fn=optax.skip_not_finite if skip_nan else None,
+        average_args=("value",),
+    )
+    every_k = (lambda step: lengths[min(step, len(lengths) - 1)]) if scheduled else lengths[0] + 1
+    _run(
+        tree,
+        calls,
+        tx,
+        every_k,
+        api=api,
+        seed=seed,
+        skip_nan=skip_nan,
+        use_grad_mean=use_grad_mean,
+    )
+
+
+@hypothesis.settings(STABLE, max_examples=8)
+@hypothesis.given(
+    tree=trees,
+    calls=st.lists(microbatches(st.just(0.0) | st.floats(2**-10, 2**10)), min_size=3, max_size=6),
+    every_k=st.integers(2, 3),
+    use_grad_mean=st.booleans(),
+    api=st.sampled_from(sorted(support.STEPS)),
+    seed=st.integers(0, 2**32 - 1),
+)
+def test_weights_known_at_trace_time_match_the_oracle(
+    tree, calls, every_k, use_grad_mean, api, seed
+):
+    """Python weights are judged while tracing, the window they make is the same."""
+    tx = optaccum.accumulate(
+        every_k, support.recording(), use_grad_mean=use_grad_mean, average_args=("value",)
+    )
+    _run(
+        tree,
+        calls,
+        tx,
+        every_k,
+        api=api,
+        seed=seed,
+        skip_nan=False,
+        use_grad_mean=use_grad_mean,
+        static_weight=True,
+    )
+
+
+@hypothesis.settings(STABLE, max_examples=12)
+@hypothesis.given(
+    tree=trees,
+    calls=st.lists(microbatches(weights), min_size=2, max_size=6),
+    skip_nan=st.booleans(),
+    use_grad_mean=st.booleans(),
+    api=st.sampled_from(sorted(support.STEPS)),
+    seed=st.integers(0, 2**32 - 1),
+)
+def test_windows_of_one_match_the_oracle(tree, calls, skip_nan, use_grad_mean, api, seed):
+    """Without an accumulator the semantics are the same, less a window to keep open."""
+    calls = [{**call, "release": call["release"] or None, "traced": False} for call in calls]
+    tx = optaccum.accumulate(
+        1,
+        support.recording(),
+        use_grad_mean=use_grad_mean,
+        should_skip_update_fn=optax.skip_not_finite if skip_nan else None,
+        average_args=("value",),
+    )
+    _run(
+        tree,
+        calls,
+        tx,
+        1,
+        api=api,
+        seed=seed,
+        skip_nan=skip_nan,
+        use_grad_mean=use_grad_mean,
+    )
+
+
+def test_the_oracle_itself():
+    """Windows worked out by hand, so that the oracle is not only compared with the library."""
+    g = [np.asarray([2.0]), None]
+    nan = [np.asarray([np.nan]), None]
+    records = reference.simulate(
+        [
+            reference.Microbatch(g, 1.0, args={"value": 1.0}),
+            reference.Microbatch(nan, 7.0, release=True, rejected=True, args={"value": 9.0}),
+            reference.Microbatch([np.asarray([6.0]), None], 3.0, args={"value": 5.0}),
+            reference.Microbatch(nan, 0.0, args={"value": 9.0}),
+            reference.Microbatch(g, 0.0, args={"value": 9.0}),
+            reference.Microbatch(g, 2.0, release=True, args={"value": 3.0}),
+            reference.Microbatch(g, -1.0, args={"value": 3.0}),
+            reference.Microbatch(g, 1.0, release=False, args={"value": 3.0}),
+        ],
+        lambda step: 2 if step == 0 else 1 + step,
+    )
+    assert [r.released for r in records] == [False, False, True, False, False, True, False, False]
+    assert [r.mini_step for r in records] == [1, 1, 0, 1, 0, 0, 0, 1]
+    assert [r.gradient_step for r in records] == [0, 0, 1, 1, 1, 2, 2, 2]
+    assert [r.skipped for r in records] == [0, 1, 1, 1, 1, 1, 2, 2]
+    assert [r.weight for r in records] == [1, 1, 4, 0, 0, 2, 2, 1]
+    assert records[2].gradient == [np.asarray([5.0]), None]
+    assert records[2].args == {"value": 4.0}
+    assert records[5].gradient == [np.asarray([2.0]), None]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_release_is_rounded_once(dtype):
+    """(1 + 2^-12) / 3 comes out as the nearest number of the gradient's dtype."""
+    tx = optaccum.accumulate(3, optax.identity())
+    state = tx.init({"w": jnp.zeros([], dtype)})
+    updates = None
+    for g in (1.0, 2.0**-12, 0.0):
+        updates, state = tx.update({"w": jnp.asarray(g, dtype)}, state)
+    nearest = np.asarray((1 + 2.0**-12) / 3).astype(dtype)
+    assert updates is not None
+    assert updates["w"].dtype == dtype
+    assert np.abs(np.complex128(updates["w"]) - np.complex128(nearest)) <= 2**-25

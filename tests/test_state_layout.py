@@ -1,0 +1,90 @@
+"""The state's layout, written out: a checkpoint written today must load tomorrow.
+
+A change here is a change of format: it belongs in the changelog under "State layout".
+"""
+
+import jax
+import jax.numpy as jnp
+import optax
+import pytest
+
+from optaccum import AccumulateState, accumulate
+
+PARAMS = {"b": jnp.zeros(2, jnp.bfloat16), "w": jnp.zeros((2, 3))}
+
+SCALARS = """
+.mini_step int32[]
+.gradient_step int32[]
+.released bool[]
+.skipped int32[]
+.weight float32[]
+"""
+SUMS = """
+.grad_sum['b'] float32[2]
+.grad_sum['w'] float32[2,3]
+"""
+ADAM = """
+.inner_state[0].count int32[]
+.inner_state[0].mu['b'] bfloat16[2]
+.inner_state[0].mu['w'] float32[2,3]
+.inner_state[0].nu['b'] bfloat16[2]
+.inner_state[0].nu['w'] float32[2,3]
+"""
+AVERAGED = """
+.arg_sums['value'] float32[]
+"""
+REPORT = """
+.skip_state['num_not_finite'] int32[]
+.skip_state['should_skip'] bool[]
+"""
+
+
+def _layout(state):
+    return [
+        f"{jax.tree_util.keystr(path)} {jax.typeof(leaf)}"
+        for path, leaf in jax.tree_util.tree_leaves_with_path(state)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("tx", "expected"),
+    [
+        (accumulate(4), SCALARS + SUMS),
+        (accumulate(4, optax.adam(0.1)), SCALARS + SUMS + ADAM),
+        (accumulate(lambda step: 4, optax.adam(0.1)), SCALARS + SUMS + ADAM),
+        (accumulate(jnp.int32(1), optax.adam(0.1)), SCALARS + SUMS + ADAM),
+        (accumulate(1, optax.adam(0.1)), SCALARS + ADAM),
+        (
+            accumulate(
+                4,
+                optax.adam(0.1),
+                should_skip_update_fn=optax.skip_not_finite,
+                average_args=("value",),
+            ),
+            SCALARS + SUMS + AVERAGED + REPORT + ADAM,
+        ),
+    ],
+    ids=["bare", "adam", "function", "array", "one", "all"],
+)
+def test_layout(tx, expected):
+    lines = [line for line in expected.splitlines() if line]
+    state = tx.init(PARAMS)
+    assert _layout(state) == lines
+    _, state = jax.jit(tx.update)(PARAMS, state, PARAMS, value=1.0)
+    assert _layout(state) == lines
+
+
+def test_fields():
+    assert AccumulateState._fields == (
+        "mini_step",
+        "gradient_step",
+        "released",
+        "skipped",
+        "weight",
+        "grad_sum",
+        "arg_sums",
+        "skip_state",
+        "inner_state",
+    )
+    state = accumulate(1, optax.sgd(0.1)).init(PARAMS)
+    assert (state.grad_sum, state.arg_sums, state.skip_state) == ((), {}, ())
