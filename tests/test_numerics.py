@@ -15,9 +15,8 @@ INT32_MAX = np.iinfo(np.int32).max
 
 def _release(tx, grads, params, **extra):
     """Returns the updates and state after the given microbatches."""
-    state = tx.init(params)
+    updates, state = params, tx.init(params)
     update = jax.jit(tx.update)
-    updates = None
     for g in grads:
         updates, state = update(g, state, params, **extra)
     return updates, state

@@ -3,8 +3,8 @@
 import functools
 
 import jax
-from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 import jax.numpy as jnp
+from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 import numpy as np
 import optax
 import pytest
@@ -103,8 +103,6 @@ def test_sharded_training_equals_the_full_batch(mesh, step):
     @functools.partial(jax.jit, donate_argnums=(0, 1))
     def train_step(params, state, x, weight):
         grads = jax.grad(_loss)(params, x)
-        if mesh.axis_types == (AxisType.Explicit,):
-            grads = jax.tree.map(lambda g, p: jax.reshard(g, jax.typeof(p).sharding), grads, params)
         return step(tx, grads, state, params, weight=weight)
 
     with jax.set_mesh(mesh):
