@@ -133,11 +133,11 @@ def weighted_mean(values: Sequence[np.ndarray], weights: Sequence[float]) -> np.
 def _weighted_sum(window: Sequence[Microbatch], magnitude: bool = False) -> Leaves:
     sums = _zeros(window[0].gradient)
     for microbatch in window:
-        for i, g in enumerate(microbatch.gradient):
+        for i, (g, total) in enumerate(zip(microbatch.gradient, sums, strict=True)):
             # A microbatch of weight zero adds nothing, even where its gradient is NaN.
-            if g is not None and microbatch.weight > 0:
+            if g is not None and total is not None and microbatch.weight > 0:
                 term = microbatch.weight * _wide(g)
-                sums[i] = sums[i] + (np.abs(term) if magnitude else term)
+                sums[i] = total + (np.abs(term) if magnitude else term)
     return sums
 
 

@@ -19,7 +19,7 @@ def test_the_example_runs_as_it_says(capsys):
 def test_two_commands_set_up_everything():
     commands = re.findall(r"```sh\n(.*)\n```", TEXT)
     assert len(commands) == 2
-    for command, program in zip(commands, ("examples/digits.py", "-m pytest -q"), strict=True):
+    for command, program in zip(commands, ("examples/digits.py", "-m pytest -q -n 2"), strict=True):
         assert command.startswith("python3 -m venv .venv && ")
         assert command.endswith(program)
 

@@ -69,9 +69,8 @@ def test_init_follows_the_parameters_eagerly(mesh):
     assert _specs(state.inner_state[0].mu) == _specs(params)
 
 
+@pytest.mark.parametrize("mesh", [AxisType.Explicit], indirect=True)
 def test_init_under_jit_follows_where_sharding_is_explicit(mesh):
-    if mesh.axis_types != (AxisType.Explicit,):
-        pytest.skip("automatic sharding needs the advice of the next test")
     with jax.set_mesh(mesh):
         params = _place(mesh)
         state = jax.jit(accumulate(2, optax.adam(0.1)).init)(params)
