@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import optax
 
 from optaccum import _arguments, _window
-from optaccum._state import AccumulateState
+from optaccum._state import AccumulateState, cast_like, strongly_typed
 
 
 class Accumulate(optax.GradientTransformationExtraArgs):
@@ -56,7 +56,8 @@ def accumulate(
 
     Guarantees:
         * A hold does not run `inner` nor touch its state; its updates are exact zeros of the
-          shapes and dtypes that a release returns.
+          shapes and dtypes that a release returns. (Under `jax.vmap` conditionals become
+          selects: `inner` runs for all members, and its result is kept for those that release.)
         * Sums are kept in `accumulator_dtype`, by default the parameter's dtype promoted to at
           least float32; G is cast back to the gradient's dtype. State leaves, the inner ones
           included, keep the dtype that `init` gave them: the state can be carried by `scan`.
@@ -71,19 +72,21 @@ def accumulate(
     case                                          result
     ============================================  ==============================================
     `every_k` the constant 1                      `inner` with a few scalars; no accumulator
-    `every_k` shrinks below an open `mini_step`   the next accepted microbatch closes the window
+    `every_k` shrinks below an open `mini_step`   the next accepted microbatch closes the window;
+                                                  a state with sums keeps them at `every_k` 1 too
     `every_k`, traced, is below 1                 as 1
     `release=True`                                closes the window, divided by what it holds
     `release=False`                               keeps it open, however many it holds
     `release` a Python bool                       decided when traced; no conditional compiled
+                                                  (where a window may be dropped, a select)
     `weight` 0                                    adds nothing, not even a NaN, but is counted
     weights of the window sum to 0                dropped when it closes: zero updates, `inner`
                                                   untouched, `gradient_step` unmoved
-    `weight` traced and negative, inf or NaN      the microbatch is rejected
+    `weight` an array: negative, inf or NaN       the microbatch is rejected
     `should_skip_update_fn` says skip             the microbatch is rejected
     rejected                                      the window stays as it was, `skipped` counts
                                                   it, nothing is released (`release=True` too)
-    a None gradient                               passes through; its sum stays as it was
+    a None gradient                               adds nothing; `inner` gets the None
     ============================================  ==============================================
 
     Schedules inside `inner` count releases, not microbatches. Transformations that act on every
@@ -111,8 +114,9 @@ def accumulate(
         should_skip_update_fn: `(grads, gradient_step, params) -> (bool[], report)`, Optax's
             protocol: `optax.skip_not_finite`, `functools.partial(optax.skip_large_updates,
             max_squared_norm=...)`. The report is kept in `skip_state`.
-        accumulator_dtype: dtype of the sums. A narrower one saves memory and loses bits; pass a
-            wider one where gradients are wider than their parameters.
+        accumulator_dtype: dtype of the sums. A narrower one saves memory, loses bits and may
+            overflow (a float16 sum with token weights). Pass a wider one where gradients are
+            wider than their parameters: they are cast to the sum's dtype.
         average_args: names of scalar extra arguments that `inner` should see as the window's
             weighted mean and not as the last microbatch's, `("value",)` for a loss. They are
             summed in float32.
@@ -123,7 +127,8 @@ def accumulate(
 
         * `weight`: scalar >= 0, how much this microbatch counts (default 1). Weights are summed
           in float32, token counts up to 2**24 exactly.
-        * `release`: None to count (the default), a bool, or a bool[].
+        * `release`: None to count (the default), a bool, or a bool[]. False is not None: to
+          close only the last window of an epoch early, pass `True if last else None`.
 
     Raises:
         TypeError: (here) for an `every_k` that is no integer, an `inner` that is no
@@ -133,14 +138,17 @@ def accumulate(
         ValueError: (here) for an `every_k` below 1; (in `init`) for a real `accumulator_dtype` on
             a complex parameter; (when `update` is traced) for gradients that do not fit the
             state, a Python number `weight` that is negative or not finite, a missing averaged
-            argument. No error touches the state.
+            argument, a `release` but None and True where `every_k` is 1. No error touches the
+            state.
 
     References:
         `optax.MultiSteps`, whose faults are why this exists: github.com/google-deepmind/optax
         issues 320 and 472.
     """
     every_k = _arguments.check_every_k(every_k)
-    inner = _arguments.check_transformation("`inner`", optax.identity() if inner is None else inner)
+    inner = optax.identity() if inner is None else inner
+    _arguments.check_transformation("`inner`", inner)
+    inner = _arguments.with_extra_args(inner)
     _arguments.check_skip_fn(should_skip_update_fn)
     accumulator_dtype = _arguments.check_accumulator_dtype(accumulator_dtype)
     average_args = _arguments.check_average_args(average_args)
@@ -151,7 +159,7 @@ def accumulate(
         skip_state = ()
         if should_skip_update_fn is not None:
             step = jax.ShapeDtypeStruct((), jnp.int32)
-            _, report = jax.eval_shape(should_skip_update_fn, trained, step, params)
+            _, report = jax.eval_shape(judge, trained, step, params)
             skip_state = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), report)
         return AccumulateState(
             mini_step=jnp.zeros([], jnp.int32),
@@ -162,48 +170,50 @@ def accumulate(
             grad_sum=() if every_one else _window.open_sums(trained, accumulator_dtype),
             arg_sums={name: jnp.zeros([], jnp.float32) for name in average_args},
             skip_state=skip_state,
-            inner_state=jax.tree.map(_strongly_typed, inner.init(params)),
+            inner_state=jax.tree.map(strongly_typed, inner.init(params)),
         )
 
-    def judge(grads, state, params, weight):
-        """Returns whether to accept the microbatch (True if that is certain), and a report."""
-        accept, skip_state = True, state.skip_state
-        if should_skip_update_fn is not None:
-            skip, report = should_skip_update_fn(grads, state.gradient_step, params)
-            accept, skip_state = ~_arguments.as_skip(skip), _cast_like(report, state.skip_state)
-        if isinstance(weight, jax.Array):
-            accept = _both(accept, jnp.isfinite(weight) & (weight >= 0))
-        return accept, skip_state
+    def judge(grads, gradient_step, params):
+        """Returns whether to skip the microbatch, and the report on it."""
+        assert should_skip_update_fn is not None
+        return _arguments.as_verdict(should_skip_update_fn(grads, gradient_step, params))
 
     def advance(grads, state, params, weight, release, extra_args, finish, idle):
         """Takes in one microbatch; returns what `finish` or `idle` made of it, and the state."""
+        _arguments.check_state(state)
+        # A state that came from a longer window has sums, perhaps of an open one: keep them.
+        alone = every_one and not jax.tree.leaves(state.grad_sum)
+        _check_gradients(grads, state, params, alone)
         weight, release = _arguments.as_weight(weight), _arguments.as_release(release)
         args = _arguments.averaged(average_args, extra_args)
-        if not every_one:
-            _window.check_fits(grads, state.grad_sum)
-        elif params is not None:
-            _window.check_fits(grads, _trained(params))
-        accept, skip_state = judge(grads, state, params, weight)
         certain = weight is None or (isinstance(weight, float) and weight > 0)
-        weight = None if weight is None else jnp.asarray(weight, jnp.float32)
+
+        accept, skip_state = True, state.skip_state
+        if should_skip_update_fn is not None:
+            skip, report = judge(grads, state.gradient_step, params)
+            accept, skip_state = ~skip, cast_like("should_skip_update_fn", report, skip_state)
+        if isinstance(weight, jax.Array):
+            accept = _both(accept, jnp.isfinite(weight) & (weight >= 0))
+        if weight is not None:
+            weight = jnp.asarray(weight, jnp.float32)
 
         count = jnp.asarray(optax.safe_increment(state.mini_step))
-        if every_one:
-            first, due = True, _due_every_time(release)
+        if alone:
+            first, due = True, _arguments.check_release_alone(release)
         else:
             first = state.mini_step == 0
-            length = _arguments.window_length(every_k, state.gradient_step)
+            length = jnp.asarray(_arguments.window_length(every_k, state.gradient_step), jnp.int32)
             due = count >= length if release is None else release
 
         add = functools.partial(_window.add, first=first, accept=accept)
         total = add(state.weight, 1.0 if weight is None else weight)
         arg_sums = add(state.arg_sums, args, weight)
-        grad_sum = state.grad_sum if every_one else add(state.grad_sum, grads, weight)
+        grad_sum = () if alone else add(state.grad_sum, grads, weight)
         closes = _both(accept, due)
         steps = closes if certain else _both(closes, jnp.greater(total, 0))
 
         def step():
-            if not every_one:
+            if not alone:
                 mean = _window.mean(grad_sum, total if use_grad_mean else None, like=grads)
             elif use_grad_mean or weight is None:
                 mean = grads
@@ -214,23 +224,12 @@ def accumulate(
             updates, inner_state = inner.update(
                 mean, state.inner_state, params, **{**extra_args, **means}
             )
-            return finish(updates), _cast_like(inner_state, state.inner_state)
+            return finish(updates), cast_like("inner", inner_state, state.inner_state)
 
         def hold():
             return idle(step), state.inner_state
 
-        # The sums stay outside the conditional: one fused pass a microbatch, and nothing for
-        # the branches to copy. A Python bool `release` leaves no conditional: where it is True
-        # and the window may yet be dropped, the step is taken and selected. Outside `jit` the
-        # predicate is a number, and a conditional would be compiled anew in every call.
-        if due is True and steps is not True:
-            select = functools.partial(jnp.where, steps)
-            result, inner_state = jax.tree.map(select, step(), hold())
-        elif isinstance(steps, Tracer):
-            result, inner_state = lax.cond(steps, step, hold)
-        else:
-            result, inner_state = step() if steps else hold()
-
+        result, inner_state = _branch(due, steps, step, hold)
         return result, AccumulateState(
             mini_step=jnp.where(closes, 0, jnp.where(accept, count, state.mini_step)),
             gradient_step=jnp.where(
@@ -255,7 +254,7 @@ def accumulate(
 
     def apply_fn(grads, state, params, *, weight=None, release=None, **extra_args):
         def finish(updates):
-            return optax.apply_updates(params, updates)
+            return apply_updates(params, updates)
 
         return advance(
             grads, state, params, weight, release, extra_args, finish, idle=lambda _: params
@@ -266,18 +265,46 @@ def accumulate(
     return tx
 
 
+def apply_updates(params: Any, updates: Any) -> Any:
+    """Returns `optax.apply_updates`, and the parameter itself where an update is None."""
+    return jax.tree.map(
+        lambda u, p: p if u is None else optax.apply_updates(p, u),
+        updates,
+        params,
+        is_leaf=lambda u: u is None,
+    )
+
+
+def _branch(due: Any, steps: Any, step: Callable[[], Any], hold: Callable[[], Any]) -> Any:
+    """Returns `step()` where `steps`, else `hold()`.
+
+    The sums stay outside the conditional: one fused pass a microbatch, and nothing for the
+    branches to copy. A Python bool `due` leaves no conditional: where it is True and the window
+    may yet be dropped, the step is taken and selected. Outside `jit` the predicate is a number,
+    and a conditional would be compiled anew in every call.
+    """
+    if due is True and steps is not True:
+        return jax.tree.map(functools.partial(jnp.where, steps), step(), hold())
+    if isinstance(steps, Tracer):
+        return lax.cond(steps, step, hold)
+    return step() if steps else hold()
+
+
 def _trained(params: Any) -> Any:
     """Returns the parameters that gradients are taken of: lookahead's slow copy has none."""
     return params.fast if isinstance(params, optax.LookaheadParams) else params
 
 
-def _due_every_time(release: bool | jax.Array | None) -> bool:
-    if release is None or release is True:
-        return True
-    raise ValueError(
-        "`release` must be None or True where `every_k` is 1, which has no accumulator to hold a "
-        f"gradient in, got {release}; build with every_k >= 2 (`release` then overrides the count)"
-    )
+def _check_gradients(grads: Any, state: AccumulateState, params: Any, alone: bool) -> None:
+    if alone:
+        _window.check_fits(grads, grads if params is None else _trained(params))
+        return
+    if jax.tree.structure(state.grad_sum) == jax.tree.structure(()) and jax.tree.leaves(grads):
+        raise ValueError(
+            "the optimizer state has no accumulator: it was made with `every_k=1`; give it one "
+            "with `state._replace(grad_sum=tx.init(params).grad_sum)`"
+        )
+    _window.check_fits(grads, state.grad_sum)
 
 
 def _both(a: jax.Array | bool, b: jax.Array | bool) -> jax.Array | bool:
@@ -287,14 +314,3 @@ def _both(a: jax.Array | bool, b: jax.Array | bool) -> jax.Array | bool:
     if isinstance(b, bool):
         return a if b else False
     return a & b
-
-
-def _strongly_typed(x: Any) -> Any:
-    if isinstance(x, jax.Array | float | int | complex) or hasattr(x, "__array__"):
-        x = jnp.asarray(x)
-        return x.astype(x.dtype) if jax.typeof(x).weak_type else x
-    return x
-
-
-def _cast_like(tree: Any, like: Any) -> Any:
-    return jax.tree.map(lambda x, y: jnp.asarray(x).astype(y.dtype), tree, like)

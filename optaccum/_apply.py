@@ -3,10 +3,11 @@
 from typing import Any
 
 from jax import lax
+from jax.core import Tracer
 import optax
 
 from optaccum import _arguments
-from optaccum._accumulate import Accumulate
+from optaccum._accumulate import Accumulate, apply_updates
 from optaccum._state import AccumulateState
 
 
@@ -17,8 +18,8 @@ def apply_gradients(
 
     The result is that of the two calls, for any Optax transformation. If `tx` is an
     :func:`accumulate`, the parameters are updated inside its release branch, so that a hold
-    neither writes zeros nor touches the parameters. If one is the last link of an
-    `optax.chain`, the addition is skipped on hold.
+    neither writes zeros nor touches the parameters. If one is the last link of `tx`, an
+    `optax.chain`, the addition is skipped on hold. A parameter whose update is None is kept.
 
     Donate `params` and `opt_state`, and return them in the order in which they are taken: XLA
     pairs donated inputs with outputs of the same shape in order, and copies where they cross.
@@ -49,16 +50,28 @@ def apply_gradients(
         `(params, opt_state)`.
 
     Raises:
-        TypeError: if `tx` is no transformation; else what `tx.update` raises.
+        TypeError: if `tx` is no transformation.
+        Exception: what `tx.update` raises.
     """
-    if isinstance(tx, Accumulate):
-        return tx.apply(grads, opt_state, params, **extra_args)
-    tx = _arguments.check_transformation("`tx`", tx)
+    apply = getattr(tx, "apply", None) if isinstance(tx, Accumulate) else None
+    if apply is not None:
+        return apply(grads, opt_state, params, **extra_args)
+    _arguments.check_transformation("`tx`", tx)
     updates, opt_state = tx.update(grads, opt_state, params, **extra_args)
-    last = opt_state
-    while type(last) is tuple and last:
-        last = last[-1]
-    if not isinstance(last, AccumulateState):
-        return optax.apply_updates(params, updates), opt_state
-    params = lax.cond(last.released, optax.apply_updates, lambda params, _: params, params, updates)
-    return params, opt_state
+    released = opt_state[-1].released if _ends_with_accumulate(tx, opt_state) else True
+    if not isinstance(released, Tracer):  # outside jit a conditional is compiled in every call
+        return apply_updates(params, updates), opt_state
+    return lax.cond(released, apply_updates, lambda params, _: params, params, updates), opt_state
+
+
+def _ends_with_accumulate(tx: optax.GradientTransformation, opt_state: Any) -> bool:
+    """Returns whether the updates are those of an accumulate: exact zeros on a hold.
+
+    A chain is known by its code. A tuple that ends in an AccumulateState could be anybody's, who
+    may go on to change the updates.
+    """
+    is_chain = getattr(tx.update, "__code__", None) is _CHAIN_CODE
+    return is_chain and isinstance(opt_state[-1], AccumulateState)
+
+
+_CHAIN_CODE = getattr(optax.chain(optax.identity()).update, "__code__", ())

@@ -5,6 +5,7 @@ traced. What is known at trace time stays a Python value, so that the program ne
 """
 
 from collections.abc import Callable
+import inspect
 import operator
 from typing import Any
 
@@ -14,7 +15,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from optaccum._state import AccumulateState
+
 _INT32_MAX = np.iinfo(np.int32).max
+_FLOAT32_MAX = float(np.finfo(np.float32).max)
 
 
 def check_every_k(every_k: Any) -> int | jax.Array | Callable[[jax.Array], Any]:
@@ -52,21 +56,32 @@ def window_length(
     if not callable(every_k):
         return every_k
     length = every_k(gradient_step)
-    _check_scalar("`every_k(gradient_step)` (cast a float schedule)", length, jnp.integer)
+    remedy = "; cast a float schedule with `.astype(int)`"
+    _check_scalar("`every_k(gradient_step)`", length, jnp.integer, remedy=remedy)
     if isinstance(length, jax.Array):
         return length
     _check_at_least_one(int(length))
     return int(length)
 
 
-def check_transformation(name: str, tx: Any) -> optax.GradientTransformationExtraArgs:
-    """Returns `tx`, made to accept extra arguments."""
+def check_transformation(name: str, tx: Any) -> None:
+    """Raises unless `tx` has the `init` and `update` of a transformation."""
     if not (callable(getattr(tx, "init", None)) and callable(getattr(tx, "update", None))):
         hint = "; call it to build the transformation" if callable(tx) else ""
         raise TypeError(
             f"{name} must be an optax.GradientTransformation such as optax.adam(1e-3), got "
             f"{tx!r} of type {type(tx).__name__}{hint}"
         )
+
+
+def with_extra_args(tx: Any) -> optax.GradientTransformationExtraArgs:
+    """Returns `tx` accepting extra arguments, and handing them on if it takes any.
+
+    `optax.with_extra_args_support` drops them for all but one class, `optax.MultiSteps` included.
+    """
+    parameters = inspect.signature(tx.update).parameters.values()
+    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
+        return optax.GradientTransformationExtraArgs(tx.init, tx.update)
     return optax.with_extra_args_support(tx)
 
 
@@ -136,10 +151,9 @@ def as_weight(weight: Any) -> float | jax.Array | None:
     _check_scalar("`weight`", weight, jnp.floating, jnp.integer, jnp.bool_)
     if isinstance(weight, jax.Array):
         return weight.astype(jnp.float32)
-    known = float(np.float32(weight))
-    if not 0 <= known < float("inf"):
-        raise ValueError(f"`weight` must be finite and >= 0, got {weight!r}")
-    return known
+    if not 0 <= weight <= _FLOAT32_MAX:
+        raise ValueError(f"`weight` must be finite in float32 and >= 0, got {weight!r}")
+    return float(np.float32(weight))
 
 
 def as_release(release: Any) -> bool | jax.Array | None:
@@ -150,18 +164,43 @@ def as_release(release: Any) -> bool | jax.Array | None:
     return release if isinstance(release, jax.Array) else bool(release)
 
 
-def as_skip(should_skip: Any) -> jax.Array:
-    """Returns the verdict of a `should_skip_update_fn` as a bool[]."""
+def as_verdict(result: Any) -> tuple[jax.Array, Any]:
+    """Returns what a `should_skip_update_fn` returned as a bool[] and a report."""
+    if not isinstance(result, tuple) or len(result) != 2:
+        raise TypeError(
+            "`should_skip_update_fn` must return a pair (bool[], report), such as "
+            f"`(jnp.any(bad), ())`, got {result!r}"
+        )
+    should_skip, report = result
     _check_scalar("the first result of `should_skip_update_fn`", should_skip, jnp.bool_)
-    return jnp.asarray(should_skip)
+    return jnp.asarray(should_skip), report
 
 
-def _check_scalar(name: str, value: Any, *kinds: Any) -> None:
+def check_release_alone(release: bool | jax.Array | None) -> bool:
+    """Returns True: a window of one microbatch is always due, and cannot be held open."""
+    if release is None or release is True:
+        return True
+    raise ValueError(
+        "`release` must be None or True where `every_k` is 1, which has no accumulator to hold a "
+        f"gradient in, got {release}; build with every_k >= 2 (`release` then overrides the count)"
+    )
+
+
+def check_state(state: Any) -> None:
+    """Raises unless `state` is what `init` returns."""
+    if not isinstance(state, AccumulateState):
+        raise TypeError(
+            f"the optimizer state must be the AccumulateState that `init` returns, got "
+            f"{type(state).__name__}; the order is update(grads, state, params)"
+        )
+
+
+def _check_scalar(name: str, value: Any, *kinds: Any, remedy: str = "") -> None:
     known = isinstance(value, jax.Array | np.ndarray | np.generic | int | float | complex)
     fits = known and jnp.shape(value) == ()
     if not (fits and any(jnp.issubdtype(jnp.result_type(value), kind) for kind in kinds)):
         wanted = " or ".join(getattr(kind, "__name__", str(kind)) for kind in kinds)
-        raise TypeError(f"{name} must be a scalar ({wanted}), got {_describe(value)}")
+        raise TypeError(f"{name} must be a scalar ({wanted}), got {_describe(value)}{remedy}")
 
 
 def _describe(value: Any) -> str:

@@ -3,6 +3,7 @@
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import optax
 
 
@@ -64,7 +65,7 @@ def get_state(opt_state: Any) -> AccumulateState:
 
 
 def has_released(opt_state: Any) -> jax.Array:
-    """Return whether the last update released a window, as a bool[].
+    """Return whether the last update released a window, as a bool[] (one a member under vmap).
 
     False before the first update, on every hold, after a rejected microbatch and after a window
     that was dropped because its weights sum to zero.
@@ -75,4 +76,29 @@ def has_released(opt_state: Any) -> jax.Array:
     Raises:
         ValueError: as :func:`get_state` does.
     """
-    return get_state(opt_state).released
+    # Containers of arrays, such as the variables of flax.nnx, are leaves here that hold a leaf.
+    (released,) = jax.tree.leaves(get_state(opt_state).released)
+    return released
+
+
+def strongly_typed(x: Any) -> Any:
+    """Returns a leaf of a fresh state as an array that keeps its dtype in every operation."""
+    if isinstance(x, jax.Array | float | int | complex) or hasattr(x, "__array__"):
+        x = jnp.asarray(x)
+        return x.astype(x.dtype) if jax.typeof(x).weak_type else x
+    return x
+
+
+def cast_like(name: str, tree: Any, like: Any) -> Any:
+    """Returns `tree` in the dtypes of `like`, strongly typed."""
+    if jax.tree.structure(tree) != jax.tree.structure(like):
+        raise ValueError(
+            f"`{name}` returned a state of the tree structure {jax.tree.structure(tree)}, but "
+            f"began with {jax.tree.structure(like)}; the structure of a state cannot change"
+        )
+
+    def cast(x, y):
+        x, dtype = jnp.asarray(x), jnp.result_type(y)
+        return x if x.dtype == dtype and not jax.typeof(x).weak_type else x.astype(dtype)
+
+    return jax.tree.map(cast, tree, like)

@@ -45,6 +45,16 @@ def _name(path: Any) -> str:
     return jax.tree_util.keystr(path) or "(the only leaf)"
 
 
+def _dtype(kind: str, path: Any, leaf: Any) -> jnp.dtype:
+    try:
+        return jnp.result_type(leaf)
+    except (TypeError, ValueError) as error:
+        raise TypeError(
+            f"{kind} leaf {_name(path)} is not an array but {leaf!r}; pass arrays only "
+            "(equinox.filter, flax.nnx.split)"
+        ) from error
+
+
 def open_sums(params: Any, accumulator_dtype: jnp.dtype | None = None) -> Any:
     """Returns zeros that gradients of `params` can be summed in.
 
@@ -59,10 +69,11 @@ def open_sums(params: Any, accumulator_dtype: jnp.dtype | None = None) -> Any:
 
     Raises:
         ValueError: if `accumulator_dtype` is real and a leaf is complex.
+        TypeError: if a leaf is not an array.
     """
 
     def zeros(path, p):
-        dtype = jnp.result_type(p)
+        dtype = _dtype("parameter", path, p)
         if jnp.issubdtype(dtype, jnp.inexact):
             dtype = _sum_dtype(path, dtype, accumulator_dtype)
         return jnp.zeros_like(p, dtype=dtype)
@@ -79,11 +90,11 @@ def check_fits(grads: Any, like: Any) -> None:
 
     Raises:
         ValueError: if the trees, the shapes, or real and complex leaves differ.
-        TypeError: if a gradient leaf is an integer, a boolean or a float0.
+        TypeError: if a gradient leaf is an integer, a boolean, a float0, or no array.
     """
 
     def check(path, g, expected):
-        dtype = jax.dtypes.float0 if _is_float0(g) else jnp.result_type(g)
+        dtype = jax.dtypes.float0 if _is_float0(g) else _dtype("gradient", path, g)
         if not jnp.issubdtype(dtype, jnp.inexact):
             kind = "float0" if _is_float0(g) else dtype
             raise TypeError(
@@ -155,7 +166,7 @@ def add(
     Args:
         sums: a pytree of sums; its dtypes are kept. Narrower than float32, they are added to in
             float32 and rounded once.
-        values: a pytree like `sums`; where it is None the sum stays as it is.
+        values: a pytree like `sums`; a None adds nothing.
         weight: f32[] >= 0, or None for 1 without a multiplication.
         first: bool[], whether this microbatch opens the window: then the old sums are
             overwritten, not read.
@@ -164,14 +175,20 @@ def add(
 
     def leaf(x, s):
         if x is None:
-            return s
+            return jax.tree.map(begin, s)
+        s = jnp.asarray(s)
         dtype = _at_least_float32(s.dtype)
         old, term = s.astype(dtype), jnp.asarray(x).astype(dtype)
         if weight is not None:
-            zero = jnp.zeros_like(term)
-            term = lax.select(weight > 0, term * weight.astype(_real(dtype)), zero)
+            term = lax.select(weight > 0, term * weight.astype(dtype), jnp.zeros_like(term))
         new = _select(first, term, old + term)
         return _select(accept, new.astype(s.dtype), s)
+
+    def begin(s):
+        """Keeps a sum that gets nothing; that of the last window must still go."""
+        if not jnp.issubdtype(s.dtype, jnp.inexact):
+            return s
+        return _select(accept, _select(first, jnp.zeros_like(s), s), s)
 
     return jax.tree.map(leaf, values, sums, is_leaf=_is_none)
 
@@ -200,7 +217,7 @@ def mean(sums: Any, weight: jax.Array | None, like: Any) -> Any:
         dtype = _at_least_float32(s.dtype)
         total = s.astype(dtype)
         if weight is not None:
-            total = total * reciprocal.astype(_real(dtype))
+            total = total * reciprocal.astype(dtype)
         return total.astype(jnp.result_type(x))
 
     return jax.tree.map(leaf, like, sums, is_leaf=_is_none)

@@ -6,8 +6,22 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+import pytest
 
 import optaccum
+
+
+def update_and_apply(
+    tx: optax.GradientTransformation, grads: Any, opt_state: Any, params: Any, **extra_args: Any
+) -> tuple[Any, Any]:
+    """Returns what `apply_gradients` should: parameters and state, by the two calls of Optax."""
+    updates, opt_state = tx.update(grads, opt_state, params, **extra_args)
+    return optax.apply_updates(params, updates), opt_state
+
+
+every_step = pytest.mark.parametrize(
+    "step", [update_and_apply, optaccum.apply_gradients], ids=["update", "apply_gradients"]
+)
 
 
 def update_step(tx: optax.GradientTransformation) -> Callable[..., tuple[Any, Any]]:
@@ -15,8 +29,7 @@ def update_step(tx: optax.GradientTransformation) -> Callable[..., tuple[Any, An
     tx = optax.with_extra_args_support(tx)
 
     def step(params, opt_state, grads, **extra_args):
-        updates, opt_state = tx.update(grads, opt_state, params, **extra_args)
-        return optax.apply_updates(params, updates), opt_state
+        return update_and_apply(tx, grads, opt_state, params, **extra_args)
 
     return step
 

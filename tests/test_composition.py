@@ -7,8 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from support import every_step, update_and_apply
 
-from optaccum import accumulate, apply_gradients, get_state, has_released
+from optaccum import accumulate, get_state, has_released
 
 K, WINDOWS = 4, 3
 PARAMS = {"w": jax.random.normal(jax.random.key(0), (4, 3)), "b": jnp.ones(3)}
@@ -29,17 +30,7 @@ MICROBATCHES = [_gradients(i) for i in range(K * WINDOWS)]
 FULL_BATCHES = [_mean(MICROBATCHES[i : i + K]) for i in range(0, K * WINDOWS, K)]
 
 
-def _update(tx, grads, state, params, **extra):
-    updates, state = tx.update(grads, state, params, **extra)
-    return optax.apply_updates(params, updates), state
-
-
-every_step = pytest.mark.parametrize(
-    "step", [_update, apply_gradients], ids=["update", "apply_gradients"]
-)
-
-
-def _train(tx, batches, step=_update, params=PARAMS, **extra):
+def _train(tx, batches, step=update_and_apply, params=PARAMS, **extra):
     run = jax.jit(functools.partial(step, tx, **extra))
     state = tx.init(params)
     for grads in batches:

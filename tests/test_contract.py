@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from support import every_step, update_and_apply
 
 from optaccum import accumulate, apply_gradients, get_state
 
@@ -48,18 +49,10 @@ def _gradients(i, dtype=None):
     }
 
 
-def _update(tx, grads, state, params, **extra):
-    updates, state = tx.update(grads, state, params, **extra)
-    return optax.apply_updates(params, updates), state
-
-
-STEPS = {"update": _update, "apply_gradients": apply_gradients}
-
 every_factory = pytest.mark.parametrize("factory", FACTORIES.values(), ids=FACTORIES)
 # Each takes another path through the transformation; the rest differ in dtypes alone.
 PATHS = ("bare", "adamw", "one", "function", "skip", "average")
 every_path = pytest.mark.parametrize("factory", [FACTORIES[path] for path in PATHS], ids=PATHS)
-every_step = pytest.mark.parametrize("step", STEPS.values(), ids=STEPS)
 
 
 def _types(tree):
@@ -291,7 +284,7 @@ def test_equinox_filtered_trees(step):
     ],
 )
 def test_apply_gradients_is_update_then_apply_updates_for_any_transformation(tx):
-    runs = [jax.jit(functools.partial(step, tx)) for step in STEPS.values()]
+    runs = [jax.jit(functools.partial(step, tx)) for step in (update_and_apply, apply_gradients)]
     results = [(PARAMS, tx.init(PARAMS)) for _ in runs]
     for i in range(4):
         results = [

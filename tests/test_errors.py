@@ -51,7 +51,7 @@ def test_every_integer_scalar_is_an_every_k(every_k):
     ("returned", "error", "message"),
     [
         (2.0, TypeError, r"`every_k\(gradient_step\)`.*scalar \(integer\), got 2\.0"),
-        (jnp.float32(2), TypeError, r"`every_k\(gradient_step\)` \(cast a float schedule\)"),
+        (jnp.float32(2), TypeError, r"got float32\[\]; cast a float schedule with"),
         (jnp.array([2]), TypeError, r"`every_k\(gradient_step\)`.*got int32\[1\]"),
         ("2", TypeError, r"`every_k\(gradient_step\)`.*got '2'"),
         (0, ValueError, r"`every_k` must be >= 1, got 0"),
@@ -100,8 +100,46 @@ def test_should_skip_update_fn():
     with pytest.raises(TypeError, match=r"`should_skip_update_fn` must be a function.*got True"):
         accumulate(4, optax.sgd(0.1), should_skip_update_fn=True)  # pyright: ignore
     tx = accumulate(4, optax.sgd(0.1), should_skip_update_fn=lambda grads, step, params: (step, ()))
-    with pytest.raises(TypeError, match=r"`should_skip_update_fn` must be a scalar \(bool"):
+    with pytest.raises(TypeError, match=r"`should_skip_update_fn` must be a scalar \(bool.*int32"):
+        tx.init(PARAMS)
+    tx = accumulate(4, optax.sgd(0.1), should_skip_update_fn=lambda *_: jnp.array(False))
+    with pytest.raises(TypeError, match=r"`should_skip_update_fn` must return a pair"):
+        tx.init(PARAMS)
+
+
+def test_parameters_that_are_not_arrays():
+    with pytest.raises(TypeError, match=r"parameter leaf \['activation'\] is not an array but"):
+        accumulate(4, optax.sgd(0.1)).init({"w": jnp.ones(2), "activation": jax.nn.relu})
+
+
+@pytest.mark.parametrize("every_k", [1, 4])
+def test_a_state_that_is_not_ours(every_k):
+    tx = accumulate(every_k, optax.sgd(0.1))
+    with pytest.raises(TypeError, match=r"must be the AccumulateState.*got dict; the order is"):
+        tx.update(GRADS, PARAMS, tx.init(PARAMS))
+    with pytest.raises(TypeError, match=r"must be the AccumulateState.*got tuple"):
+        apply_gradients(tx, GRADS, optax.adam(0.1).init(PARAMS), PARAMS)
+
+
+def test_a_state_without_sums_for_a_longer_window():
+    state = accumulate(1, optax.sgd(0.1)).init(PARAMS)
+    tx = accumulate(4, optax.sgd(0.1))
+    with pytest.raises(ValueError, match=r"made with `every_k=1`; give it one with `state._repl"):
+        tx.update(GRADS, state, PARAMS)
+    tx.update(GRADS, state._replace(grad_sum=tx.init(PARAMS).grad_sum), PARAMS)
+
+
+def test_an_inner_state_that_changes_its_structure():
+    inner = optax.GradientTransformation(lambda _: None, lambda g, state, params=None: (g, 1.0))
+    tx = accumulate(1, inner)
+    with pytest.raises(ValueError, match=r"`inner` returned a state of the tree structure"):
         tx.update(GRADS, tx.init(PARAMS), PARAMS)
+
+
+def test_kinds_are_checked_where_there_is_nothing_to_compare_with():
+    tx = accumulate(1, optax.sgd(0.1))
+    with pytest.raises(TypeError, match=r"gradient leaf .* has dtype int32"):
+        tx.update(jax.tree.map(lambda x: x.astype(int), GRADS), tx.init(PARAMS))
 
 
 def _set(path, value):
@@ -138,6 +176,12 @@ def test_gradients_that_do_not_fit(every_k, grads, error, message, fused):
         jax.jit(step)(grads, tx.init(PARAMS), PARAMS)
 
 
+def test_a_gradient_that_is_not_an_array():
+    tx = accumulate(4, optax.sgd(0.1))
+    with pytest.raises(TypeError, match=r"gradient leaf \['layer'\]\['w'\] is not an array but"):
+        tx.update(_set("w", "gradient"), tx.init(PARAMS), PARAMS)
+
+
 def test_an_unlike_container_of_the_same_leaves():
     tx = accumulate(4, optax.sgd(0.1))
     state = tx.init((jnp.ones(2), jnp.ones(3)))
@@ -155,9 +199,15 @@ def test_an_unlike_container_of_the_same_leaves():
         ({"weight": "3"}, TypeError, r"`weight` must be a scalar.*got '3'"),
         ({"weight": 1j}, TypeError, r"`weight` must be a scalar"),
         ({"weight": [1.0]}, TypeError, r"`weight` must be a scalar"),
-        ({"weight": -1}, ValueError, r"`weight` must be finite and >= 0, got -1"),
-        ({"weight": float("nan")}, ValueError, r"`weight` must be finite and >= 0, got nan"),
-        ({"weight": np.float32("inf")}, ValueError, r"`weight` must be finite and >= 0"),
+        ({"weight": -1}, ValueError, r"`weight` must be finite in float32 and >= 0, got -1"),
+        (
+            {"weight": float("nan")},
+            ValueError,
+            r"`weight` must be finite in float32 and >= 0, got nan",
+        ),
+        ({"weight": np.float32("inf")}, ValueError, r"`weight` must be finite in float32 and >= 0"),
+        ({"weight": 1e39}, ValueError, r"`weight` must be finite in float32.*got 1e\+39"),
+        ({"weight": 10**400}, ValueError, r"`weight` must be finite in float32"),
         ({"release": 1}, TypeError, r"`release` must be a scalar \(bool.*got 1 of type int"),
         ({"release": jnp.ones(2, bool)}, TypeError, r"`release` must be a scalar.*got bool\[2\]"),
         ({"release": "yes"}, TypeError, r"`release` must be a scalar"),

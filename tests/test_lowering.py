@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 import pytest
+from support import every_step, update_and_apply
 
 from optaccum import accumulate, apply_gradients
 
@@ -16,16 +17,6 @@ PARAMETER_BYTES = sum(p.nbytes for p in PARAMS.values())
 # The scalars of the state, and the few hundred bytes that XLA aligns them to.
 SCALARS = 4096
 LION = optax.lion(0.1)
-
-
-def _update(tx, grads, state, params, **extra):
-    updates, state = tx.update(grads, state, params, **extra)
-    return optax.apply_updates(params, updates), state
-
-
-every_step = pytest.mark.parametrize(
-    "step", [_update, apply_gradients], ids=["update", "apply_gradients"]
-)
 
 
 def _compile(tx, step=apply_gradients, *, weighted=False, **static):
@@ -58,7 +49,7 @@ def _primitives(tx, step, **extra):
 @pytest.mark.parametrize("k", [2, 64])
 def test_apply_gradients_has_no_more_temporaries_than_the_inner_optimizer(inner, k):
     """None for sgd and adamw; lion itself needs its old momentum beside the new one."""
-    alone = _temporaries(_compile(inner, _update))
+    alone = _temporaries(_compile(inner, update_and_apply))
     assert _temporaries(_compile(accumulate(k, inner))) <= alone + SCALARS
     assert alone < (2 * PARAMETER_BYTES if inner is LION else SCALARS)
 
@@ -80,14 +71,14 @@ def test_nor_with_options_than_what_they_call(use_grad_mean, skip, weighted):
 
 
 def test_update_has_at_most_one():
-    compiled = _compile(accumulate(4, optax.adamw(0.1)), _update)
+    compiled = _compile(accumulate(4, optax.adamw(0.1)), update_and_apply)
     assert _temporaries(compiled) < PARAMETER_BYTES + SCALARS
     assert " conditional(" in compiled.as_text()
 
 
 def test_multi_steps_has_three():
     """The incumbent, by the same measure: so the measure sees temporaries."""
-    assert _temporaries(_compile(optax.MultiSteps(optax.adamw(0.1), 4), _update)) > (
+    assert _temporaries(_compile(optax.MultiSteps(optax.adamw(0.1), 4), update_and_apply)) > (
         2.5 * PARAMETER_BYTES
     )
 

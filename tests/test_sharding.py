@@ -8,8 +8,9 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 import numpy as np
 import optax
 import pytest
+from support import every_step, update_and_apply
 
-from optaccum import accumulate, apply_gradients
+from optaccum import accumulate
 
 DEVICES = 8
 PARAMS = {"w": np.arange(32, dtype=np.float32).reshape(8, 4) / 32, "b": np.ones(4, np.float32)}
@@ -28,16 +29,6 @@ def _loss(params, x):
     return jnp.mean((x @ params["w"] + params["b"]) ** 2)
 
 
-def _update(tx, grads, state, params, **extra):
-    updates, state = tx.update(grads, state, params, **extra)
-    return optax.apply_updates(params, updates), state
-
-
-every_step = pytest.mark.parametrize(
-    "step", [_update, apply_gradients], ids=["update", "apply_gradients"]
-)
-
-
 def _place(mesh):
     return jax.device_put(PARAMS, {name: NamedSharding(mesh, s) for name, s in SPECS.items()})
 
@@ -51,7 +42,7 @@ def _expected():
     state = optax.adam(0.1).init(params)
     for i in (0, 2):
         grads = jax.grad(_loss)(params, BATCH[i : i + 2].reshape(32, 8))
-        params, state = _update(optax.adam(0.1), grads, state, params)
+        params, state = update_and_apply(optax.adam(0.1), grads, state, params)
     return params
 
 
