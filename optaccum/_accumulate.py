@@ -37,10 +37,10 @@ def accumulate(
         G = (sum_i w_i g_i) / (sum_i w_i)        use_grad_mean=True, the default
         G =  sum_i w_i g_i                       use_grad_mean=False
 
-    which is the gradient of the whole window taken as one batch, if every g_i is the gradient of
-    a mean over w_i examples (or tokens). The window closes with the microbatch that makes
-    `mini_step >= every_k`, or where `release` says so. It is then *released*: `inner` steps once,
-    on G, with that microbatch's `params` and extra arguments. All other calls *hold*.
+    which is the gradient of the whole window as one batch, if g_i is that of a mean over w_i
+    examples or tokens. The window closes with the microbatch that makes `mini_step >= every_k`,
+    or where `release` says so. It is then *released*: `inner` steps once, on G, with that
+    microbatch's `params` and extra arguments. All other calls *hold*.
 
     >>> import jax.numpy as jnp, optax
     >>> from optaccum import accumulate, apply_gradients, has_released
@@ -66,7 +66,6 @@ def accumulate(
         * A microbatch costs one fused pass over the sums. With `optaccum.apply_gradients` and
           donated buffers the compiled step has no temporary as large as the parameters; with
           `update` it has the updates.
-        * The new state, `grad_sum / weight` included, can be read at any time.
 
     ============================================  ==============================================
     case                                          result
@@ -89,13 +88,11 @@ def accumulate(
     a None gradient                               adds nothing; `inner` gets the None
     ============================================  ==============================================
 
-    Schedules inside `inner` count releases, not microbatches. Transformations that act on every
-    call (`optax.ema`, `optax.lookahead`, `optax.contrib.schedule_free`) belong inside `inner`.
-
-    Without `inner` the transformation emits zeros until a window is released, then G. That is
-    right only in front of *stateless* transformations, `optax.chain(accumulate(4),
-    optax.sgd(0.1))`: to a stateful one like Adam zeros are gradients, which decay its moments and
-    count as steps. Give it as `inner` instead.
+    Schedules inside `inner` count releases. Without `inner` the transformation emits zeros until
+    a window is released, then G: right only in front of *stateless* transformations,
+    `optax.chain(accumulate(4), optax.sgd(0.1))`. To a stateful one like Adam zeros are gradients,
+    which decay its moments and count as steps. It, and all that acts on every call (`optax.ema`,
+    `optax.lookahead`, `optax.contrib.schedule_free`), belongs inside `inner`.
 
     State made eagerly, or under explicit sharding, is sharded like the parameters. Under
     `jax.jit` with automatic sharding the compiler places zeros where it likes, so say where::
@@ -131,15 +128,13 @@ def accumulate(
           close only the last window of an epoch early, pass `True if last else None`.
 
     Raises:
-        TypeError: (here) for an `every_k` that is no integer, an `inner` that is no
-            transformation, an `accumulator_dtype` that is no floating or complex dtype; (when
+        TypeError: (here) for an `every_k`, `inner` or `accumulator_dtype` of another kind; (when
             `update` is traced) for integer, boolean or float0 gradients and for a `weight`,
             `release` or averaged argument that is not a scalar of its kind.
         ValueError: (here) for an `every_k` below 1; (in `init`) for a real `accumulator_dtype` on
             a complex parameter; (when `update` is traced) for gradients that do not fit the
             state, a Python number `weight` that is negative or not finite, a missing averaged
-            argument, a `release` but None and True where `every_k` is 1. No error touches the
-            state.
+            argument, a `release` but None or True at `every_k` 1. No error touches the state.
 
     References:
         `optax.MultiSteps`, whose faults are why this exists: github.com/google-deepmind/optax
@@ -180,10 +175,11 @@ def accumulate(
 
     def advance(grads, state, params, weight, release, extra_args, finish, idle):
         """Takes in one microbatch; returns what `finish` or `idle` made of it, and the state."""
-        _arguments.check_state(state)
+        _arguments.check_state(state, grads, needs_sums=not every_one)
         # A state that came from a longer window has sums, perhaps of an open one: keep them.
         alone = every_one and not jax.tree.leaves(state.grad_sum)
-        _check_gradients(grads, state, params, alone)
+        like = state.grad_sum if not alone else grads if params is None else _trained(params)
+        _window.check_fits(grads, like)
         weight, release = _arguments.as_weight(weight), _arguments.as_release(release)
         args = _arguments.averaged(average_args, extra_args)
         certain = weight is None or (isinstance(weight, float) and weight > 0)
@@ -291,20 +287,8 @@ def _branch(due: Any, steps: Any, step: Callable[[], Any], hold: Callable[[], An
 
 
 def _trained(params: Any) -> Any:
-    """Returns the parameters that gradients are taken of: lookahead's slow copy has none."""
+    """Returns what gradients are taken of: lookahead's slow copy has none."""
     return params.fast if isinstance(params, optax.LookaheadParams) else params
-
-
-def _check_gradients(grads: Any, state: AccumulateState, params: Any, alone: bool) -> None:
-    if alone:
-        _window.check_fits(grads, grads if params is None else _trained(params))
-        return
-    if jax.tree.structure(state.grad_sum) == jax.tree.structure(()) and jax.tree.leaves(grads):
-        raise ValueError(
-            "the optimizer state has no accumulator: it was made with `every_k=1`; give it one "
-            "with `state._replace(grad_sum=tx.init(params).grad_sum)`"
-        )
-    _window.check_fits(grads, state.grad_sum)
 
 
 def _both(a: jax.Array | bool, b: jax.Array | bool) -> jax.Array | bool:

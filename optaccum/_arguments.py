@@ -186,12 +186,18 @@ def check_release_alone(release: bool | jax.Array | None) -> bool:
     )
 
 
-def check_state(state: Any) -> None:
-    """Raises unless `state` is what `init` returns."""
+def check_state(state: Any, grads: Any, needs_sums: bool) -> None:
+    """Raises unless `state` is what `init` returns, with an accumulator if it needs one."""
     if not isinstance(state, AccumulateState):
         raise TypeError(
             f"the optimizer state must be the AccumulateState that `init` returns, got "
             f"{type(state).__name__}; the order is update(grads, state, params)"
+        )
+    no_sums = jax.tree.structure(state.grad_sum) == jax.tree.structure(())
+    if needs_sums and no_sums and jax.tree.leaves(grads):
+        raise ValueError(
+            "the optimizer state has no accumulator: it was made with `every_k=1`; give it one "
+            "with `state._replace(grad_sum=tx.init(params).grad_sum)`"
         )
 
 
