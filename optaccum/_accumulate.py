@@ -137,8 +137,7 @@ def accumulate(
             argument, a `release` but None or True at `every_k` 1. No error touches the state.
 
     References:
-        `optax.MultiSteps`, whose faults are why this exists: github.com/google-deepmind/optax
-        issues 320 and 472.
+        `optax.MultiSteps`, and its memory: github.com/google-deepmind/optax issues 320 and 472.
     """
     every_k = _arguments.check_every_k(every_k)
     inner = optax.identity() if inner is None else inner
