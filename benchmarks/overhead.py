@@ -1,44 +1,61 @@
 """Measure what accumulating gradients costs on the optimizer's side, contender by contender.
 
 There is no model: the gradients lie ready, and a window is its k steps of accumulation and the
-one step of AdamW. Every contender is first checked against one optimizer step a window on the
-mean gradient. Then all take turns, one whole window each a round and in a new order every round,
-so that whatever else the machine does falls on all alike. Absolute times are noise: the medians
-of the ratios taken round by round are what counts.
+one step of the inner optimizer. Every contender is first checked against one optimizer step a
+window on the mean gradient. Then all take turns, two windows each a round: one at full speed,
+one waiting after every step, for holds and releases apart. Kernels that measure the bandwidth
+take turns with them. Absolute times are noise: the medians of the ratios, taken round by round,
+are what counts.
+
+The JSON, where Q stands for {"q1", "median", "q3"} and every time of W for {"window": Q,
+"hold": Q, "release": Q}:
+
+    benchmark, date, device, versions     where the figures came from
+    every_k, leaves, rounds               of all runs
+    runs[]                                one for each inner optimizer
+      inner, parameter_bytes              its name, the size of the parameters
+      floor                               see floor.py
+        bandwidth_bound                   whether the inner optimizer is
+        bandwidth {triad: Q, copy: Q}     bytes per second
+        streams {hold, release}           bytes to move, in sizes of the parameters
+        window_ms, hold_ms, release_ms    Q: the least time
+      contenders[]
+        name, equivalent, agrees          whether it means to and does match the full batch
+        window_ms, hold_ms, release_ms    Q
+        ratio_to_floor, ratio_to_multi_steps, ratio_to_hand_written,
+        ratio_to_hand_written_no_zeroing  W
+        temporaries                       of the hungriest program, in sizes of the parameters
+        compile_s                         trace and compile all programs of a window
+      left_out[] {name, why}              contenders that are not installed
+    compilation_of_apply_gradients[] {every_k, compile_s, temporaries}    of the first inner
 """
 
 import argparse
+import contextlib
 import functools
 import importlib.metadata
-import json
-import pathlib
-import platform
-import random
-import sys
 import time
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
-from rich import box
-from rich.console import Console
-from rich.progress import track
-from rich.table import Column, Table
 
-from benchmarks import peers
+from benchmarks import floor, harness, keras_peer, overhead_tables, peers
+from benchmarks.inners import INNERS
 
-WARMUP_ROUNDS, MAX_DISTINCT_MICROBATCHES = 3, 8
-CAPTION = (
-    "Ratios, medians over the rounds of this run, are what counts; absolute times are noise.\n"
-    "Temporaries: of the hungriest program, in sizes of the parameters."
-)
-progress = functools.partial(track, console=Console(stderr=True))
-
-# Adam is blind to the scale of its gradients but for `eps`: a small one would let a contender
-# that releases the sum pass for one that releases the mean.
-INNER = optax.adamw(1e-2, eps=0.1)
+MAX_DISTINCT_MICROBATCHES = 8
+# The states of all contenders lie side by side, about 40 times the parameters with AdamW. Muon
+# multiplies matrices on every microbatch where the inner optimizer is masked, not skipped.
+MEGABYTES = {
+    "cpu": {"sgd": 25.0, "adamw": 25.0, "muon": 1.6},
+    "gpu": {"sgd": 1000.0, "adamw": 1000.0, "muon": 100.0},
+}
+UNITS = {
+    "ratio_to_multi_steps": "optax.MultiSteps",
+    "ratio_to_hand_written": "hand-written loop",
+    "ratio_to_hand_written_no_zeroing": "hand-written, no zeroing",
+}
 
 
 def make_tree(seed: int, leaves: int, megabytes: float) -> dict[str, jax.Array]:
@@ -48,12 +65,25 @@ def make_tree(seed: int, leaves: int, megabytes: float) -> dict[str, jax.Array]:
     return {f"layer_{i:03d}": jax.random.normal(key, (side, side)) for i, key in enumerate(keys)}
 
 
-def measure_compilation(factory: Any, every_k: int, params: Any, repeats: int) -> dict[str, Any]:
+def find_contenders(inner: str, every_k: int) -> tuple[dict[str, Any], list[dict[str, str]]]:
+    """Returns functions that make the contenders, by name, and those that are not installed."""
+    factories = [functools.partial(f, INNERS[inner].transformation, every_k) for f in peers.PEERS]
+    factories += [functools.partial(keras_peer.keras_optimizer, INNERS[inner], every_k)]
+    found, left_out = {}, []
+    for factory in factories:
+        try:
+            found[factory().name] = factory
+        except ImportError as error:
+            left_out.append({"name": factory.func.__name__, "why": str(error)})
+    return found, left_out
+
+
+def measure_compilation(factory: Any, params: Any, repeats: int) -> dict[str, Any]:
     """Returns the time to trace and compile a window's programs, and their temporaries."""
     seconds, programs = [], []
     for _ in range(repeats):
         jax.clear_caches()
-        peer = factory(INNER, every_k)
+        peer = factory()
         carry = jax.eval_shape(peer.init, params)
         start = time.perf_counter()
         programs = [program.compile(carry, params) for program in dict.fromkeys(peer.programs)]
@@ -61,128 +91,134 @@ def measure_compilation(factory: Any, every_k: int, params: Any, repeats: int) -
     temporaries = [program.memory_analysis().temp_size_in_bytes for program in programs]
     return {
         "compile_s": float(np.median(seconds)),
-        "temporaries": max(temporaries) / (4 * optax.tree.size(params)),
+        "temporaries": max(temporaries) / floor.num_bytes(params),
     }
 
 
 def time_windows(
     contenders: list[peers.Peer], params: Any, microbatches: list[Any], rounds: int
-) -> dict[str, list[float]]:
-    """Returns the seconds that a window of each contender took, round by round."""
+) -> tuple[dict[str, dict[str, Any]], dict[str, list[float]]]:
+    """Returns the seconds of each contender's windows, holds and releases, and of the kernels.
+
+    All of them round by round; for the holds of a round, their median.
+    """
     carries = {peer.name: peer.init(jax.tree.map(jnp.copy, params)) for peer in contenders}
-    seconds = {peer.name: [] for peer in contenders}
-    jax.block_until_ready((carries, microbatches))
-    shuffled = random.Random(0)
-    for turn in progress(range(WARMUP_ROUNDS + rounds), "Timing windows"):
-        for peer in shuffled.sample(contenders, len(contenders)):
+    steps = {peer.name: [] for peer in contenders}
+
+    def window(peer):
+        carries[peer.name] = peer.run_window(carries[peer.name], microbatches)
+        return carries[peer.name]
+
+    def window_by_step(peer):
+        carry, seconds = carries[peer.name], []
+        for i, program in enumerate(peer.programs):
             start = time.perf_counter()
-            carries[peer.name] = peer.run_window(carries[peer.name], microbatches)
-            jax.block_until_ready(carries[peer.name])
-            if turn >= WARMUP_ROUNDS:
-                seconds[peer.name].append(time.perf_counter() - start)
-    return seconds
+            carry = jax.block_until_ready(program(carry, microbatches[i % len(microbatches)]))
+            seconds.append(time.perf_counter() - start)
+        carries[peer.name] = carry
+        steps[peer.name].append(seconds)
+
+    turns = floor.kernels(microbatches)
+    for peer in contenders:
+        turns[peer.name] = functools.partial(window, peer)
+        turns[f"{peer.name}, step by step"] = functools.partial(window_by_step, peer)
+    jax.block_until_ready((carries, microbatches))
+    seconds = harness.take_turns(turns, rounds, "Timing windows")
+    return {
+        name: {
+            "window": seconds[name],
+            "hold": np.median([holds for *holds, _ in by_round[-rounds:]], axis=1).tolist(),
+            "release": [release for *_, release in by_round[-rounds:]],
+        }
+        for name, by_round in steps.items()
+    }, seconds
 
 
-def measure(args: argparse.Namespace) -> dict[str, Any]:
-    """Returns every figure of the benchmark, ready for JSON."""
+def measure(args: argparse.Namespace, inner: str) -> dict[str, Any]:
+    """Returns every figure of the run with one inner optimizer, ready for JSON."""
+    tx, megabytes = INNERS[inner].transformation, choose_megabytes(args, inner)
     params, *microbatches = (
-        make_tree(seed, args.leaves, args.megabytes)
+        make_tree(seed, args.leaves, megabytes)
         for seed in range(1 + min(args.every_k, MAX_DISTINCT_MICROBATCHES))
     )
-    compiled = functools.partial(measure_compilation, params=params, repeats=1 if args.quick else 3)
-    compiled(peers.PEERS[0], args.every_k)  # wakes the compiler
-    compilations = [compiled(f, args.every_k) for f in progress(peers.PEERS, "Compiling")]
-    by_every_k = [
-        {"every_k": k, **compiled(peers.optaccum_apply_gradients, k)}
-        for k in progress((2, 8, 64, 1024), "Compiling at k = 2 to 1024")
-    ]
-    contenders = [factory(INNER, args.every_k) for factory in peers.PEERS]
-    expected = peers.full_batch(INNER, args.every_k, params, microbatches)
-    agreement = [
-        peers.agrees(peer, params, microbatches, expected)
-        for peer in progress(contenders, "Checking against the full batch")
-    ]
-    seconds = time_windows(contenders, params, microbatches, args.rounds)
+    factories, left_out = find_contenders(inner, args.every_k)
+    contenders = [factory() for factory in factories.values()]
+    agreement = []
+    for peer in harness.progress(contenders, f"{inner}: checking against the full batch"):
+        expected = peers.full_batch(peer.reference or tx, args.every_k, params, microbatches)
+        agreement.append(peers.agrees(peer, params, microbatches, expected))
+    seconds, kernel_seconds = time_windows(contenders, params, microbatches, args.rounds)
 
-    units = {
-        "window_ms": 1e-3,
-        "ratio_to_multi_steps": seconds["optax.MultiSteps"],
-        "ratio_to_hand_written": seconds["hand-written loop"],
-    }
+    moved = floor.streams(tx, params)
+    least = floor.floors(kernel_seconds, len(microbatches), moved, args.every_k)
+    units = {name: seconds[unit] for name, unit in UNITS.items()}
 
     def timing(name):
-        ratios = {key: np.divide(seconds[name], unit) for key, unit in units.items()}
-        quartiles = {"q1": 25, "median": 50, "q3": 75}.items()
-        return {key: {q: np.percentile(x, at) for q, at in quartiles} for key, x in ratios.items()}
+        times = seconds[name]
+        milliseconds = {f"{x}_ms": harness.quartiles(np.multiply(times[x], 1e3)) for x in times}
+        ratios = {
+            name: {x: harness.quartiles(np.divide(times[x], unit[x])) for x in times}
+            for name, unit in {"ratio_to_floor": least, **units}.items()
+        }
+        return milliseconds | ratios
 
-    versions = {name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "optax")}
+    repeats = 1 if args.quick else 3
+    measure_compilation(factories[contenders[0].name], params, 1)  # wakes the compiler
+    compilations = [
+        measure_compilation(factory, params, repeats)
+        for factory in harness.progress(factories.values(), f"{inner}: compiling")
+    ]
+    figures = floor.figures(
+        kernel_seconds, len(microbatches), moved, least, floor.num_bytes(params)
+    )
+    rows = zip(contenders, agreement, compilations, strict=True)
     return {
-        "benchmark": "overhead",
-        "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-        "device": jax.devices()[0].device_kind,
-        "versions": {"python": platform.python_version(), **versions},
-        "parameter_bytes": 4 * optax.tree.size(params),
-        **{name: getattr(args, name) for name in ("every_k", "leaves", "rounds")},
+        "inner": inner,
+        "parameter_bytes": floor.num_bytes(params),
+        "floor": {"bandwidth_bound": INNERS[inner].bandwidth_bound, **figures},
         "contenders": [
-            {"name": peer.name, "agrees": agrees, **compilation, **timing(peer.name)}
-            for peer, agrees, compilation in zip(contenders, agreement, compilations, strict=True)
+            {"name": peer.name, "equivalent": peer.equivalent, "agrees": agrees}
+            | compilation
+            | timing(peer.name)
+            for peer, agrees, compilation in rows
         ],
-        "compilation_of_apply_gradients": by_every_k,
+        "left_out": left_out,
     }
 
 
-def print_tables(result: dict[str, Any]) -> None:
-    """Prints the figures as two tables that fit into 100 columns."""
-    size = f"{result['parameter_bytes'] / 1e6:.3g} MB of parameters in {result['leaves']} leaves"
-    headings = "window\nms", "quartiles\nms", "ratio to\nMulti-\nSteps", "ratio to\nhand-\nwritten"
-    headings += "tempo-\nraries", "compile\ns", "agrees"
-    table = Table(
-        Column("contender", no_wrap=True),
-        *(Column(heading, justify="right") for heading in headings),
-        title=f"AdamW, k = {result['every_k']}, {size}, on {result['device']}",
-        caption=CAPTION,
-        box=box.SIMPLE_HEAD,
-    )
-    for row in result["contenders"]:
-        ms = row["window_ms"]
-        digits = 0 if ms["q3"] >= 100 else 1
-        cells = [f"{ms['median']:.{digits}f}", f"{ms['q1']:.{digits}f}-{ms['q3']:.{digits}f}"]
-        ratios = row["ratio_to_multi_steps"]["median"], row["ratio_to_hand_written"]["median"]
-        cells += [f"{x:.2f}" for x in (*ratios, row["temporaries"], row["compile_s"])]
-        table.add_row(row["name"], *cells, "yes" if row["agrees"] else "[bold red]NO")
-    by_k = Table("k", "temporaries", "compile s", box=box.SIMPLE_HEAD)
-    for row in result["compilation_of_apply_gradients"]:
-        by_k.add_row(str(row["every_k"]), f"{row['temporaries']:.2f}", f"{row['compile_s']:.2f}")
-    console = Console(width=None if sys.stdout.isatty() else 100)
-    console.print(table, "optaccum.apply_gradients by window length:", by_k)
+def measure_by_every_k(args: argparse.Namespace, inner: str) -> list[dict[str, Any]]:
+    """Returns what compiling `apply_gradients` takes, by the length of the window."""
+    params = make_tree(0, args.leaves, choose_megabytes(args, inner))
+    factory = functools.partial(peers.optaccum_apply_gradients, INNERS[inner].transformation)
+    return [
+        {"every_k": k}
+        | measure_compilation(functools.partial(factory, k), params, 1 if args.quick else 3)
+        for k in harness.progress((2, 8, 64, 1024), "Compiling at k = 2 to 1024")
+    ]
+
+
+def choose_megabytes(args: argparse.Namespace, inner: str) -> float:
+    """Returns the size of the parameters: what was asked for, or what suits the machine."""
+    sizes = MEGABYTES["cpu" if jax.default_backend() == "cpu" else "gpu"]
+    return args.megabytes or (0.1 if args.quick else sizes[inner])
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    """Returns the command line, the sizes that it leaves open filled in."""
-
-    def at_least(bound):
-        def number(text):
-            value = type(bound)(text)
-            if not bound <= value < float("inf"):
-                raise argparse.ArgumentTypeError(f"must be at least {bound}, got {text}")
-            return value
-
-        return number
-
-    parser = argparse.ArgumentParser("python -m benchmarks.overhead", description=__doc__)
-    add = parser.add_argument
-    add("--quick", action="store_true", help="small sizes and few rounds, for a smoke test")
+    """Returns the command line, what it leaves open filled in but for the size."""
+    parser = harness.make_parser("overhead", (__doc__ or "").partition("\n\nThe JSON")[0])
+    add, at_least = parser.add_argument, harness.at_least
+    add("--inner", choices=(*INNERS, "all"), default="adamw", help="inner optimizer (adamw)")
     add("--every-k", type=at_least(2), default=8, help="microbatches a window (8)")
-    add("--megabytes", type=at_least(0.001), help="float32 parameters (25; quick: 0.1)")
+    add(
+        "--megabytes",
+        type=at_least(0.001),
+        help="float32 parameters (25 on a CPU, 1000 on a GPU; less for muon; quick: 0.1)",
+    )
     add("--leaves", type=at_least(1), help="leaves of the parameters (24; quick: 4)")
-    add("--rounds", type=at_least(1), help="timed rounds (15; quick: 3)")
-    add("--output", type=pathlib.Path, metavar="FILE", help="also write all figures, as JSON")
     args = parser.parse_args(argv)
-    if args.output and (args.output.is_dir() or not args.output.parent.is_dir()):
-        parser.error(f"argument --output: {args.output} is not a file in an existing folder")
-    for name, full, quick in (("megabytes", 25.0, 0.1), ("leaves", 24, 4), ("rounds", 15, 3)):
-        if getattr(args, name) is None:
-            setattr(args, name, quick if args.quick else full)
+    harness.check_output(parser, args.output)
+    args.leaves = args.leaves or (4 if args.quick else 24)
+    args.rounds = args.rounds or (3 if args.quick else 15)
     return args
 
 
@@ -190,9 +226,20 @@ def main() -> None:
     """Runs the benchmark."""
     args = parse_args()
     jax.config.update("jax_enable_compilation_cache", False)
-    print_tables(result := measure(args))
-    if args.output:
-        args.output.write_text(json.dumps(result, indent=2) + "\n")
+    # In TF32 the products of Muon would differ by more than the check allows.
+    jax.config.update("jax_default_matmul_precision", "float32")
+    inners = list(INNERS) if args.inner == "all" else [args.inner]
+    result = harness.origin("overhead")
+    result |= {name: getattr(args, name) for name in ("every_k", "leaves", "rounds")}
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+        result["versions"]["keras"] = importlib.metadata.version("keras")
+    result["runs"] = []
+    for inner in inners:
+        result["runs"].append(measure(args, inner))
+        overhead_tables.show(result, result["runs"][-1])
+    result["compilation_of_apply_gradients"] = measure_by_every_k(args, inners[0])
+    overhead_tables.show_by_every_k(result)
+    harness.write(result, args.output)
 
 
 if __name__ == "__main__":

@@ -42,6 +42,12 @@ class Program:
         return self.function.lower({name: carry[name] for name in self.names}, grads).compile()
 
 
+def make_program(function: Callable[[Carry, Any], Carry], names: tuple[str, ...]) -> Program:
+    """Returns a program that donates its part of the carry."""
+    # An unused argument is kept, or what overwrites a buffer could not be given that buffer.
+    return Program(jax.jit(function, donate_argnums=0, keep_unused=True), names)
+
+
 @dataclasses.dataclass(frozen=True)
 class Peer:
     """One way of accumulating gradients.
@@ -50,11 +56,15 @@ class Peer:
         name: what the tables call it.
         init: `params -> carry`: a dict with the entry `params` and whatever else a step needs.
         programs: the programs of one window, a program for each of its microbatches.
+        equivalent: whether it means to do what one step on the full batch does.
+        reference: the inner optimizer that it steps, where that is not the one it was given.
     """
 
     name: str
     init: Callable[[Any], Carry]
     programs: tuple[Program, ...]
+    equivalent: bool = True
+    reference: optax.GradientTransformation | None = None
 
     def run_window(self, carry: Carry, microbatches: list[Any]) -> Carry:
         """Returns the carry after one window; its gradients repeat where there are too few."""
@@ -69,6 +79,17 @@ def optaccum_apply_gradients(inner: optax.GradientTransformation, every_k: int) 
     return _one_program("optaccum.apply_gradients", tx, every_k, optaccum.apply_gradients)
 
 
+def optaccum_release(inner: optax.GradientTransformation, every_k: int) -> Peer:
+    """The same with a Python bool `release=`: two programs, and a conditional in neither."""
+    tx = optaccum.accumulate(every_k, inner)
+
+    def program(release):
+        return _step(tx, functools.partial(optaccum.apply_gradients, release=release))
+
+    programs = (program(False),) * (every_k - 1) + (program(True),)
+    return Peer("optaccum, two programs", _init_with_state(tx), programs)
+
+
 def optaccum_update(inner: optax.GradientTransformation, every_k: int) -> Peer:
     """`optaccum.accumulate` as a drop-in: `update`, then `optax.apply_updates`."""
     return _one_program("optaccum, drop-in update", optaccum.accumulate(every_k, inner), every_k)
@@ -81,7 +102,8 @@ def optax_multi_steps(inner: optax.GradientTransformation, every_k: int) -> Peer
 
 def optax_aggregating(inner: optax.GradientTransformation, every_k: int) -> Peer:
     """`optax.experimental.aggregating.process`."""
-    aggregating = optax.experimental.aggregating
+    from optax.experimental import aggregating  # since optax 0.2.7
+
     tx = aggregating.process(
         preprocessor=optax.identity(),
         aggregator=aggregating.average_incrementally_updates(
@@ -92,6 +114,16 @@ def optax_aggregating(inner: optax.GradientTransformation, every_k: int) -> Peer
     return _one_program("aggregating.process", tx, every_k)
 
 
+def optax_apply_every(inner: optax.GradientTransformation, every_k: int) -> Peer:
+    """`optax.apply_every` behind the inner optimizer, which steps k times a window.
+
+    Not equivalent: it sums k steps of the inner optimizer, each on the gradient of a microbatch.
+    """
+    tx = optax.chain(inner, optax.apply_every(every_k))
+    peer = _one_program("optax.apply_every", tx, every_k)
+    return dataclasses.replace(peer, equivalent=False)
+
+
 def hand_written(inner: optax.GradientTransformation, every_k: int) -> Peer:
     """A loop of two programs, `add` and `add and update`; the second zeroes the sums."""
 
@@ -99,8 +131,8 @@ def hand_written(inner: optax.GradientTransformation, every_k: int) -> Peer:
         stepped = _add_and_update(inner, every_k, part, grads)
         return stepped | {"sums": optax.tree.zeros_like(part["sums"])}
 
-    hold = _program(_add, ("sums",))
-    release = _program(add_and_update, ("params", "opt_state", "sums"))
+    hold = make_program(_add, ("sums",))
+    release = make_program(add_and_update, ("params", "opt_state", "sums"))
     return Peer("hand-written loop", _init_with_sums(inner), (hold,) * (every_k - 1) + (release,))
 
 
@@ -114,8 +146,8 @@ def hand_written_overwriting(inner: optax.GradientTransformation, every_k: int) 
     def add_and_update(part, grads):
         return _add_and_update(inner, every_k, part, grads) | {"sums": part["sums"]}
 
-    first, hold = _program(overwrite, ("sums",)), _program(_add, ("sums",))
-    release = _program(add_and_update, ("params", "opt_state", "sums"))
+    first, hold = make_program(overwrite, ("sums",)), make_program(_add, ("sums",))
+    release = make_program(add_and_update, ("params", "opt_state", "sums"))
     programs = (first,) + (hold,) * (every_k - 2) + (release,)
     return Peer("hand-written, no zeroing", _init_with_sums(inner), programs)
 
@@ -150,17 +182,14 @@ def agrees(peer: Peer, params: Any, microbatches: list[Any], expected: Any) -> b
 
 PEERS = (
     optaccum_apply_gradients,
+    optaccum_release,
     optaccum_update,
     optax_multi_steps,
     optax_aggregating,
+    optax_apply_every,
     hand_written,
     hand_written_overwriting,
 )
-
-
-def _program(function: Callable[[Carry, Any], Carry], names: tuple[str, ...]) -> Program:
-    # An unused argument is kept, or what overwrites a buffer could not be given that buffer.
-    return Program(jax.jit(function, donate_argnums=0, keep_unused=True), names)
 
 
 def _update_and_apply(tx: Any, grads: Any, opt_state: Any, params: Any) -> tuple[Any, Any]:
@@ -168,15 +197,20 @@ def _update_and_apply(tx: Any, grads: Any, opt_state: Any, params: Any) -> tuple
     return optax.apply_updates(params, updates), opt_state
 
 
-def _one_program(name: str, tx: Any, every_k: int, apply: Any = _update_and_apply) -> Peer:
-    def init(params):
-        return {"params": params, "opt_state": tx.init(params)}
-
+def _step(tx: Any, apply: Callable[..., tuple[Any, Any]] = _update_and_apply) -> Program:
     def step(part, grads):
         params, opt_state = apply(tx, grads, part["opt_state"], part["params"])
         return {"params": params, "opt_state": opt_state}
 
-    return Peer(name, init, (_program(step, ("params", "opt_state")),) * every_k)
+    return make_program(step, ("params", "opt_state"))
+
+
+def _init_with_state(tx: Any) -> Callable[[Any], Carry]:
+    return lambda params: {"params": params, "opt_state": tx.init(params)}
+
+
+def _one_program(name: str, tx: Any, every_k: int, apply: Any = _update_and_apply) -> Peer:
+    return Peer(name, _init_with_state(tx), (_step(tx, apply),) * every_k)
 
 
 def _add(part: Carry, grads: Any) -> Carry:

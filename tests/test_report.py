@@ -1,0 +1,217 @@
+"""The READMEs' figures and tables are those of the committed results."""
+
+import json
+import re
+
+import pytest
+
+pytest.importorskip("matplotlib")
+pytest.importorskip("rich")
+
+from benchmarks import plots, report
+
+
+def quartiles(median):
+    return {"q1": 0.5 * median, "median": median, "q3": 2.0 * median}
+
+
+def by_part(window, hold, release):
+    return {"window": quartiles(window), "hold": quartiles(hold), "release": quartiles(release)}
+
+
+ORIGIN = {"date": "2030-01-02T03:04:05Z", "device": "cpu", "versions": {"jax": "1.2.3"}}
+MEASURED = "Measured on: cpu, jax 1.2.3, 2030-01-02."
+
+
+def contender(name, scale, *, equivalent=True):
+    times = {"window_ms": 100 * scale, "hold_ms": 1.234 * scale, "release_ms": 5 * scale}
+    units = ("floor", "multi_steps", "hand_written", "hand_written_no_zeroing")
+    return {
+        "name": name,
+        "equivalent": equivalent,
+        "agrees": equivalent,
+        "temporaries": scale,
+        "compile_s": 0.25,
+        **{key: quartiles(value) for key, value in times.items()},
+        **{f"ratio_to_{unit}": by_part(scale, scale / 2, scale / 4) for unit in units},
+    }
+
+
+def overhead(device="cpu"):
+    least = {f"{part}_ms": quartiles(1.0) for part in ("window", "hold", "release")}
+    run = {
+        "inner": "adamw",
+        "parameter_bytes": 25_000_000,
+        "floor": {
+            "bandwidth_bound": True,
+            "bandwidth": {"triad": quartiles(2e10), "copy": quartiles(1e10)},
+            **least,
+        },
+        "contenders": [
+            contender("optaccum.apply_gradients", 1.0),
+            contender("optax.apply_every", 3.0, equivalent=False),
+        ],
+    }
+    muon = run | {"inner": "muon", "floor": run["floor"] | {"bandwidth_bound": False}}
+    return ORIGIN | {
+        "device": device,
+        "every_k": 8,
+        "leaves": 24,
+        "rounds": 15,
+        "runs": [muon, run],
+        "compilation_of_apply_gradients": [{"every_k": 1024, "compile_s": 1.0, "temporaries": 0.0}],
+    }
+
+
+def scaling():
+    rows = [
+        {
+            "name": "optax.MultiSteps",
+            "every_k": k,
+            "agrees": True,
+            "hold_ms": quartiles(2.0) if k > 1 else None,
+            "release_ms": quartiles(2.0),
+            "microbatch_ms": quartiles(2.0),
+        }
+        for k in (1, 4)
+    ]
+    leaves = {
+        "name": "optaccum.apply_gradients",
+        "leaves": 1000,
+        "agrees": True,
+        "trace_s": 1.0,
+        "compile_s": 3.0,
+        "dispatch_ms": quartiles(12.0),
+        "compilation_ms_a_leaf": 4.0,
+        "dispatch_us_a_leaf": quartiles(12.0),
+    }
+    dtype = {
+        "name": "optaccum.apply_gradients",
+        "dtype": "bfloat16",
+        "agrees": True,
+        "hold_ms": quartiles(1.0),
+        "release_ms": quartiles(123.4),
+        "parameter_bytes": 20_000_000,
+        "state_bytes": 80_000_000,
+        "temporary_bytes": 0,
+    }
+    fit = {"quantity": "hold_ms", "name": "optax.MultiSteps", "slope": 0.01}
+    sweeps = {
+        "leaves": {"rows": [leaves], "slopes": []},
+        "every_k": {"rows": rows, "slopes": [fit | {"slope_of_largest": 0.02}]},
+        "dtype": {"rows": [dtype], "slopes": []},
+    }
+    return ORIGIN | {"sweeps": sweeps}
+
+
+def train_step():
+    ran = {
+        "name": "optaccum.apply_gradients",
+        "agrees": True,
+        "tokens_per_second": quartiles(12345.6),
+        "time_to_multi_steps": quartiles(0.5),
+        "time_to_hand_written": quartiles(1.0),
+        "peak_bytes": 200_000_000,
+    }
+    too_large = dict.fromkeys(ran) | {"name": "full batch", "peak_bytes": 900_000_000}
+    return ORIGIN | {
+        "parameters": 10_000_000,
+        "dtype": "float32",
+        "every_k": 8,
+        "microbatch": 1,
+        "sequence": 64,
+        "contenders": [ran, too_large],
+        "budget_bytes": 250_000_000,
+        "largest": [
+            {"name": "optaccum.apply_gradients", "microbatch": 4, "capped": True},
+            {"name": "full batch", "microbatch": 0, "capped": False},
+        ],
+    }
+
+
+@pytest.fixture
+def results(tmp_path):
+    files = {"overhead-cpu": overhead(), "scaling-cpu": scaling(), "train_step-cpu": train_step()}
+    for name, result in files.items():
+        (tmp_path / f"{name}.json").write_text(json.dumps(result))
+    return report.load(tmp_path)
+
+
+# The line of each table that holds a row, written out by hand.
+ROWS = {
+    "overhead": "| optaccum.apply_gradients | 1.00 | 1.00 | 1.00 | 1.00 | 1.0 | 0.2 s | yes |",
+    "overhead_times": (
+        "| adamw | optax.apply_every \\* | 300 | 3.7 | 15 | 3.00 | 1.50 | 0.75 | no |"
+    ),
+    "compilation": "| 1,024 | 0.0 | 1.0 s |",
+    "train_step": (
+        "| optaccum.apply_gradients | 12,346 | 0.50 | 1.00 | 200 MB | at least 4 | yes |"
+    ),
+    "slopes": "| hold, by k | optax.MultiSteps | 0.01 | 0.02 |",
+    "leaves": "| 1,000 | optaccum.apply_gradients | 1.00 | 3.00 | 12.0 | 4.00 | 12.0 | yes |",
+    "dtype": "| bfloat16 | optaccum.apply_gradients | 1.00 | 123 | 20.0 | 80.0 | 0.00 | yes |",
+}
+
+
+def test_every_table_shows_the_figures(results):
+    tables = report.render(results)
+    assert tables.keys() == ROWS.keys()
+    for name, row in ROWS.items():
+        head, rule, *lines = tables[name].splitlines()
+        assert row in lines, tables[name]
+        assert head.count("|") == rule.count("|") == row.count("|")
+        assert lines[-1].endswith(MEASURED)
+
+
+def test_a_table_says_what_needs_saying(results):
+    tables = report.render(results)
+    assert "adamw, k = 8, 25 MB of parameters in 24 leaves." in tables["overhead"]
+    assert report.NOT_EQUIVALENT in tables["overhead"]
+    assert "| full batch | - | - | - | 900 MB | none | did not run |" in tables["train_step"]
+    assert "largest microbatch in 250 MB" in tables["train_step"]
+    times = tables["overhead_times"]
+    assert "adamw: 25 MB of parameters; bandwidth 20 GB/s (triad), 10 GB/s (copy)." in times
+    assert "10 GB/s (copy), which is not what bounds it." in times
+
+
+def test_a_gpu_comes_below_the_cpu_and_what_is_missing_is_said(tmp_path):
+    (tmp_path / "overhead-gpu.json").write_text(json.dumps(overhead("a GPU")))
+    (tmp_path / "overhead-cpu.json").write_text(json.dumps(overhead()))
+    tables = report.render(report.load(tmp_path))
+    assert re.findall(r"Measured on: (.*?),", tables["overhead"]) == ["cpu", "a GPU"]
+    assert tables["slopes"] == "No result is committed: run `python -m benchmarks.scaling`."
+
+
+def test_fill_replaces_what_is_between_markers_and_nothing_else():
+    text = "a\n<!-- x: begin -->\nold\n<!-- x: end -->\nb\n<!-- y: begin -->\n<!-- y: end -->\n"
+    filled = report.fill(text, {"x": "new", "y": "other", "z": "unused"})
+    assert filled == (
+        "a\n<!-- x: begin -->\nnew\n<!-- x: end -->\nb\n<!-- y: begin -->\nother\n<!-- y: end -->\n"
+    )
+    with pytest.raises(KeyError, match="x"):
+        report.fill(text, {"y": "other"})
+
+
+def test_figures_are_drawn_from_what_there_is(results, tmp_path):
+    plots.draw(results, tmp_path)
+    assert {path.name for path in tmp_path.glob("*.png")} == {
+        "overhead.png",
+        "memory.png",
+        "scaling.png",
+    }
+    none = tmp_path / "none"
+    none.mkdir()
+    plots.draw({name: [] for name in results}, none)
+    assert not list(none.iterdir())
+
+
+@pytest.mark.parametrize("readme", report.READMES, ids=lambda path: path.parent.name)
+def test_the_tables_are_the_committed_results(readme):
+    text = readme.read_text()
+    assert report.fill(text, report.render(report.load())) == text
+
+
+def test_every_file_that_the_readme_of_the_benchmarks_names_exists():
+    readme = report.READMES[1]
+    for name in re.findall(r"\]\(([\w./-]+)\)", readme.read_text()):
+        assert (readme.parent / name).exists(), name

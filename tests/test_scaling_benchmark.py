@@ -1,0 +1,110 @@
+"""The scaling benchmark runs, compares only what agrees, and fits the slopes that it prints."""
+
+import json
+import pathlib
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+pytest.importorskip("rich")
+
+from benchmarks import peers, scaling, scaling_tables
+
+ROOT = pathlib.Path(__file__).parent.parent
+CONTENDERS = ["optaccum.apply_gradients", "optax.MultiSteps"]
+
+
+def test_quick_run_agrees_everywhere_and_writes_every_figure(tmp_path):
+    output = tmp_path / "scaling.json"
+    process = subprocess.run(
+        [sys.executable, "-m", "benchmarks.scaling", "--quick", "--output", str(output)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    assert process.returncode == 0, process.stderr
+    assert max(map(len, process.stdout.splitlines())) <= 100
+    result = json.loads(output.read_text())
+    assert result["benchmark"] == "scaling"
+    assert {"date", "device", "versions", "rounds"} <= result.keys()
+    sweeps = result["sweeps"]
+    assert list(sweeps) == ["parameters", "leaves", "every_k", "dtype"]
+    for sweep, figures in sweeps.items():
+        for row in figures["rows"]:
+            assert row["agrees"] is (None if row["name"] == "AdamW alone" else True)
+            assert row[sweep]
+            assert (row["hold_ms"] is None) == (row.get("every_k") == 1)
+            for name in ("release_ms", "microbatch_ms", "dispatch_ms"):
+                assert 0 < row[name]["q1"] <= row[name]["median"] <= row[name]["q3"]
+    names = {sweep: [r["name"] for r in figures["rows"]] for sweep, figures in sweeps.items()}
+    assert names["every_k"] == CONTENDERS * 3
+    assert set(names["parameters"]) == {*CONTENDERS, "AdamW alone"}
+    assert set(names["leaves"]) == {*CONTENDERS, "optaccum, drop-in update"}
+    # Parameters and Adam's moments halve; the accumulator stays float32.
+    wide, _, narrow, _ = sweeps["dtype"]["rows"]
+    size = wide["parameter_bytes"]
+    assert narrow["parameter_bytes"] == size // 2
+    assert wide["state_bytes"] - narrow["state_bytes"] == pytest.approx(size, abs=64)
+
+
+def test_one_sweep_alone(capsys, tmp_path):
+    result = scaling.measure(scaling.parse_args(["--quick", "--sweep", "dtype", "--rounds", "1"]))
+    assert list(result["sweeps"]) == ["dtype"]
+    scaling_tables.print_tables(result)
+    assert "bfloat16" in capsys.readouterr().out
+
+
+def test_a_contender_that_releases_the_sum_does_not_agree():
+    def sums(inner, every_k):
+        honest = peers.optaccum_apply_gradients(inner, every_k)
+        program = peers.make_program(
+            lambda part, grads: honest.programs[0].function(
+                part, jax.tree.map(lambda g: every_k * g, grads)
+            ),
+            honest.programs[0].names,
+        )
+        return peers.Peer("sums", honest.init, (program,) * every_k)
+
+    for dtype in ("float32", "bfloat16"):
+        (row,) = scaling.measure_point(
+            [sums], "dtype", 1, parameters=4096, leaves=2, every_k=4, dtype=dtype
+        )
+        assert row["agrees"] is False
+
+
+def test_nan_does_not_agree():
+    one, zero = {"w": jnp.ones(2)}, {"w": jnp.zeros(2)}
+    assert scaling.agrees(one, zero, one)
+    assert not scaling.agrees({"w": jnp.array([1.0, jnp.nan])}, zero, one)
+
+
+def test_slopes_are_powers():
+    rows = [
+        {"name": "linear", "parameters": n, "hold_ms": {"median": 3.0 * n}, "release_ms": None}
+        | ({"release_ms": {"median": 5.0}} if n < 1000 else {"release_ms": {"median": 50.0}})
+        for n in (1, 10, 100, 1000)
+    ]
+    hold, release = scaling_tables.slopes("parameters", rows)
+    assert hold["quantity"] == "hold_ms"
+    assert hold["slope"] == pytest.approx(1)
+    assert hold["slope_of_largest"] == pytest.approx(1)
+    assert release["slope"] == pytest.approx(0.3)
+    assert release["slope_of_largest"] == pytest.approx(0.5)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--sweep", "width"), "invalid choice: 'width'"),
+        (("--rounds", "0"), "must be at least 1"),
+        (("--output", "no/such/folder.json"), "not a file in an existing folder"),
+    ],
+)
+def test_a_bad_argument_is_refused_before_anything_is_measured(arguments, message, capsys):
+    with pytest.raises(SystemExit) as exit_info:
+        scaling.parse_args(arguments)
+    assert exit_info.value.code == 2
+    assert message in capsys.readouterr().err
