@@ -64,8 +64,8 @@ def accumulate(
         * Windows are opened by overwriting, so nothing of one window, a NaN included, reaches
           the next.
         * A microbatch costs one fused pass over the sums. With `optaccum.apply_gradients` and
-          donated buffers the compiled step has no temporary as large as the parameters; with
-          `update` it has the updates.
+          donated buffers the compiled step has no parameter-sized temporary but those of `inner`
+          and `should_skip_update_fn`; with `update` it has the updates.
 
     ============================================  ==============================================
     case                                          result
@@ -77,7 +77,8 @@ def accumulate(
     `release=True`                                closes the window, divided by what it holds
     `release=False`                               keeps it open, however many it holds
     `release` a Python bool                       decided when traced; no conditional compiled
-                                                  (where a window may be dropped, a select)
+                                                  (where a window may be dropped, a select,
+                                                  for which XLA may keep temporaries)
     `weight` 0                                    adds nothing, not even a NaN, but is counted
     weights of the window sum to 0                dropped when it closes: zero updates, `inner`
                                                   untouched, `gradient_step` unmoved
@@ -136,8 +137,7 @@ def accumulate(
             state, a Python number `weight` that is negative or not finite, a missing averaged
             argument, a `release` but None or True at `every_k` 1. No error touches the state.
 
-    References:
-        `optax.MultiSteps`, and its memory: github.com/google-deepmind/optax issues 320 and 472.
+    References: `optax.MultiSteps`; github.com/google-deepmind/optax issues 320 and 472.
     """
     every_k = _arguments.check_every_k(every_k)
     inner = optax.identity() if inner is None else inner

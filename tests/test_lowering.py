@@ -70,6 +70,17 @@ def test_nor_with_options_than_what_they_call(use_grad_mean, skip, weighted):
     assert _temporaries(_compile(tx, weighted=weighted)) <= alone + SCALARS
 
 
+def test_donated_arguments_that_are_returned_in_another_order_are_copied():
+    """Why the docstring of `apply_gradients` says in which order to return them."""
+
+    def crossed(state, params, grads):
+        return apply_gradients(tx, grads, state, params)
+
+    tx = accumulate(4, optax.adamw(0.1))
+    compiled = jax.jit(crossed, donate_argnums=(0, 1)).lower(tx.init(PARAMS), PARAMS, PARAMS)
+    assert _temporaries(compiled.compile()) > PARAMETER_BYTES
+
+
 def test_update_has_at_most_one():
     compiled = _compile(accumulate(4, optax.adamw(0.1)), update_and_apply)
     assert _temporaries(compiled) < PARAMETER_BYTES + SCALARS
