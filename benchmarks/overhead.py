@@ -3,9 +3,9 @@
 There is no model: the gradients lie ready, and a window is its k steps of accumulation and the
 one step of the inner optimizer. Every contender is first checked against one optimizer step a
 window on the mean gradient. Then all take turns, two windows each a round: one at full speed,
-one waiting after every step, for holds and releases apart. Kernels that measure the bandwidth
-take turns with them. Absolute times are noise: the medians of the ratios, taken round by round,
-are what counts.
+one that waits before its release and after it, for holds and releases apart. Kernels that measure
+the bandwidth take turns with them, and wait as seldom. Absolute times are noise: the medians of
+the ratios, taken round by round, are what counts.
 
 The JSON, where Q stands for {"q1", "median", "q3"} and every time of W for {"window": Q,
 "hold": Q, "release": Q}:
@@ -18,6 +18,7 @@ The JSON, where Q stands for {"q1", "median", "q3"} and every time of W for {"wi
         bandwidth_bound                   whether the inner optimizer is
         bandwidth {triad: Q, copy: Q}     bytes per second
         streams {hold, release}           bytes to move, in sizes of the parameters
+        dispatch_ms                       Q: a call that only passes its arrays through
         window_ms, hold_ms, release_ms    Q: the least time
       contenders[]
         name, equivalent, agrees          whether it means to and does match the full batch
@@ -100,37 +101,38 @@ def time_windows(
 ) -> tuple[dict[str, dict[str, Any]], dict[str, list[float]]]:
     """Returns the seconds of each contender's windows, holds and releases, and of the kernels.
 
-    All of them round by round; for the holds of a round, their median.
+    All of them round by round; for the holds of a round, their mean.
     """
     carries = {peer.name: peer.init(jax.tree.map(jnp.copy, params)) for peer in contenders}
-    steps = {peer.name: [] for peer in contenders}
+    parts = {peer.name: [] for peer in contenders}
 
     def window(peer):
         carries[peer.name] = peer.run_window(carries[peer.name], microbatches)
         return carries[peer.name]
 
-    def window_by_step(peer):
-        carry, seconds = carries[peer.name], []
-        for i, program in enumerate(peer.programs):
-            start = time.perf_counter()
-            carry = jax.block_until_ready(program(carry, microbatches[i % len(microbatches)]))
-            seconds.append(time.perf_counter() - start)
-        carries[peer.name] = carry
-        steps[peer.name].append(seconds)
+    def window_in_two(peer):
+        start = time.perf_counter()
+        held = jax.block_until_ready(peer.hold(carries[peer.name], microbatches))
+        middle = time.perf_counter()
+        carries[peer.name] = jax.block_until_ready(peer.release(held, microbatches))
+        holds, release = middle - start, time.perf_counter() - middle
+        parts[peer.name].append((holds / (len(peer.programs) - 1), release))
 
     turns = floor.kernels(microbatches)
+    carried = contenders[0].init(jax.tree.map(jnp.copy, params))
+    turns[floor.DISPATCH] = floor.dispatch(carried, len(microbatches))
     for peer in contenders:
         turns[peer.name] = functools.partial(window, peer)
-        turns[f"{peer.name}, step by step"] = functools.partial(window_by_step, peer)
+        turns[f"{peer.name}, in two"] = functools.partial(window_in_two, peer)
     jax.block_until_ready((carries, microbatches))
     seconds = harness.take_turns(turns, rounds, "Timing windows")
     return {
         name: {
             "window": seconds[name],
-            "hold": np.median([holds for *holds, _ in by_round[-rounds:]], axis=1).tolist(),
-            "release": [release for *_, release in by_round[-rounds:]],
+            "hold": [hold for hold, _ in by_round[-rounds:]],
+            "release": [release for _, release in by_round[-rounds:]],
         }
-        for name, by_round in steps.items()
+        for name, by_round in parts.items()
     }, seconds
 
 

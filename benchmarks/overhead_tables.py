@@ -72,6 +72,9 @@ def _describe_floor(least: dict[str, Any]) -> str:
     moved = (f"{least['streams'][part]:.3g} for a {part}" for part in ("hold", "release"))
     text = f"Floor: {' and '.join(moved)}, in sizes of the parameters, at {rates[floor.TRIAD]}"
     text += f" (triad; a copy: {rates[floor.COPY]})."
+    text += (
+        f"\nA call that only passes all arrays through: {_milliseconds(least['dispatch_ms'])} ms."
+    )
     if not least["bandwidth_bound"]:
         text += "\nThis inner optimizer computes for longer than its bytes take to move."
     return text

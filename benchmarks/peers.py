@@ -68,9 +68,18 @@ class Peer:
 
     def run_window(self, carry: Carry, microbatches: list[Any]) -> Carry:
         """Returns the carry after one window; its gradients repeat where there are too few."""
-        for i, program in enumerate(self.programs):
+        return self.release(self.hold(carry, microbatches), microbatches)
+
+    def hold(self, carry: Carry, microbatches: list[Any]) -> Carry:
+        """Returns the carry after all of a window but its last microbatch."""
+        for i, program in enumerate(self.programs[:-1]):
             carry = program(carry, microbatches[i % len(microbatches)])
         return carry
+
+    def release(self, carry: Carry, microbatches: list[Any]) -> Carry:
+        """Returns the carry after the last microbatch of a window."""
+        last = len(self.programs) - 1
+        return self.programs[last](carry, microbatches[last % len(microbatches)])
 
 
 def optaccum_apply_gradients(inner: optax.GradientTransformation, every_k: int) -> Peer:

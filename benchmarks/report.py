@@ -95,7 +95,10 @@ def overhead_times_table(result: dict[str, Any]) -> str:
         )
         bound = "" if least["bandwidth_bound"] else ", which is not what bounds it"
         size = f"{run['parameter_bytes'] / 1e6:.3g} MB of parameters"
-        notes.append(f"{run['inner']}: {size}; bandwidth {', '.join(rates)}{bound}.")
+        dispatch = (
+            f"a call that only passes all arrays through {_milliseconds(least['dispatch_ms'])} ms"
+        )
+        notes.append(f"{run['inner']}: {size}; bandwidth {', '.join(rates)}{bound}; {dispatch}.")
     if not all(row["equivalent"] for run in result["runs"] for row in run["contenders"]):
         notes.insert(0, NOT_EQUIVALENT)
     size = f"k = {result['every_k']}, {result['leaves']} leaves, {result['rounds']} rounds."

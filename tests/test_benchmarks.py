@@ -75,6 +75,7 @@ def test_quick_overhead_writes_the_layout_that_it_documents(quick_run):
         assert least["streams"] == pytest.approx(STREAMS[run["inner"]], rel=1e-3)
         assert least["bandwidth_bound"] == (run["inner"] != "muon")
         assert least["bandwidth"].keys() == {"triad", "copy"}
+        assert least["dispatch_ms"].keys() == QUARTILES
         for row in [least, *run["contenders"]]:
             for part in ("window", "hold", "release"):
                 assert row[f"{part}_ms"].keys() == QUARTILES

@@ -45,6 +45,7 @@ def overhead(device="cpu"):
         "floor": {
             "bandwidth_bound": True,
             "bandwidth": {"triad": quartiles(2e10), "copy": quartiles(1e10)},
+            "dispatch_ms": quartiles(0.3),
             **least,
         },
         "contenders": [
