@@ -13,6 +13,7 @@ import optax
 
 from benchmarks import transformer
 import optaccum
+import optaccum.flax
 
 # AdamW divides by sqrt(v) + eps, so a small `eps` turns the rounding of a small gradient into a
 # step of full size, and hides whether the gradients were summed or averaged. This one is larger
@@ -48,6 +49,27 @@ def make_contenders(every_k: int) -> list[Contender]:
     def with_apply_gradients(params, opt_state, grads, release=None):
         return optaccum.apply_gradients(tx, grads, opt_state, params, release=release)
 
+    def make_linen(params):
+        return optaccum.flax.TrainState.create(apply_fn=lambda: None, params=params, tx=tx)
+
+    def init_linen(params):
+        state = make_linen(params)
+        return jnp.asarray(state.step), state.opt_state
+
+    def with_linen(params, opt_state, grads):
+        step, opt_state = opt_state
+        state = make_linen(params).replace(step=step, opt_state=opt_state)
+        state = state.apply_gradients(grads=grads)
+        return state.params, (state.step, state.opt_state)
+
+    def init_nnx(optimizer, params):
+        return nnx.split(optimizer(params, tx, wrt=nnx.Param))
+
+    def with_nnx(params, opt_state, grads):
+        optimizer = nnx.merge(*opt_state)
+        optimizer.update(params, grads)  # in place: the parameters' tree will do for a model
+        return params, nnx.split(optimizer)
+
     def init_by_hand(params):
         return INNER.init(params), optax.tree.zeros_like(params)
 
@@ -80,6 +102,14 @@ def make_contenders(every_k: int) -> list[Contender]:
         Contender("optaccum, drop-in update", tx.init, (update,) * every_k),
         Contender(APPLY_GRADIENTS, tx.init, (with_apply_gradients,) * every_k),
         Contender("optaccum, static release", tx.init, (hold,) * holds + (release,)),
+        Contender("optaccum.flax.TrainState", init_linen, (with_linen,) * every_k),
+        *(
+            Contender(name, functools.partial(init_nnx, optimizer), (with_nnx,) * every_k)
+            for name, optimizer in {
+                "optaccum.flax.Optimizer": optaccum.flax.Optimizer,
+                "flax.nnx.Optimizer, drop-in": nnx.Optimizer,
+            }.items()
+        ),
         Contender(HAND_WRITTEN, init_by_hand, (add,) * holds + (update_and_zero,)),
         Contender(
             "hand-written, no zeroing",

@@ -14,12 +14,6 @@ from optaccum import _arguments, _window
 from optaccum._state import AccumulateState, cast_like, strongly_typed
 
 
-class Accumulate(optax.GradientTransformationExtraArgs):
-    """`(init, update)`, and in `apply` the same step ending in parameters, not in updates."""
-
-    apply: Callable[..., tuple[Any, AccumulateState]]
-
-
 def accumulate(
     every_k: int | jax.Array | Callable[[jax.Array], jax.typing.ArrayLike],
     inner: optax.GradientTransformation | None = None,
@@ -240,24 +234,28 @@ def accumulate(
         )
 
     def update_fn(updates, state, params=None, *, weight=None, release=None, **extra_args):
-        def idle(step):
+        def zeros(step):
             return optax.tree.zeros_like(jax.eval_shape(step)[0])
 
-        return advance(
-            updates, state, params, weight, release, extra_args, finish=lambda u: u, idle=idle
-        )
+        return advance(updates, state, params, weight, release, extra_args, lambda u: u, zeros)
 
     def apply_fn(grads, state, params, *, weight=None, release=None, **extra_args):
-        def finish(updates):
-            return apply_updates(params, updates)
+        finish = functools.partial(apply_updates, params)
+        return advance(grads, state, params, weight, release, extra_args, finish, lambda _: params)
 
-        return advance(
-            grads, state, params, weight, release, extra_args, finish, idle=lambda _: params
-        )
+    vars(update_fn)["_apply"] = update_fn, apply_fn
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
-    tx = Accumulate(init_fn, update_fn)
-    tx.apply = apply_fn
-    return tx
+
+def find_apply(tx: Any) -> Callable[..., tuple[Any, AccumulateState]] | None:
+    """Returns the `update` of an :func:`accumulate` that ends in parameters, not in updates.
+
+    It is kept on the function, not on the tuple: `flax.nnx` takes tuples apart and builds new
+    ones. A function that wraps another may have got its attributes, so the owner is compared.
+    """
+    update = getattr(tx, "update", None)
+    owner, apply = getattr(update, "_apply", (None, None))
+    return apply if owner is update else None
 
 
 def apply_updates(params: Any, updates: Any) -> Any:

@@ -7,7 +7,7 @@ from jax.core import Tracer
 import optax
 
 from optaccum import _arguments
-from optaccum._accumulate import Accumulate, apply_updates
+from optaccum._accumulate import apply_updates, find_apply
 from optaccum._state import AccumulateState
 
 
@@ -53,7 +53,7 @@ def apply_gradients(
         TypeError: if `tx` is no transformation.
         Exception: what `tx.update` raises.
     """
-    apply = getattr(tx, "apply", None) if isinstance(tx, Accumulate) else None
+    apply = find_apply(tx)
     if apply is not None:
         return apply(grads, opt_state, params, **extra_args)
     _arguments.check_transformation("`tx`", tx)

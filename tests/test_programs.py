@@ -156,10 +156,12 @@ def test_extra_arguments_that_a_transformation_does_not_take():
         apply_gradients(tx, _grads(1.0, 1.0), tx.init(PARAMS), PARAMS, weight=3)
 
 
-def test_a_replaced_update_is_the_one_that_runs():
+@pytest.mark.parametrize("wrap", [lambda f: lambda g: g, functools.wraps], ids=["plain", "wraps"])
+def test_a_replaced_update_is_the_one_that_runs(wrap):
     tx = accumulate(2, optax.sgd(1.0))
     calls = []
 
+    @wrap(tx.update)
     def update(*args, **kwargs):
         calls.append(args)
         return tx.update(*args, **kwargs)

@@ -4,15 +4,22 @@ import pathlib
 import re
 
 from benchmarks import report
+import optaccum
 
 TEXT = report.README.read_text()
 
 
-def test_the_example_runs_as_it_says(capsys):
-    (code,) = re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL)
-    exec(compile(code, "README.md", "exec"), {})
+def test_the_examples_run_as_they_say(capsys):
+    """One after the other, as somebody would who pastes them into one session."""
+    first, *others = re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL)
+    names = {}
+    exec(compile(first, "README.md", "exec"), names)
     printed = [line.split() for line in capsys.readouterr().out.splitlines()]
     assert printed == [[str(i), str(i in (3, 7))] for i in range(8)]
+    for code in others:
+        exec(compile(code, "README.md", "exec"), names)
+    assert (int(names["state"].mini_step), int(names["optimizer"].mini_step)) == (1, 1)
+    assert float(optaccum.get_state(names["state"].opt_state).weight) == 32
 
 
 def test_two_commands_set_up_everything():

@@ -9,6 +9,7 @@ import optax
 import pytest
 
 from optaccum import AccumulateState, accumulate
+import optaccum.flax
 
 PARAMS = {"b": jnp.zeros(2, jnp.bfloat16), "w": jnp.zeros((2, 3))}
 
@@ -88,3 +89,26 @@ def test_fields():
     )
     state = accumulate(1, optax.sgd(0.1)).init(PARAMS)
     assert (state.grad_sum, state.arg_sums, state.skip_state) == ((), {}, ())
+
+
+def test_flax_train_state():
+    tx = accumulate(4, optax.sgd(0.1))
+    state = optaccum.flax.TrainState.create(apply_fn=None, params=PARAMS, tx=tx)
+    state = jax.jit(lambda state: state.apply_gradients(grads=PARAMS))(state)
+    own = """
+.step ~int32[]
+.params['b'] bfloat16[2]
+.params['w'] float32[2,3]
+"""
+    inside = "".join(f".opt_state{line}\n" for line in (SCALARS + SUMS).splitlines() if line)
+    assert _layout(state) == (own + inside).strip().splitlines()
+
+
+def test_flax_train_state_with_a_collection_to_overwrite():
+    params = {"params": {"w": jnp.ones(2)}, "_overwrite_with_gradient": {"scale": jnp.ones(1)}}
+    tx = accumulate(1, optax.sgd(0.1))
+    state = optaccum.flax.TrainState.create(apply_fn=None, params=params, tx=tx)
+    assert _layout(state.opt_state) == [
+        ".largest['scale'] float32[1]",
+        *(f".opt_state{line}" for line in SCALARS.splitlines() if line),
+    ]

@@ -25,6 +25,9 @@ CONTENDERS = {
     "optaccum, drop-in update",
     "optaccum.apply_gradients",
     "optaccum, static release",
+    "optaccum.flax.TrainState",
+    "optaccum.flax.Optimizer",
+    "flax.nnx.Optimizer, drop-in",
     "hand-written loop",
     "hand-written, no zeroing",
 }

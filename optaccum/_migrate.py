@@ -1,0 +1,92 @@
+"""From the state of another way to accumulate to ours, in mid-window too."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from optaccum import _window
+from optaccum._state import AccumulateState, cast_like
+
+
+def from_multi_steps(
+    tx: optax.GradientTransformation,
+    state: optax.MultiStepsState,
+    params: Any,
+    *,
+    use_grad_mean: bool = True,
+) -> AccumulateState:
+    """Return the state with which `tx` goes on where `optax.MultiSteps` stopped.
+
+    `optax.MultiSteps` keeps the mean of the n microbatches of its open window (or, without
+    `use_grad_mean`, their sum); :func:`optaccum.accumulate` keeps sum and weight,
+
+        grad_sum = n * acc_grads,    weight = n.
+
+    The counters and the state of the inner optimizer are taken over as they are. Restore the
+    checkpoint into the state that `optax.MultiSteps(...).init(params)` gives, then convert.
+    Call this outside of `jax.jit`, once.
+
+    >>> import jax.numpy as jnp, optax
+    >>> from optaccum import accumulate, from_multi_steps
+    >>> params, old = jnp.zeros(2), optax.MultiSteps(optax.sgd(1.0), 4)
+    >>> _, state = old.update(jnp.array([1.0, 3.0]), old.init(params), params)
+    >>> _, state = old.update(jnp.array([3.0, 3.0]), state, params)
+    >>> state = from_multi_steps(accumulate(4, optax.sgd(1.0)), state, params)
+    >>> print(state.mini_step, state.weight, state.grad_sum)
+    2 2.0 [4. 6.]
+
+    Args:
+        tx: an :func:`optaccum.accumulate` of the same inner optimizer; `every_k` may differ.
+        state: the state of `optax.MultiSteps`.
+        params: the parameters, as for `tx.init`.
+        use_grad_mean: as `optax.MultiSteps` was built; `tx` should be built with the same.
+
+    Raises:
+        TypeError: if `tx` is no accumulate, or `state` not that of `optax.MultiSteps`.
+        ValueError: if the inner optimizers or the parameters differ, or if a window is open and
+            `tx` has `average_args`, which `optax.MultiSteps` has not summed.
+    """
+    if not isinstance(state, optax.MultiStepsState):
+        raise TypeError(
+            "`state` must be an optax.MultiStepsState; restore the checkpoint into "
+            f"optax.MultiSteps(...).init(params); got {type(state).__name__}"
+        )
+    fresh = tx.init(params)
+    if not isinstance(fresh, AccumulateState):
+        raise TypeError(
+            "`tx` must be what optaccum.accumulate returns, not a transformation around it, got "
+            f"one whose state is {type(fresh).__name__}; put the converted state in its place"
+        )
+    old, new = (jax.tree.structure(x) for x in (state.inner_opt_state, fresh.inner_state))
+    if old != new:
+        raise ValueError(
+            f"the inner optimizer of `tx` has a state of the tree structure {new}, but that in "
+            f"`state` is {old}; build `tx` with the inner optimizer of optax.MultiSteps"
+        )
+    mini_step = jnp.asarray(state.mini_step, jnp.int32)
+    held = int(mini_step)
+    if held and fresh.arg_sums:
+        raise ValueError(
+            f"optax.MultiSteps has not summed the `average_args` {tuple(fresh.arg_sums)} of the "
+            f"{held} microbatches in the open window; go on with it until `mini_step` is 0"
+        )
+    grad_sum = fresh.grad_sum
+    if held:
+        if not jax.tree.leaves(grad_sum):  # `every_k` 1, which closes this window
+            grad_sum = _window.open_sums(params)
+        _window.check_fits(state.acc_grads, grad_sum)
+        count = held if use_grad_mean else 1
+        grad_sum = jax.tree.map(
+            lambda s, x: jnp.asarray(x, s.dtype) * count, grad_sum, state.acc_grads
+        )
+    same = jax.tree.structure(state.skip_state) == jax.tree.structure(fresh.skip_state)
+    return fresh._replace(
+        mini_step=mini_step,
+        gradient_step=jnp.asarray(state.gradient_step, jnp.int32),
+        weight=mini_step.astype(jnp.float32),
+        grad_sum=grad_sum,
+        skip_state=state.skip_state if same else fresh.skip_state,
+        inner_state=cast_like("inner", state.inner_opt_state, fresh.inner_state),
+    )

@@ -1,0 +1,296 @@
+"""Train states of Flax that accumulate: `TrainState` for linen, `Optimizer` for nnx.
+
+Change the import, build `tx` with :func:`optaccum.accumulate`, and call the training step once for
+each microbatch. What changes from call to call and what changes from window to window:
+
+* **Learning-rate schedules** inside `inner` count windows: `optax.cosine_decay_schedule(1e-3,
+  steps)` spans `steps * k` calls.
+* **Hyperparameters** that `optax.inject_hyperparams` keeps are those of the last release:
+  `optaccum.get_state(state.opt_state).inner_state.hyperparams["learning_rate"]`.
+* **Averages of parameters** move once a window, where nothing but a release changes parameters::
+
+      ema = jax.lax.cond(
+          state.has_released,
+          lambda: optax.incremental_update(state.params, ema, step_size=1e-3),
+          lambda: ema,
+      )
+
+  A link like `optax.ema` that stands inside `inner` does so by itself.
+* **BatchNorm** computes with, and averages, the statistics of each microbatch. Its averages move
+  with every call, `state.apply_gradients(grads=grads, batch_stats=updates["batch_stats"])` in
+  linen and by themselves in nnx: a momentum m a window is m ** (1 / k) a call.
+"""
+
+from collections.abc import Mapping
+import dataclasses
+from typing import Any, NamedTuple
+
+import jax
+from jax import lax
+import jax.numpy as jnp
+import optax
+
+try:
+    from flax import nnx
+    from flax.linen.fp8_ops import OVERWRITE_WITH_GRADIENT
+    from flax.training import train_state
+except ModuleNotFoundError as error:
+    raise ImportError(
+        "optaccum.flax needs Flax, which is not installed; install it with "
+        "`pip install 'optaccum[flax]'`"
+    ) from error
+
+from optaccum._apply import apply_gradients
+from optaccum._state import AccumulateState, get_state, has_released
+
+__all__ = ("Optimizer", "OverwriteState", "TrainState")
+
+
+class OverwriteState(NamedTuple):
+    """Optimizer state of a :class:`TrainState` with collections to be overwritten.
+
+    Attributes:
+        largest: the values to overwrite with when the window is released, a tree like the
+            parameters' collection: the largest of its accepted microbatches, element by element.
+        opt_state: the state of `tx`.
+    """
+
+    largest: Any
+    opt_state: Any
+
+
+class TrainState(train_state.TrainState):
+    """Drop-in for `flax.training.train_state.TrainState` that accumulates.
+
+    With an :func:`optaccum.accumulate` as `tx`, `apply_gradients` is
+    :func:`optaccum.apply_gradients`: a hold neither writes zeros nor touches the parameters. With
+    any other transformation it computes what Flax's does.
+
+    >>> import jax, jax.numpy as jnp, optax
+    >>> from optaccum import accumulate
+    >>> from optaccum.flax import TrainState
+    >>> tx = accumulate(2, optax.sgd(0.5))
+    >>> params = {"w": jnp.array([1.0, 2.0])}
+    >>> state = TrainState.create(apply_fn=lambda params, x: x @ params["w"], params=params, tx=tx)
+    >>> @jax.jit
+    ... def train_step(state, x):
+    ...     grads = jax.grad(lambda params: state.apply_fn(params, x))(state.params)
+    ...     return state.apply_gradients(grads=grads)
+    >>> for x in ([1.0, 0.0], [3.0, 2.0]):
+    ...     state = train_step(state, jnp.array(x))
+    ...     print(state.step, state.mini_step, state.gradient_step, state.params["w"])
+    1 1 0 [1. 2.]
+    2 0 1 [0.  1.5]
+
+    Flax's FP8 layers keep their scales and histories in a collection whose "gradients" are its
+    new values. Flax overwrites it with every call. Here it is overwritten when a window is
+    released, with the largest values that the window's accepted microbatches gave, which JAX too
+    takes where such a value is used twice. So all microbatches of a window compute with the same
+    scales, as one batch would, its largest activations enter the history, in one entry, and a
+    rejected microbatch leaves no trace.
+
+    Attributes:
+        step: i32[] or int, calls of `apply_gradients`, as in Flax.
+    """
+
+    def apply_gradients(self, *, grads: Any, weight: Any = None, release: Any = None, **kwargs):
+        """Take in one microbatch.
+
+        Args:
+            grads: gradients, a tree like `params`.
+            weight: how much the microbatch counts; see :func:`optaccum.accumulate`.
+            release: whether to close the window; see :func:`optaccum.accumulate`.
+            **kwargs: fields to replace, as in Flax. Others, which Flax does not take, are extra
+                arguments of the transformation, such as `value=loss`.
+
+        Returns:
+            A state with `step` one higher and the parameters, the optimizer's state and the named
+            fields replaced.
+
+        Raises:
+            TypeError: if the transformation does not take an extra argument.
+            ValueError: if the parameters hold a collection to be overwritten but the state was
+                not made with `create`.
+            Exception: what the `update` of the transformation raises.
+        """
+        names = {field.name for field in dataclasses.fields(self)}
+        fields = {name: value for name, value in kwargs.items() if name in names}
+        extra_args = {name: value for name, value in kwargs.items() if name not in names}
+        given = {"weight": weight, "release": release}
+        extra_args |= {name: value for name, value in given.items() if value is not None}
+
+        if not _overwrites(grads):
+            params, opt_state = apply_gradients(
+                self.tx, grads, self.opt_state, self.params, **extra_args
+            )
+            return self.replace(step=self.step + 1, params=params, opt_state=opt_state, **fields)
+
+        state: Any = self.opt_state
+        wrapped = isinstance(state, OverwriteState)
+        before = state.opt_state if wrapped else state
+        if not wrapped and _accumulates(before):
+            raise ValueError(
+                f"the optimizer state has no room for a window of {OVERWRITE_WITH_GRADIENT!r}; "
+                "make the train state with `optaccum.flax.TrainState.create`"
+            )
+        params, opt_state = apply_gradients(
+            self.tx, grads["params"], before, self.params["params"], **extra_args
+        )
+        overwritten = grads[OVERWRITE_WITH_GRADIENT]
+        if wrapped:
+            overwritten, opt_state = _overwrite(
+                self.params[OVERWRITE_WITH_GRADIENT], overwritten, state, opt_state
+            )
+        return self.replace(
+            step=self.step + 1,
+            params={"params": params, OVERWRITE_WITH_GRADIENT: overwritten},
+            opt_state=opt_state,
+            **fields,
+        )
+
+    @classmethod
+    def create(cls, *, apply_fn: Any, params: Any, tx: optax.GradientTransformation, **kwargs):
+        """Return a state with `step` 0 and a fresh optimizer state.
+
+        Args:
+            apply_fn: usually the model's `apply`.
+            params: the parameters.
+            tx: any Optax transformation.
+            **kwargs: the fields that a subclass adds.
+        """
+        state = super().create(apply_fn=apply_fn, params=params, tx=tx, **kwargs)
+        if _overwrites(params) and _accumulates(state.opt_state):
+            # A copy: one buffer cannot be donated as a parameter and as a state.
+            largest = jax.tree.map(jnp.copy, params[OVERWRITE_WITH_GRADIENT])
+            state = state.replace(opt_state=OverwriteState(largest, state.opt_state))
+        return state
+
+    @property
+    def mini_step(self) -> jax.Array:
+        """i32[], microbatches in the open window."""
+        return get_state(self.opt_state).mini_step
+
+    @property
+    def gradient_step(self) -> jax.Array:
+        """i32[], windows released so far."""
+        return get_state(self.opt_state).gradient_step
+
+    @property
+    def has_released(self) -> jax.Array:
+        """bool[], whether the last call released a window."""
+        return has_released(self.opt_state)
+
+
+class Optimizer(nnx.Optimizer):
+    """Drop-in for `flax.nnx.Optimizer` that accumulates.
+
+    With an :func:`optaccum.accumulate` in `tx`, `update` is :func:`optaccum.apply_gradients`: a
+    hold neither writes zeros nor touches the parameters. Any other transformation is left to
+    Flax's own `update`.
+
+    >>> import jax.numpy as jnp, optax
+    >>> from flax import nnx
+    >>> from optaccum import accumulate
+    >>> from optaccum.flax import Optimizer
+    >>> class Model(nnx.Module):
+    ...     def __init__(self):
+    ...         self.w = nnx.Param(jnp.array([1.0, 2.0]))
+    >>> model = Model()
+    >>> optimizer = Optimizer(model, accumulate(2, optax.sgd(0.5)), wrt=nnx.Param)
+    >>> @nnx.jit
+    ... def train_step(model, optimizer, x):
+    ...     grads = nnx.grad(lambda model: x @ model.w)(model)
+    ...     optimizer.update(model, grads)
+    >>> for x in ([1.0, 0.0], [3.0, 2.0]):
+    ...     train_step(model, optimizer, jnp.array(x))
+    ...     print(optimizer.mini_step, optimizer.gradient_step, model.w[...])
+    1 0 [1. 2.]
+    0 1 [0.  1.5]
+
+    Attributes:
+        step: calls of `update`, as in Flax.
+    """
+
+    def update(self, model: Any, grads: Any, /, **extra_args: Any) -> Any:
+        """Take in one microbatch: update `model` and the optimizer's state in place.
+
+        Args:
+            model: the module that the optimizer was made for.
+            grads: what `nnx.grad` returns for the variables that `wrt` selects.
+            **extra_args: passed on to the transformation; `weight=` and `release=` for
+                :func:`optaccum.accumulate`.
+
+        Returns:
+            None where `tx` accumulates: on this path there are no updates to return. What Flax
+            returns otherwise.
+
+        Raises:
+            Exception: what the `update` of the transformation raises.
+        """
+        if not _accumulates(self.opt_state):
+            return super().update(model, grads, **extra_args)
+        options = {"graph": self.graph} if hasattr(self, "graph") else {}  # of newer Flax
+        params, opt_state = apply_gradients(
+            self.tx,
+            _as_arrays(nnx.state(grads, self.wrt, **options)),
+            _as_arrays(self.opt_state),
+            _as_arrays(nnx.state(model, self.wrt, **options)),
+            **_as_arrays(extra_args),
+        )
+        nnx.update(model, params)
+        nnx.update(self.opt_state, nnx.state(opt_state, **options))
+        self.step[...] += 1
+        return None
+
+    @property
+    def mini_step(self) -> jax.Array:
+        """i32[], microbatches in the open window."""
+        return _as_arrays(get_state(self.opt_state).mini_step)
+
+    @property
+    def gradient_step(self) -> jax.Array:
+        """i32[], windows released so far."""
+        return _as_arrays(get_state(self.opt_state).gradient_step)
+
+    @property
+    def has_released(self) -> jax.Array:
+        """bool[], whether the last call released a window."""
+        return has_released(self.opt_state)
+
+
+def _accumulates(opt_state: Any) -> bool:
+    return bool(optax.tree.get_all_with_path(opt_state, AccumulateState.__name__))
+
+
+def _overwrites(tree: Any) -> bool:
+    return isinstance(tree, Mapping) and OVERWRITE_WITH_GRADIENT in tree
+
+
+def _overwrite(old: Any, new: Any, state: OverwriteState, after: Any) -> tuple[Any, Any]:
+    """Returns the collection after a microbatch that gave `new`, and the state with it."""
+    window, advanced = get_state(state.opt_state), get_state(after)
+    first, accepted = window.mini_step == 0, advanced.skipped == window.skipped
+
+    def merge(largest, x):
+        a, b = _as_float(largest), _as_float(x)
+        merged = jnp.where(accepted, jnp.where(first, b, jnp.maximum(a, b)), a)
+        return lax.convert_element_type(merged, largest.dtype)
+
+    def take(x, largest):
+        chosen = jnp.where(advanced.released, _as_float(largest), _as_float(x))
+        return lax.convert_element_type(chosen, x.dtype)
+
+    largest = jax.tree.map(merge, state.largest, new)
+    return jax.tree.map(take, old, largest), OverwriteState(largest, after)
+
+
+def _as_float(x: Any) -> jax.Array:
+    """Returns a number as float32: the type that Flax has for these values knows no arithmetic."""
+    return lax.convert_element_type(x, jnp.float32)
+
+
+def _as_arrays(tree: Any) -> Any:
+    """Returns a tree of arrays for one of the variables of nnx."""
+    if hasattr(nnx, "as_pure"):
+        return nnx.as_pure(tree)
+    return getattr(nnx, "to_arrays")(nnx.pure(tree))  # noqa: B009  (before Flax 0.12.8)

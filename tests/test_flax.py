@@ -1,0 +1,514 @@
+"""Flax train states that accumulate: Flax's programs with one import changed."""
+
+import subprocess
+import sys
+
+from flax import linen as nn, nnx
+from flax.linen import fp8_ops
+from flax.training import train_state
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from support import recording
+
+import optaccum
+from optaccum import accumulate, get_state
+import optaccum.flax
+
+K, BATCH = 4, 16
+OWG = fp8_ops.OVERWRITE_WITH_GRADIENT
+X = jax.random.normal(jax.random.key(1), (2, BATCH, 3))
+Y = jnp.sin(X.sum(axis=-1, keepdims=True))
+# One rounding of each of 4 microbatches, of their sum and of the product; parameters near 1.
+CLOSE = {"rtol": 8 * np.finfo(np.float32).eps, "atol": 8 * np.finfo(np.float32).eps}
+
+
+class Linen(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        return nn.Dense(1)(nn.gelu(nn.Dense(5)(x)))
+
+
+class Nnx(nnx.Module):
+    def __init__(self, rngs):
+        self.linear1 = nnx.Linear(3, 5, rngs=rngs)
+        self.linear2 = nnx.Linear(5, 1, rngs=rngs)
+
+    def __call__(self, x):
+        return self.linear2(nnx.gelu(self.linear1(x)))
+
+
+def train_linen(TrainState, tx, k, **extra_args):
+    """The training loop of Flax's documentation; returns the last state."""
+    model = Linen()
+    params = model.init(jax.random.key(0), jnp.ones((1, 3)))["params"]
+    state = TrainState.create(apply_fn=model.apply, params=params, tx=tx)
+
+    @jax.jit
+    def train_step(state, x, y):
+        def loss_fn(params):
+            return jnp.mean((state.apply_fn({"params": params}, x) - y) ** 2)
+
+        loss, grads = jax.value_and_grad(loss_fn)(state.params)
+        return state.apply_gradients(grads=grads, **extra_args), loss
+
+    for x, y in zip(X, Y, strict=True):
+        for xs, ys in zip(jnp.split(x, k), jnp.split(y, k), strict=True):
+            state, _ = train_step(state, xs, ys)
+    return state
+
+
+def train_nnx(Optimizer, tx, k, **extra_args):
+    """The training loop of Flax's documentation; returns the parameters and the optimizer."""
+    model = Nnx(nnx.Rngs(0))
+    optimizer = Optimizer(model, tx, wrt=nnx.Param)
+
+    @nnx.jit
+    def train_step(model, optimizer, x, y):
+        def loss_fn(model):
+            return jnp.mean((model(x) - y) ** 2)
+
+        loss, grads = nnx.value_and_grad(loss_fn)(model)
+        optimizer.update(model, grads, **extra_args)
+        return loss
+
+    for x, y in zip(X, Y, strict=True):
+        for xs, ys in zip(jnp.split(x, k), jnp.split(y, k), strict=True):
+            train_step(model, optimizer, xs, ys)
+    return nnx.to_pure_dict(nnx.state(model, nnx.Param)), optimizer
+
+
+def assert_all(check, a, b, **tolerances):
+    assert jax.tree.structure(a) == jax.tree.structure(b)
+    jax.tree.map(lambda x, y: check(np.asarray(x), np.asarray(y), **tolerances), a, b)
+
+
+@pytest.mark.parametrize("TrainState", [train_state.TrainState, optaccum.flax.TrainState])
+@pytest.mark.parametrize("k", [1, K])
+def test_a_linen_loop_gets_the_result_of_the_full_batch(TrainState, k):
+    inner = optax.adamw(0.01, eps=1e-3)
+    expected = train_linen(train_state.TrainState, inner, 1)
+    state = train_linen(TrainState, accumulate(k, inner), k)
+    assert_all(np.testing.assert_allclose, state.params, expected.params, **CLOSE)
+    assert int(state.step) == 2 * k
+
+
+@pytest.mark.parametrize("Optimizer", [nnx.Optimizer, optaccum.flax.Optimizer])
+@pytest.mark.parametrize("k", [1, K])
+def test_an_nnx_loop_gets_the_result_of_the_full_batch(Optimizer, k):
+    inner = optax.adamw(0.01, eps=1e-3)
+    expected, _ = train_nnx(nnx.Optimizer, inner, 1)
+    params, optimizer = train_nnx(Optimizer, accumulate(k, inner), k)
+    assert_all(np.testing.assert_allclose, params, expected, **CLOSE)
+    assert int(optimizer.step[...]) == 2 * k
+
+
+OTHERS = {
+    "adam": optax.adam(0.1),
+    "chain": optax.chain(optax.clip(0.1), optax.sgd(0.1, momentum=0.9)),
+    "MultiSteps": optax.MultiSteps(optax.adam(0.1), 2).gradient_transformation(),
+}
+
+
+@pytest.mark.parametrize("tx", OTHERS.values(), ids=OTHERS)
+def test_other_transformations_behave_as_in_flax(tx):
+    ours, theirs = (
+        train_linen(TrainState, tx, K)
+        for TrainState in (optaccum.flax.TrainState, train_state.TrainState)
+    )
+    for name in ("step", "params", "opt_state"):
+        assert_all(np.testing.assert_array_equal, getattr(ours, name), getattr(theirs, name))
+    (ours, one), (theirs, other) = (
+        train_nnx(Optimizer, tx, K) for Optimizer in (optaccum.flax.Optimizer, nnx.Optimizer)
+    )
+    assert_all(np.testing.assert_array_equal, ours, theirs)
+    assert_all(
+        np.testing.assert_array_equal,
+        jax.tree.leaves(one.opt_state),
+        jax.tree.leaves(other.opt_state),
+    )
+    with pytest.raises(ValueError, match="holds no AccumulateState"):
+        _ = one.mini_step
+
+
+def simple_states(tx):
+    """Returns what takes a step with scalar gradients, and reads a property, in linen and nnx."""
+    state = optaccum.flax.TrainState.create(apply_fn=None, params={"w": jnp.ones(())}, tx=tx)
+
+    class Model(nnx.Module):
+        def __init__(self):
+            self.w = nnx.Param(jnp.ones(()))
+
+    model = Model()
+    optimizer = optaccum.flax.Optimizer(model, tx, wrt=nnx.Param)
+
+    def linen_step(g, **extra_args):
+        nonlocal state
+        state = state.apply_gradients(grads={"w": jnp.asarray(g)}, **extra_args)
+
+    def nnx_step(g, **extra_args):
+        grads = nnx.grad(lambda model: g * model.w[...])(model)
+        optimizer.update(model, grads, **extra_args)
+
+    return {
+        "linen": (linen_step, lambda: state, lambda: state.params["w"]),
+        "nnx": (nnx_step, lambda: optimizer, lambda: model.w[...]),
+    }
+
+
+@pytest.fixture(params=["linen", "nnx"])
+def flavour(request):
+    return request.param
+
+
+def test_the_properties_say_where_the_window_stands(flavour):
+    step, state, param = simple_states(accumulate(2, optax.sgd(1.0)))[flavour]
+    seen = []
+    for g in (1.0, 3.0, 1.0, jnp.nan):
+        step(g)
+        s = state()
+        seen.append((int(s.mini_step), int(s.gradient_step), bool(s.has_released), float(param())))
+        assert all(isinstance(x, jax.Array) for x in (s.mini_step, s.gradient_step, s.has_released))
+    assert seen[:3] == [(1, 0, False, 1.0), (0, 1, True, -1.0), (1, 1, False, -1.0)]
+    assert seen[3][:3] == (0, 2, True)
+
+
+def test_weight_and_release(flavour):
+    step, state, param = simple_states(accumulate(8, optax.sgd(1.0)))[flavour]
+    step(2.0, weight=3)
+    step(6.0, weight=1.0)
+    assert float(param()) == 1.0
+    step(1.0, weight=4, release=True)
+    np.testing.assert_allclose(param(), 1 - (6 + 6 + 4) / 8, rtol=1e-6)
+    assert state().has_released
+    step(1.0, release=False)
+    assert not state().has_released
+
+
+def test_extra_arguments_reach_the_transformation(flavour):
+    tx = accumulate(2, recording(), average_args=("value",))
+    step, state, _ = simple_states(tx)[flavour]
+    step(1.0, value=2.0)
+    step(1.0, value=6.0)
+    inner_state = get_state(state().opt_state).inner_state
+    assert float(jax.tree.leaves(inner_state.value)[0]) == 4.0
+
+
+def test_extra_arguments_of_another_transformation(flavour):
+    """Flax's linen train state takes them for fields."""
+    step, _, param = simple_states(optax.polyak_sgd())[flavour]
+    step(2.0, value=2.0)  # a step of value / |g|^2 along g
+    np.testing.assert_allclose(param(), 1 - 2 * 2 / 4, rtol=1e-6)
+    step, *_ = simple_states(optax.identity())[flavour]
+    with pytest.raises(TypeError, match="typo"):
+        step(1.0, typo=1.0)
+
+
+def test_none_is_no_extra_argument():
+    step, *_ = simple_states(optax.scale(-1.0))["linen"]
+    step(1.0, weight=None, release=None)
+    with pytest.raises(TypeError, match="weight"):
+        step(1.0, weight=2)
+
+
+class WithStatistics(optaccum.flax.TrainState):
+    batch_stats: dict
+
+
+def test_fields_are_replaced_as_in_flax():
+    tx = accumulate(2, recording(), average_args=("value",))
+    state = WithStatistics.create(
+        apply_fn=None, params={"w": jnp.ones(2)}, tx=tx, batch_stats={"mean": jnp.zeros(2)}
+    )
+    state = state.apply_gradients(
+        grads={"w": jnp.ones(2)}, batch_stats={"mean": jnp.ones(2)}, value=3.0, weight=2
+    )
+    np.testing.assert_array_equal(state.batch_stats["mean"], np.ones(2))
+    assert state.opt_state.arg_sums["value"] == 6.0
+    assert isinstance(state, WithStatistics)
+
+
+def temporaries(compiled):
+    return compiled.memory_analysis().temp_size_in_bytes
+
+
+def test_the_compiled_step_is_that_of_apply_gradients():
+    params = {f"w{i}": jnp.zeros((64, 64)) for i in range(4)}
+    tx = accumulate(K, optax.adamw(1e-3))
+    size = sum(x.nbytes for x in params.values())
+
+    def bare(params, opt_state, grads):
+        return optaccum.apply_gradients(tx, grads, opt_state, params)
+
+    bare = jax.jit(bare, donate_argnums=(0, 1)).lower(params, tx.init(params), params).compile()
+
+    state = optaccum.flax.TrainState.create(apply_fn=None, params=params, tx=tx)
+    linen = jax.jit(lambda state, grads: state.apply_gradients(grads=grads), donate_argnums=0)
+    linen = linen.lower(state, params).compile()
+
+    class Model(nnx.Module):
+        def __init__(self):
+            for name, value in params.items():
+                setattr(self, name, nnx.Param(value))
+
+    model = Model()
+    optimizer = optaccum.flax.Optimizer(model, tx, wrt=nnx.Param)
+    model_graph, model_state = nnx.split(model)
+    optimizer_graph, optimizer_state = nnx.split(optimizer)
+
+    def step(model_state, optimizer_state, grads):
+        model = nnx.merge(model_graph, model_state)
+        optimizer = nnx.merge(optimizer_graph, optimizer_state)
+        optimizer.update(model, grads)
+        return nnx.state(model), nnx.state(optimizer)
+
+    functional = jax.jit(step, donate_argnums=(0, 1))
+    functional = functional.lower(model_state, optimizer_state, model_state).compile()
+    in_place = nnx.jit(lambda m, o, g: o.update(m, g), donate_argnums=(0, 1))
+    in_place = in_place.lower(model, optimizer, model_state).compile()
+    programs = [bare, linen, functional, getattr(in_place, "compiled", in_place)]
+    assert [temporaries(program) / size < 0.02 for program in programs] == [True] * 4
+    conditionals = [program.as_text().count(" conditional(") for program in programs]
+    assert conditionals == [1] * 4
+
+
+def test_partial_training_of_lora():
+    class Model(nnx.Module):
+        def __init__(self, rngs):
+            self.linear = nnx.Linear(3, 2, rngs=rngs)
+            self.lora = nnx.LoRA(3, 4, 2, base_module=self.linear, rngs=rngs)
+
+        def __call__(self, x):
+            return self.lora(x)
+
+    def train(tx, k):
+        model = Model(nnx.Rngs(0))
+        model.lora.lora_b[...] = jnp.ones_like(model.lora.lora_b[...])
+        before = np.asarray(model.linear.kernel[...])
+        optimizer = optaccum.flax.Optimizer(model, tx, wrt=nnx.LoRAParam)
+
+        @nnx.jit
+        def step(model, optimizer, x):
+            def loss(model, x):
+                return jnp.mean(model(x) ** 2)
+
+            grads = nnx.grad(loss, argnums=nnx.DiffState(0, nnx.LoRAParam))(model, x)
+            optimizer.update(model, grads)
+
+        for x in jnp.split(X[0], k):
+            step(model, optimizer, x)
+        np.testing.assert_array_equal(model.linear.kernel[...], before)
+        return nnx.to_pure_dict(nnx.state(model, nnx.LoRAParam)), optimizer
+
+    expected, _ = train(optax.sgd(0.1), 1)
+    params, optimizer = train(accumulate(K, optax.sgd(0.1)), K)
+    assert_all(np.testing.assert_allclose, params, expected, **CLOSE)
+    sums = jax.tree.leaves(get_state(optimizer.opt_state).grad_sum)
+    assert sorted(x.shape for x in sums) == [(3, 4), (4, 2)]
+
+
+def test_sharded_parameters_with_metadata():
+    mesh = jax.make_mesh((8,), ("data",))
+    kernel_init = nnx.with_partitioning(nnx.initializers.lecun_normal(), (None, "data"))
+
+    @nnx.jit
+    def make():
+        model = nnx.Linear(4, 16, kernel_init=kernel_init, rngs=nnx.Rngs(0))
+        optimizer = optaccum.flax.Optimizer(model, accumulate(2, optax.adam(0.1)), wrt=nnx.Param)
+        for node in (model, optimizer):
+            state = nnx.state(node)
+            specs = nnx.get_partition_spec(state)
+            nnx.update(node, jax.lax.with_sharding_constraint(state, specs))
+        return model, optimizer
+
+    @nnx.jit
+    def step(model, optimizer, x):
+        optimizer.update(model, nnx.grad(lambda model: jnp.mean(model(x) ** 2))(model))
+
+    with jax.set_mesh(mesh) if hasattr(jax, "set_mesh") else mesh:
+        model, optimizer = make()
+        for _ in range(2):
+            step(model, optimizer, jnp.ones((8, 4)))
+    spec = jax.P(None, "data")
+    state = get_state(optimizer.opt_state)
+    sharded = [model.kernel, state.grad_sum["kernel"], state.inner_state[0].mu["kernel"]]
+    assert [x[...].sharding.spec for x in sharded] == [spec] * 3
+    assert optimizer.has_released
+
+
+def test_split_and_merge_in_mid_window():
+    model = nnx.Linear(3, 1, rngs=nnx.Rngs(0))
+    optimizer = optaccum.flax.Optimizer(model, accumulate(2, optax.sgd(1.0)), wrt=nnx.Param)
+    before = np.asarray(model.bias[...])
+    for _ in range(2):
+        graph, state = nnx.split((model, optimizer))
+        model, optimizer = nnx.merge(graph, state)
+        assert isinstance(optimizer, optaccum.flax.Optimizer)
+        optimizer.update(model, nnx.grad(lambda model: jnp.sum(model(X[0, :1])))(model))
+    assert optimizer.has_released
+    np.testing.assert_allclose(model.bias[...], before - 1.0, rtol=1e-6)
+
+
+def test_schedules_averages_and_hyperparameters_move_once_a_window(flavour):
+    inner = optax.chain(
+        optax.ema(0.5, debias=False),
+        optax.inject_hyperparams(optax.sgd)(learning_rate=lambda step: 1.0 / (1 + step)),
+    )
+    step, state, param = simple_states(accumulate(2, inner))[flavour]
+    averages, rates = [], []
+    for g in (4.0, 8.0, 0.0, 4.0):
+        step(g)
+        ema, sgd = get_state(state().opt_state).inner_state
+        averages.append(float(jax.tree.leaves(ema.ema)[0]))
+        rates.append(float(jax.tree.leaves(sgd.hyperparams["learning_rate"])[0]))
+    assert averages == [0.0, 3.0, 3.0, 2.5]
+    assert rates == [1.0, 1.0, 1.0, 0.5]
+    assert float(param()) == 1.0 - 3.0 - 0.5 * 2.5
+
+
+def test_batch_norm_moves_with_every_call():
+    linen = nn.BatchNorm(use_running_average=False, momentum=0.5)
+    variables = linen.init(jax.random.key(0), X[0])
+    state = WithStatistics.create(
+        apply_fn=linen.apply,
+        params=variables["params"],
+        batch_stats=variables["batch_stats"],
+        tx=accumulate(2, optax.sgd(0.1)),
+    )
+
+    @jax.jit
+    def step(state, x):
+        def loss(params):
+            variables = {"params": params, "batch_stats": state.batch_stats}
+            y, updates = state.apply_fn(variables, x, mutable=["batch_stats"])
+            return jnp.mean(y**3), updates
+
+        grads, updates = jax.grad(loss, has_aux=True)(state.params)
+        return state.apply_gradients(grads=grads, batch_stats=updates["batch_stats"])
+
+    model = nnx.BatchNorm(3, momentum=0.5, rngs=nnx.Rngs(0))
+    optimizer = optaccum.flax.Optimizer(model, accumulate(2, optax.sgd(0.1)), wrt=nnx.Param)
+
+    @nnx.jit
+    def nnx_step(model, optimizer, x):
+        optimizer.update(model, nnx.grad(lambda model: jnp.mean(model(x) ** 3))(model))
+
+    expected = np.zeros(3)
+    for x in jnp.split(X[0], 2):
+        expected = 0.5 * expected + 0.5 * np.mean(np.asarray(x, np.float64), axis=0)
+        state = step(state, x)
+        nnx_step(model, optimizer, x)
+        for mean in (state.batch_stats["mean"], model.mean[...]):
+            np.testing.assert_allclose(mean, expected, rtol=1e-5, atol=1e-6)
+    assert state.has_released
+    assert optimizer.has_released
+
+
+class Fp8(nn.Module):
+    """A dense layer in FP8, its history short enough to see it roll."""
+
+    @nn.compact
+    def __call__(self, x):
+        op = fp8_ops.Fp8DirectDotGeneralOp(amax_history_length=3)
+        kernel = self.param("kernel", nn.initializers.lecun_normal(), (x.shape[-1], 16))
+        return op(x, kernel, (((x.ndim - 1,), (0,)), ((), ())))
+
+
+def fp8_state(TrainState, tx):
+    model = Fp8()
+    variables = model.init(jax.random.key(0), jnp.ones((16, 16)))
+    state = TrainState.create(apply_fn=model.apply, params=variables, tx=tx)
+
+    @jax.jit
+    def step(state, x):
+        grads = jax.grad(lambda params: jnp.mean(state.apply_fn(params, x) ** 2))(state.params)
+        return state.apply_gradients(grads=grads), grads[OWG]
+
+    return state, step
+
+
+def input_history(state):
+    (history,) = (
+        x
+        for path, x in jax.tree_util.tree_leaves_with_path(state.params[OWG])
+        if "input_amax_history" in jax.tree_util.keystr(path)
+    )
+    return np.asarray(history)
+
+
+def test_fp8_collections_without_accumulation_are_those_of_flax():
+    results = []
+    for TrainState in (optaccum.flax.TrainState, train_state.TrainState):
+        state, step = fp8_state(TrainState, optax.sgd(0.1))
+        for scale in (1.0, 3.0):
+            state, _ = step(state, jnp.full((16, 16), scale))
+        results.append(state)
+    assert_all(np.testing.assert_array_equal, results[0].params, results[1].params)
+    assert_all(np.testing.assert_array_equal, results[0].opt_state, results[1].opt_state)
+
+
+def test_fp8_collections_are_overwritten_once_a_window_with_the_largest():
+    tx = accumulate(3, optax.sgd(0.1), should_skip_update_fn=optax.skip_not_finite)
+    state, step = fp8_state(optaccum.flax.TrainState, tx)
+    before = state.params[OWG]
+    for scale in (2.0, 5.0, jnp.nan):
+        state, _ = step(state, jnp.full((16, 16), scale))
+        assert_all(np.testing.assert_array_equal, state.params[OWG], before)
+    state, given = step(state, jnp.full((16, 16), 3.0))
+    assert state.has_released
+    assert int(get_state(state.opt_state).skipped) == 1
+    # One entry a window: that of the largest activation of the accepted microbatches.
+    np.testing.assert_array_equal(input_history(state), [5.0, 0.0, 0.0])
+    for scale in (7.0, 1.0, 1.0):
+        state, _ = step(state, jnp.full((16, 16), scale))
+    np.testing.assert_array_equal(input_history(state), [7.0, 0.0, 5.0])  # Flax rolls to the left
+    assert jax.tree.structure(given) == jax.tree.structure(state.params[OWG])
+
+
+def test_fp8_microbatches_of_a_window_compute_as_one_batch():
+    """The inputs' history after a window is that of the whole batch."""
+    x = jax.random.normal(jax.random.key(2), (4, 16, 16))
+    whole, step = fp8_state(train_state.TrainState, optax.sgd(0.0))
+    whole, _ = step(whole, x.reshape(64, 16))
+    parts, step = fp8_state(optaccum.flax.TrainState, accumulate(4, optax.sgd(0.0)))
+    for part in x:
+        parts, _ = step(parts, part)
+    np.testing.assert_array_equal(input_history(parts), input_history(whole))
+
+
+def test_fp8_values_of_the_type_that_takes_the_largest():
+    """Parameters of the dtype that Flax gives to values that are used more than once."""
+
+    @jax.jit
+    def as_fm32(x):
+        return jax.lax.convert_element_type(jnp.full(1, x), fp8_ops.fp32_max_grad)
+
+    params = {
+        "params": {"w": jnp.ones(2)},
+        OWG: {"scale": as_fm32(1.0)},
+    }
+    tx = accumulate(2, optax.sgd(1.0))
+    state = optaccum.flax.TrainState.create(apply_fn=None, params=params, tx=tx)
+    step = jax.jit(lambda state, grads: state.apply_gradients(grads=grads), donate_argnums=0)
+    for value in (4.0, 2.0):
+        state = step(state, {"params": {"w": jnp.ones(2)}, OWG: {"scale": as_fm32(value)}})
+    scale = state.params[OWG]["scale"]
+    assert scale.dtype == fp8_ops.fp32_max_grad
+    assert jax.jit(lambda x: jax.lax.convert_element_type(x, jnp.float32))(scale) == 4.0
+
+
+def test_fp8_collections_need_a_state_with_room_for_them():
+    tx = accumulate(2, optax.sgd(0.1))
+    state, step = fp8_state(optaccum.flax.TrainState, tx)
+    state = state.replace(opt_state=tx.init(state.params["params"]))
+    with pytest.raises(ValueError, match=r"TrainState\.create"):
+        step(state, jnp.ones((16, 16)))
+
+
+def test_without_flax_the_import_says_how_to_install_it():
+    program = "import sys; sys.modules['flax'] = None; import optaccum; import optaccum.flax"
+    process = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert process.returncode != 0
+    assert "pip install 'optaccum[flax]'" in process.stderr
