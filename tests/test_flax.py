@@ -1,5 +1,6 @@
 """Flax train states that accumulate: Flax's programs with one import changed."""
 
+import functools
 import subprocess
 import sys
 
@@ -175,6 +176,17 @@ def test_the_properties_say_where_the_window_stands(flavour):
     assert seen[3][:3] == (0, 2, True)
 
 
+def test_update_returns_what_changed():
+    model = nnx.Linear(3, 1, rngs=nnx.Rngs(0))
+    optimizer = optaccum.flax.Optimizer(model, accumulate(2, optax.sgd(0.5)), wrt=nnx.Param)
+    for expected in (0.0, -0.5):
+        updates = optimizer.update(model, nnx.grad(lambda model: model(X[0, 0])[0])(model))
+        np.testing.assert_allclose(updates["bias"], [expected], rtol=1e-6)
+    assert jax.tree.structure(updates) == jax.tree.structure(
+        jax.tree.map(lambda x: x[...], nnx.state(model), is_leaf=lambda x: isinstance(x, nnx.Param))
+    )
+
+
 def test_weight_and_release(flavour):
     step, state, param = simple_states(accumulate(8, optax.sgd(1.0)))[flavour]
     step(2.0, weight=3)
@@ -266,9 +278,13 @@ def test_the_compiled_step_is_that_of_apply_gradients():
 
     functional = jax.jit(step, donate_argnums=(0, 1))
     functional = functional.lower(model_state, optimizer_state, model_state).compile()
-    in_place = nnx.jit(lambda m, o, g: o.update(m, g), donate_argnums=(0, 1))
-    in_place = in_place.lower(model, optimizer, model_state).compile()
-    programs = [bare, linen, functional, getattr(in_place, "compiled", in_place)]
+
+    @functools.partial(nnx.jit, donate_argnums=(0, 1))
+    def in_place(model, optimizer, grads):
+        optimizer.update(model, grads)
+
+    compiled = in_place.lower(model, optimizer, model_state).compile()
+    programs = [bare, linen, functional, getattr(compiled, "compiled", compiled)]
     assert [temporaries(program) / size < 0.02 for program in programs] == [True] * 4
     conditionals = [program.as_text().count(" conditional(") for program in programs]
     assert conditionals == [1] * 4
