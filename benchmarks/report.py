@@ -10,7 +10,7 @@ import pathlib
 import re
 from typing import Any
 
-from benchmarks import plots, scaling_tables
+from benchmarks import in_step_tables, plots, scaling_tables
 
 ROOT = pathlib.Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -24,7 +24,7 @@ def load(folder: pathlib.Path = RESULTS) -> dict[str, list[dict[str, Any]]]:
     """Returns the committed results of each benchmark, CPU before GPU."""
     return {
         name: [json.loads(path.read_text()) for path in sorted(folder.glob(f"{name}-[cg]pu.json"))]
-        for name in ("overhead", "scaling", "train_step")
+        for name in ("overhead", "scaling", "train_step", "in_step")
     }
 
 
@@ -158,6 +158,16 @@ def slopes_table(result: dict[str, Any]) -> str:
     return f"{markdown(rows)}\n\n{where(result)}"
 
 
+def in_step_table(result: dict[str, Any]) -> str:
+    """Returns what accumulating inside one step costs, the largest batch, and the drift."""
+    model = f"{result['parameters'] / 1e6:,.1f} M parameters, {result['dtype']}"
+    batch = f"{result['num_microbatches']} x {result['microbatch']} sequences"
+    note = f"Transformer of {model}, a batch of {batch} of {result['sequence']} tokens."
+    rows = (in_step_tables.step_rows, in_step_tables.largest_rows, in_step_tables.drift_rows)
+    tables = "\n\n".join(markdown(make(result)) for make in rows)
+    return f"{tables}\n\n{note} {where(result)}"
+
+
 def sweep_table(sweep: str, result: dict[str, Any]) -> str:
     """Returns one sweep of `benchmarks.scaling`."""
     rows = scaling_tables.tables(sweep, result["sweeps"][sweep])["rows"]
@@ -177,6 +187,7 @@ TABLES: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
     "overhead_times": ("overhead", overhead_times_table),
     "compilation": ("overhead", compilation_table),
     "train_step": ("train_step", train_step_table),
+    "in_step": ("in_step", in_step_table),
     "slopes": ("scaling", slopes_table),
     "leaves": ("scaling", lambda result: sweep_table("leaves", result)),
     "dtype": ("scaling", lambda result: sweep_table("dtype", result)),

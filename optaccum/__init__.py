@@ -2,14 +2,20 @@
 
 from optaccum._accumulate import accumulate
 from optaccum._apply import apply_gradients
+from optaccum._fit import Fit, fit_num_microbatches
 from optaccum._migrate import from_multi_steps
 from optaccum._state import AccumulateState, get_state, has_released
+from optaccum._value_and_grad import grad, value_and_grad
 
 __all__ = (
     "AccumulateState",
+    "Fit",
     "accumulate",
     "apply_gradients",
+    "fit_num_microbatches",
     "from_multi_steps",
     "get_state",
+    "grad",
     "has_released",
+    "value_and_grad",
 )

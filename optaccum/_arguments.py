@@ -30,23 +30,63 @@ def check_every_k(every_k: Any) -> int | jax.Array | Callable[[jax.Array], Any]:
         if not isinstance(every_k, Tracer):
             _check_at_least_one(int(every_k))
         return every_k
-    try:
-        if isinstance(every_k, bool | np.bool_):
-            raise TypeError
-        every_k = operator.index(every_k)
-    except TypeError:
-        raise TypeError(
-            "`every_k` must be an integer >= 1, an integer scalar array or a function of the "
-            f"gradient step, got {every_k!r} of type {type(every_k).__name__}"
-        ) from None
+    others = ", an integer scalar array or a function of the gradient step"
+    every_k = check_count("`every_k`", every_k, others)
     _check_at_least_one(every_k)
     return every_k
+
+
+def check_count(name: str, count: Any, others: str = "") -> int:
+    """Returns `count` as a Python int >= 1; `others` says what else the argument may be."""
+    try:
+        if isinstance(count, bool | np.bool_):
+            raise TypeError
+        count = operator.index(count)
+    except TypeError:
+        raise TypeError(
+            f"{name} must be an integer >= 1{others}, got {count!r} of type {type(count).__name__}"
+        ) from None
+    if count < 1:
+        raise ValueError(f"{name} must be >= 1, got {count}")
+    return count
 
 
 def _check_at_least_one(every_k: int) -> None:
     if not 1 <= every_k <= _INT32_MAX:
         bound = ">= 1" if every_k < 1 else f"<= {_INT32_MAX}"
         raise ValueError(f"`every_k` must be {bound}, got {every_k}")
+
+
+def check_argnums(name: str, argnums: Any) -> tuple[int, ...]:
+    """Returns `argnums`, an integer or a sequence of them, as a tuple of Python ints."""
+    several = argnums if isinstance(argnums, tuple | list) else (argnums,)
+    try:
+        if any(isinstance(argnum, bool | np.bool_) for argnum in several):
+            raise TypeError
+        return tuple(map(operator.index, several))
+    except TypeError:
+        raise TypeError(
+            f"{name} must be an integer or a tuple of integers, got {argnums!r}"
+        ) from None
+
+
+def positions(roles: dict[str, tuple[int, ...]], count: int) -> list[tuple[int, ...]]:
+    """Returns the argnums of each role, none negative, if they name `count` arguments or fewer."""
+    taken: dict[int, str] = {}
+    for name, argnums in roles.items():
+        for argnum in argnums:
+            if not -count <= argnum < count:
+                raise ValueError(
+                    f"{name} names argument {argnum}, but the call has {count} positional "
+                    "arguments; pass it by position, keyword arguments go to every microbatch whole"
+                )
+            if argnum % count in taken:
+                raise ValueError(
+                    f"{name} names argument {argnum}, which {taken[argnum % count]} names already; "
+                    "an argument has one role"
+                )
+            taken[argnum % count] = name
+    return [tuple(argnum % count for argnum in argnums) for argnums in roles.values()]
 
 
 def window_length(
@@ -83,6 +123,12 @@ def with_extra_args(tx: Any) -> optax.GradientTransformationExtraArgs:
     if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
         return optax.GradientTransformationExtraArgs(tx.init, tx.update)
     return optax.with_extra_args_support(tx)
+
+
+def check_function(name: str, function: Any) -> None:
+    """Raises unless `function` can be called."""
+    if not callable(function):
+        raise TypeError(f"{name} must be a function, got {describe(function)}")
 
 
 def check_skip_fn(should_skip_update_fn: Any) -> None:
@@ -146,13 +192,16 @@ def averaged(names: tuple[str, ...], extra_args: dict[str, Any]) -> dict[str, ja
 
 def as_weight(weight: Any) -> float | jax.Array | None:
     """Returns None, a Python float (known now, finite and >= 0), or an f32[] to judge later."""
-    if weight is None:
-        return None
-    _check_scalar("`weight`", weight, jnp.floating, jnp.integer, jnp.bool_)
+    return None if weight is None else check_weight("`weight`", weight)
+
+
+def check_weight(name: str, weight: Any) -> float | jax.Array:
+    """Returns a Python float (known now, finite and >= 0), or an f32[] to judge later."""
+    _check_scalar(name, weight, jnp.floating, jnp.integer, jnp.bool_)
     if isinstance(weight, jax.Array):
         return weight.astype(jnp.float32)
     if not 0 <= weight <= _FLOAT32_MAX:
-        raise ValueError(f"`weight` must be finite in float32 and >= 0, got {weight!r}")
+        raise ValueError(f"{name} must be finite in float32 and >= 0, got {weight!r}")
     return float(np.float32(weight))
 
 
@@ -174,6 +223,16 @@ def as_verdict(result: Any) -> tuple[jax.Array, Any]:
     should_skip, report = result
     _check_scalar("the first result of `should_skip_update_fn`", should_skip, jnp.bool_)
     return jnp.asarray(should_skip), report
+
+
+def as_carry_and_aux(aux: Any) -> tuple[Any, Any]:
+    """Returns what `fun` returned beside its loss, where it hands on a carry, as a pair."""
+    if not isinstance(aux, tuple) or len(aux) != 2:
+        raise TypeError(
+            "`fun` must return `(loss, (carry, aux))` with `carry_argnum`, where aux may be (), "
+            f"got {describe(aux)} for `(carry, aux)`"
+        )
+    return aux
 
 
 def check_release_alone(release: bool | jax.Array | None) -> bool:
@@ -206,10 +265,11 @@ def _check_scalar(name: str, value: Any, *kinds: Any, remedy: str = "") -> None:
     fits = known and jnp.shape(value) == ()
     if not (fits and any(jnp.issubdtype(jnp.result_type(value), kind) for kind in kinds)):
         wanted = " or ".join(getattr(kind, "__name__", str(kind)) for kind in kinds)
-        raise TypeError(f"{name} must be a scalar ({wanted}), got {_describe(value)}{remedy}")
+        raise TypeError(f"{name} must be a scalar ({wanted}), got {describe(value)}{remedy}")
 
 
-def _describe(value: Any) -> str:
+def describe(value: Any) -> str:
+    """Returns what an error says of a value: dtype and shape, or the value and its type."""
     if isinstance(value, jax.Array | np.ndarray | np.generic):
         return f"{value.dtype}{list(value.shape)}"
     return f"{value!r} of type {type(value).__name__}"

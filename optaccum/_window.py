@@ -180,7 +180,7 @@ def add(
         dtype = _at_least_float32(s.dtype)
         old, term = s.astype(dtype), jnp.asarray(x).astype(dtype)
         if weight is not None:
-            term = lax.select(weight > 0, term * weight.astype(dtype), jnp.zeros_like(term))
+            term = lax.select(weight > 0, _times(term, weight), jnp.zeros_like(term))
         new = _select(first, term, old + term)
         return _select(accept, new.astype(s.dtype), s)
 
@@ -217,10 +217,18 @@ def mean(sums: Any, weight: jax.Array | None, like: Any) -> Any:
         dtype = _at_least_float32(s.dtype)
         total = s.astype(dtype)
         if weight is not None:
-            total = total * reciprocal.astype(dtype)
+            total = _times(total, reciprocal)
         return total.astype(jnp.result_type(x))
 
     return jax.tree.map(leaf, like, sums, is_leaf=_is_none)
+
+
+def _times(x: jax.Array, factor: jax.Array) -> jax.Array:
+    """Returns `x * factor` in the dtype of `x`, which may wait to be reduced over devices."""
+    unreduced = getattr(jax.typeof(x).sharding.spec, "unreduced", ())
+    if unreduced:
+        factor = jax.reshard(factor, jax.P(reduced=unreduced))
+    return x * factor.astype(x.dtype)
 
 
 def _inexact_leaves(tree: Any) -> list[Any]:

@@ -1,0 +1,108 @@
+"""Find how many microbatches a batch needs to fit in memory, before anything runs."""
+
+from collections.abc import Callable, Iterable
+import math
+import numbers
+from typing import Any, NamedTuple
+
+import jax
+
+from optaccum import _arguments
+
+
+class Fit(NamedTuple):
+    """What :func:`fit_num_microbatches` found.
+
+    Attributes:
+        num_microbatches: the fewest microbatches that fit.
+        step: the step with that many, compiled: call it with arguments as they were lowered.
+        peak_bytes: {candidate: bytes on each device}, of those that were compiled; infinite where
+            the compiler itself found that they cannot fit.
+        memory_limit: the bytes that it had to fit in.
+    """
+
+    num_microbatches: int
+    step: jax.stages.Compiled
+    peak_bytes: dict[int, float]
+    memory_limit: float
+
+
+def fit_num_microbatches(
+    make_step: Callable[[int], Any],
+    candidates: Iterable[int],
+    *args: Any,
+    memory_limit: float | None = None,
+) -> Fit:
+    """Return the fewest microbatches with which a training step fits in memory.
+
+    Compiles the step ahead of time for one candidate after the other, fewest first, and stops at
+    the first whose peak, on each device, is within the limit:
+
+        peak = arguments + outputs - donated outputs + temporaries
+
+    Nothing runs and no array is needed. What else lies on the device is not in the sum.
+
+    >>> import jax, jax.numpy as jnp, optaccum
+    >>> def make_step(n):
+    ...     loss_fn = lambda w, x: jnp.mean(jnp.tanh(x @ w) ** 2)
+    ...     return jax.jit(optaccum.value_and_grad(loss_fn, num_microbatches=n))
+    >>> w = jax.ShapeDtypeStruct((8, 1024), jnp.float32)
+    >>> x = jax.ShapeDtypeStruct((1024, 8), jnp.float32)
+    >>> fit = optaccum.fit_num_microbatches(make_step, [1, 2, 4, 8, 16], w, x, memory_limit=2**20)
+    >>> fit.num_microbatches, [peak <= fit.memory_limit for peak in fit.peak_bytes.values()]
+    (16, [False, False, False, False, True])
+
+    Args:
+        make_step: returns the step with that many microbatches: a function, best one of `jax.jit`
+            with the donation that it will run with.
+        candidates: numbers of microbatches to try.
+        *args: the arguments of the step: arrays, or `jax.ShapeDtypeStruct`s with the shardings
+            that they will have.
+        memory_limit: bytes on each device; None for what the device gives the process.
+
+    Returns:
+        A :class:`Fit`.
+
+    Raises:
+        TypeError: if a candidate is not an integer.
+        ValueError: if there is no candidate, one is below 1, none fits, or the limit is not a
+            number above 0 and the device does not say how much memory it has.
+    """
+    counts = sorted({_arguments.check_count("each of `candidates`", n) for n in candidates})
+    if not counts:
+        raise ValueError("`candidates` must hold at least one number of microbatches, got none")
+    limit = _device_limit() if memory_limit is None else memory_limit
+    if not isinstance(limit, numbers.Real) or not limit > 0:
+        raise ValueError(f"`memory_limit` must be a number of bytes > 0, got {limit!r}")
+    peaks: dict[int, float] = {}
+    for n in counts:
+        step = make_step(n)
+        lowered = (step if hasattr(step, "lower") else jax.jit(step)).lower(*args)
+        try:
+            compiled = lowered.compile()
+        except jax.errors.JaxRuntimeError as error:
+            if "RESOURCE_EXHAUSTED" not in str(error):
+                raise
+            peaks[n] = math.inf
+            continue
+        sizes: Any = compiled.memory_analysis()
+        kept = sizes.output_size_in_bytes - sizes.alias_size_in_bytes
+        peaks[n] = sizes.argument_size_in_bytes + kept + sizes.temp_size_in_bytes
+        if peaks[n] <= limit:
+            return Fit(n, compiled, peaks, limit)
+    table = ", ".join(f"{n}: {peak:,}" for n, peak in peaks.items())
+    raise ValueError(
+        f"none of `candidates` fits in {limit:,} bytes; peak bytes by number of microbatches are "
+        f"{table}; try more, or `jax.checkpoint`"
+    )
+
+
+def _device_limit() -> float:
+    """Returns the bytes that the device with the least memory gives this process."""
+    limits = [(device.memory_stats() or {}).get("bytes_limit", 0) for device in jax.local_devices()]
+    if not all(limits):
+        raise ValueError(
+            f"`memory_limit` is needed: {jax.local_devices()[0].device_kind} does not say how much "
+            "memory it has"
+        )
+    return min(limits)

@@ -1,0 +1,236 @@
+"""Take the gradient of a whole batch in one call, one microbatch in memory at a time."""
+
+from collections.abc import Callable, Sequence
+import functools
+from typing import Any
+
+import jax
+from jax import lax
+import jax.numpy as jnp
+
+from optaccum import _arguments, _microbatches, _window
+from optaccum._state import cast_like, strongly_typed
+
+
+def value_and_grad(
+    fun: Callable[..., Any],
+    argnums: int | Sequence[int] = 0,
+    has_aux: bool = False,
+    *,
+    num_microbatches: int,
+    batch_argnums: int | Sequence[int] = 1,
+    weight_fn: Callable[..., Any] | None = None,
+    rng_argnums: int | Sequence[int] = (),
+    carry_argnum: int | None = None,
+    accumulator_dtype: jax.typing.DTypeLike | None = None,
+) -> Callable[..., Any]:
+    """Return `jax.value_and_grad(fun)` that runs the batch in n microbatches, by one scan.
+
+    For the microbatches i = 0..n-1 of the batch, with losses l_i, gradients g_i and weights w_i,
+
+        loss = (sum_i w_i l_i) / (sum_i w_i)        gradient = (sum_i w_i g_i) / (sum_i w_i)
+
+    which are those of the full batch, if `fun` is a mean over w_i examples or tokens. Needs the
+    whole batch at once and no state: any optimizer steps on the result. Where microbatches come
+    one call at a time, use :func:`optaccum.accumulate`. Call the result inside `jax.jit`; outside
+    it the scan is compiled in every call.
+
+    >>> import jax.numpy as jnp, optaccum
+    >>> def loss_fn(w, batch):
+    ...     return jnp.sum(batch["mask"] * (w - batch["x"]) ** 2) / jnp.sum(batch["mask"])
+    >>> batch = {"x": jnp.array([1.0, 2.0, 3.0, 9.0]), "mask": jnp.array([1.0, 1.0, 1.0, 0.0])}
+    >>> value_and_grad = optaccum.value_and_grad(
+    ...     loss_fn, num_microbatches=2, weight_fn=lambda w, batch: jnp.sum(batch["mask"]))
+    >>> loss, grad = value_and_grad(5.0, batch)
+    >>> print(f"{loss:.4f} {grad:.4f}")
+    9.6667 6.0000
+
+    Guarantees:
+        * Shapes and dtypes of loss and gradients are those of `jax.value_and_grad`. Sums are kept
+          in `accumulator_dtype`, by default the dtype promoted to at least float32.
+        * Microbatch i holds the rows i, i + n, i + 2n, ... of every batch leaf. So an axis that
+          is sharded over devices stays where it is: no communication to split it, as long as n
+          divides the rows of a device. The batch is not copied.
+        * Where parameters are sharded as `P(..., reduced={axis})` (explicit sharding), the
+          gradients come back unreduced: one `jax.reshard` of each is its only all-reduce.
+        * `fun` is traced once. Keys do not depend on data.
+
+    ============================================  ==============================================
+    case                                          result
+    ============================================  ==============================================
+    `num_microbatches` 1                          `jax.value_and_grad(fun)`: no scan, no sums, the
+                                                  caller's keys; aux has its leading axis of 1
+    weight 0, or an array: negative, inf or NaN   the microbatch adds nothing, not even a NaN, and
+                                                  leaves the carry as it was; its aux is kept
+    weights sum to 0                              loss and gradients are zeros
+    n does not divide the rows                    an error that names the nearest divisors; pad,
+                                                  and give the padding no weight
+    a typed key outside `rng_argnums`             an error: microbatches would share their noise
+    keyword arguments                             go to every microbatch whole
+    a None leaf                                   passes through
+    ============================================  ==============================================
+
+    `aux` is stacked, never reduced: each of its leaves gets a leading axis of length n, at n = 1
+    too, so that code which reads it does not depend on n. Means over equal microbatches are
+    `jnp.mean(a, 0)`; counts, `jnp.sum(a, 0)`; outputs of shape [n, rows / n, ...] are in the order
+    of the batch again after `a.swapaxes(0, 1).reshape(rows, ...)`.
+
+    What each microbatch passes on to the next, such as the batch statistics of a model, is the
+    argument `carry_argnum`. `fun` then returns `(loss, (carry, aux))`, and so does the result::
+
+        def loss_fn(params, stats, batch):
+            logits, new = model.apply({"params": params, "batch_stats": stats}, batch["image"],
+                                      mutable=["batch_stats"])
+            return cross_entropy(logits, batch["label"]), (new["batch_stats"], logits)
+
+        step = optaccum.value_and_grad(
+            loss_fn, has_aux=True, num_microbatches=8, batch_argnums=2, carry_argnum=1)
+        (loss, (stats, logits)), grads = step(params, stats, batch)
+
+    To drop a microbatch for what its gradient holds, take it with :func:`optaccum.accumulate` and
+    `should_skip_update_fn`: `weight_fn` sees arguments only.
+
+    Args:
+        fun: a function that returns a real scalar, or with `has_aux` `(scalar, aux)`.
+        argnums: what to differentiate: a position or several, as in `jax.value_and_grad`.
+        has_aux: whether `fun` returns `(scalar, aux)`.
+        num_microbatches: n, an integer >= 1.
+        batch_argnums: positions of the pytrees to split. All their leaves have the same leading
+            axis, which n divides.
+        weight_fn: called as `fun` is, with the arguments of each microbatch; returns how much it
+            counts, a scalar >= 0 such as its unpadded tokens. None for 1 each. Token counts are
+            summed in float32, up to 2**24 exactly.
+        rng_argnums: positions of keys, or pytrees of them such as `{"dropout": key}`: in
+            microbatch i each key is `jax.random.fold_in(key, i)`. Typed keys elsewhere are
+            refused; raw ones (`jax.random.PRNGKey`) cannot be told from data.
+        carry_argnum: position of what is passed on, or None. Its types are kept. Keys in it are
+            `fun`'s to advance, as the counts of `flax.nnx.Rngs` do.
+        accumulator_dtype: dtype of the sums, as in :func:`optaccum.accumulate`.
+
+    Returns:
+        A function with the arguments of `fun` that returns `(loss, gradients)`, or with `has_aux`
+        `((loss, aux), gradients)`.
+
+    Raises:
+        TypeError: (here) for arguments of another kind; (when traced) for a key in the wrong
+            place, none in the right one, or a weight that is no scalar.
+        ValueError: (here) for `num_microbatches` below 1, no batch, or a carry without `has_aux`;
+            (when traced) for batch leaves that cannot be split, or an argument with two roles.
+
+    References: `optax.microbatch`; github.com/google-research/t5x `trainer.py`.
+    """
+    _arguments.check_function("`fun`", fun)
+    if weight_fn is not None:
+        _arguments.check_function("`weight_fn`", weight_fn)
+    n = _arguments.check_count("`num_microbatches`", num_microbatches)
+    accumulator_dtype = _arguments.check_accumulator_dtype(accumulator_dtype)
+    given = {
+        "`argnums`": argnums,
+        "`batch_argnums`": batch_argnums,
+        "`rng_argnums`": rng_argnums,
+        "`carry_argnum`": () if carry_argnum is None else (carry_argnum,),
+    }
+    roles = {name: _arguments.check_argnums(name, value) for name, value in given.items()}
+    if not roles["`batch_argnums`"]:
+        raise ValueError("`batch_argnums` must name at least one argument to split, got ()")
+    if roles["`carry_argnum`"] and not has_aux:
+        raise ValueError(
+            "`carry_argnum` needs `has_aux=True`: `fun` returns `(loss, (carry, aux))` with it"
+        )
+
+    @functools.wraps(fun)
+    def value_and_grad_fn(*args, **kwargs):
+        trained, batch, rngs, carries = _arguments.positions(roles, len(args))
+        _microbatches.check_batch({j: args[j] for j in batch}, n)
+        _microbatches.check_keys(
+            {j: args[j] for j in rngs}, args, kwargs, apart=(*batch, *rngs, *carries)
+        )
+        at = trained if isinstance(argnums, tuple | list) else trained[0]
+        params = args[at] if isinstance(at, int) else tuple(args[j] for j in at)
+        split = {j: _microbatches.split(args[j], n) for j in batch if n > 1}
+        differentiate = jax.value_and_grad(fun, at, has_aux)
+
+        def run(i, carry):
+            """Returns loss, aux, carry, gradients and weight of microbatch i, or of them all."""
+            own = list(args)
+            for j, leaves in split.items():
+                own[j] = _microbatches.take(leaves, i)
+            for j in rngs if n > 1 else ():
+                own[j] = _microbatches.own_keys(args[j], i)
+            for j in carries:
+                own[j] = carry
+            value, grads = differentiate(*own, **kwargs)
+            loss, aux = value if has_aux else (value, None)
+            weight = None
+            if weight_fn is not None:
+                weight = _arguments.check_weight("`weight_fn(...)`", weight_fn(*own, **kwargs))
+                weight = jnp.asarray(weight, jnp.float32)
+                weight = jnp.where(jnp.isfinite(weight) & (weight > 0), weight, 0.0)
+            if carries:
+                new, aux = _arguments.as_carry_and_aux(aux)
+                new = cast_like("fun", new, carry)
+                carry = new if weight is None else _where(weight > 0, new, carry)
+            return loss, aux, carry, grads, weight
+
+        carry = jax.tree.map(strongly_typed, args[carries[0]]) if carries else None
+        if n == 1:
+            loss, aux, carry, grads, weight = run(0, carry)
+            if weight is not None:
+                zeros = jax.tree.map(jnp.zeros_like, (loss, grads))
+                loss, grads = _where(weight > 0, (loss, grads), zeros)
+            aux = jax.tree.map(lambda x: jnp.asarray(x)[None], aux)
+        else:
+
+            def body(sums_and_carry, i):
+                sums, carry = sums_and_carry
+                loss, aux, carry, grads, weight = run(i, carry)
+                # The sums begin as zeros in this program, so nothing is there to overwrite.
+                return (_window.add(sums, grads, weight, first=False), carry), (loss, aux, weight)
+
+            # Zeros of the gradients' type: where it is `unreduced`, that of `params` is not.
+            zeros = jax.grad(lambda _: 0.0)(params)
+            sums = _window.open_sums(zeros, accumulator_dtype)
+            (sums, carry), (losses, aux, weights) = lax.scan(body, (sums, carry), jnp.arange(n))
+            total = jnp.float32(n) if weights is None else weights.sum()
+            terms = _window.add(_window.open_sums(losses), losses, weights, first=True)
+            loss = _window.mean(terms.sum(), total, like=losses)
+            grads = _window.mean(sums, total, like=params)
+        aux = (carry, aux) if carries else aux
+        return ((loss, aux) if has_aux else loss), grads
+
+    return value_and_grad_fn
+
+
+def grad(
+    fun: Callable[..., Any],
+    argnums: int | Sequence[int] = 0,
+    has_aux: bool = False,
+    **options: Any,
+) -> Callable[..., Any]:
+    """Return `jax.grad(fun)` that runs the batch in microbatches.
+
+    Args:
+        fun: as in :func:`value_and_grad`, and so are the others.
+        argnums: what to differentiate.
+        has_aux: whether `fun` returns `(scalar, aux)`.
+        **options: the keyword arguments of :func:`value_and_grad`.
+
+    Returns:
+        A function with the arguments of `fun` that returns the gradients, or with `has_aux`
+        `(gradients, aux)`.
+
+    Raises:
+        Exception: what :func:`value_and_grad` raises.
+    """
+    value_and_grad_fn = value_and_grad(fun, argnums, has_aux, **options)
+
+    @functools.wraps(fun)
+    def grad_fn(*args, **kwargs):
+        value, grads = value_and_grad_fn(*args, **kwargs)
+        return (grads, value[1]) if has_aux else grads
+
+    return grad_fn
+
+
+def _where(predicate: jax.Array, on_true: Any, on_false: Any) -> Any:
+    return jax.tree.map(functools.partial(jnp.where, predicate), on_true, on_false)

@@ -1,0 +1,320 @@
+"""Accumulating inside one step gives what `jax.value_and_grad` of the full batch gives."""
+
+import functools
+from typing import Any
+import warnings
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import optaccum
+
+ROWS = 16
+PARAMS = {
+    "hidden": {"w": jax.random.normal(jax.random.key(0), (5, 8)) / 2, "b": jnp.zeros(8)},
+    "out": jax.random.normal(jax.random.key(1), (8,)),
+}
+BATCH = {
+    "x": jax.random.normal(jax.random.key(2), (ROWS, 5)),
+    "y": jax.random.normal(jax.random.key(3), (ROWS,)),
+}
+EPS = float(np.finfo(np.float32).eps)
+
+
+def _predict(params, x):
+    return jnp.tanh(x @ params["hidden"]["w"] + params["hidden"]["b"]) @ params["out"]
+
+
+def _loss(params, batch):
+    return jnp.mean((_predict(params, batch["x"]) - batch["y"]) ** 2)
+
+
+def _masked_loss(params, batch):
+    errors = batch["mask"] * (_predict(params, batch["x"]) - batch["y"]) ** 2
+    return jnp.sum(errors) / jnp.sum(batch["mask"])
+
+
+def _tokens(params, batch):
+    return jnp.sum(batch["mask"])
+
+
+def _assert_close(actual, expected, ulps=64):
+    assert jax.tree.structure(actual) == jax.tree.structure(expected)
+    for a, e in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
+        assert (a.shape, a.dtype) == (e.shape, e.dtype)
+        np.testing.assert_allclose(a, e, rtol=ulps * EPS, atol=ulps * EPS)
+
+
+def _split(n):
+    """Returns the microbatches as the docstring says which rows they hold."""
+    return [jax.tree.map(lambda x, i=i: x[i::n], BATCH) for i in range(n)]
+
+
+every_n = pytest.mark.parametrize("n", [1, 4])
+
+
+@pytest.mark.parametrize("n", [1, np.int64(4), ROWS])
+def test_equals_the_full_batch(n):
+    value_and_grad = optaccum.value_and_grad(_loss, num_microbatches=n)
+    expected = jax.value_and_grad(_loss)(PARAMS, BATCH)
+    _assert_close(value_and_grad(PARAMS, BATCH), expected)
+    _assert_close(jax.jit(value_and_grad)(PARAMS, BATCH), expected)
+    grad = jax.jit(optaccum.grad(_loss, num_microbatches=n))
+    _assert_close(grad(PARAMS, BATCH), expected[1])
+
+
+@every_n
+def test_uneven_microbatches_equal_the_full_batch_if_they_are_weighted(n):
+    # Rows are dealt in turn: that every n-th is emptier makes the microbatches uneven.
+    mask = jnp.where(jnp.arange(ROWS) % 4 == 0, 1.0, jnp.where(jnp.arange(ROWS) % 2, 0.25, 0.0))
+    batch = BATCH | {"mask": mask}
+    expected = jax.value_and_grad(_masked_loss)(PARAMS, batch)
+    weighted = optaccum.value_and_grad(_masked_loss, num_microbatches=n, weight_fn=_tokens)
+    _assert_close(jax.jit(weighted)(PARAMS, batch), expected)
+    naive, _ = optaccum.value_and_grad(_masked_loss, num_microbatches=n)(PARAMS, batch)
+    assert n == 1 or not abs(naive - expected[0]) < 0.01 * expected[0]
+
+
+def test_it_is_the_arithmetic_of_accumulate():
+    """A window over the same microbatches, whose rows are those the docstring says."""
+    n = 4
+    tx = optaccum.accumulate(n, optax.sgd(1.0))
+    state = tx.init(PARAMS)
+    weights = [1.0, 3.0, 2.0, 7.0]
+
+    @jax.jit
+    def hold(state, microbatch, weight):
+        return tx.update(jax.grad(_loss)(PARAMS, microbatch), state, PARAMS, weight=weight)[1]
+
+    for microbatch, weight in zip(_split(n), weights, strict=True):
+        state = hold(state, microbatch, weight)
+    in_step = optaccum.grad(
+        lambda params, batch, _: _loss(params, batch),
+        num_microbatches=n,
+        batch_argnums=(1, 2),
+        weight_fn=lambda params, batch, weight: weight[0],
+    )
+    grads = jax.jit(in_step)(PARAMS, BATCH, jnp.tile(jnp.array(weights), ROWS // n))
+    _assert_close(grads, jax.tree.map(lambda s: s / state.weight, state.grad_sum), ulps=8)
+
+
+@pytest.mark.parametrize("inner", [optax.adamw, optax.contrib.muon])
+def test_any_optimizer_trains_as_on_the_full_batch(inner):
+    tx = inner(0.05)
+
+    def train(grad):
+        @jax.jit
+        def step(params, state):
+            updates, state = tx.update(grad(params, BATCH), state, params)
+            return optax.apply_updates(params, updates), state
+
+        params, state = PARAMS, tx.init(PARAMS)
+        for _ in range(3):
+            params, state = step(params, state)
+        return params
+
+    _assert_close(
+        train(optaccum.grad(_loss, num_microbatches=4)), train(jax.grad(_loss)), ulps=1024
+    )
+
+
+@every_n
+@pytest.mark.parametrize(
+    ("argnums", "positive"),
+    [(0, 0), (-1, 2), ((0, 2), (0, 2)), ((-1,), (2,)), ([2, 0], [2, 0])],
+)
+def test_argnums_are_those_of_jax(n, argnums, positive):
+    def loss(w, batch, b):
+        return jnp.mean((batch["x"] @ w + b) ** 2)
+
+    args = jnp.ones(5), BATCH, 3.0
+    expected = jax.value_and_grad(loss, positive)(*args)
+    _assert_close(optaccum.value_and_grad(loss, argnums, num_microbatches=n)(*args), expected)
+
+
+@every_n
+def test_aux_is_stacked_and_in_the_order_that_the_docstring_says(n):
+    def loss(params, batch):
+        predicted = _predict(params, batch["x"])
+        aux = {
+            "rows": predicted,
+            "mean": jnp.mean(predicted),
+            "count": len(predicted),
+            "none": None,
+        }
+        return _loss(params, batch), aux
+
+    value_and_grad = optaccum.value_and_grad(loss, has_aux=True, num_microbatches=n)
+    (value, aux), grads = jax.jit(value_and_grad)(PARAMS, BATCH)
+    _assert_close((value, grads), jax.value_and_grad(_loss)(PARAMS, BATCH))
+    whole = _predict(PARAMS, BATCH["x"])
+    assert aux["rows"].shape == (n, ROWS // n)
+    assert aux["none"] is None
+    np.testing.assert_array_equal(aux["count"], np.full(n, ROWS // n))
+    for i in range(n):
+        np.testing.assert_allclose(aux["rows"][i], whole[i::n], rtol=1e-5)
+    np.testing.assert_allclose(aux["rows"].swapaxes(0, 1).reshape(ROWS), whole, rtol=1e-5)
+    np.testing.assert_allclose(jnp.mean(aux["mean"], 0), jnp.mean(whole), rtol=1e-4)
+    grads_again, aux_again = optaccum.grad(loss, has_aux=True, num_microbatches=n)(PARAMS, BATCH)
+    _assert_close((grads_again, aux_again["rows"]), (grads, aux["rows"]))
+
+
+def test_keyword_arguments_go_to_every_microbatch_whole():
+    def loss(params, batch, *, scale, activation, train):
+        assert train is True
+        return jnp.mean(activation(_predict(params, batch["x"])) * scale)
+
+    options = {"scale": jnp.arange(2.0)[1], "activation": jax.nn.relu, "train": True}
+
+    def weight_fn(params, batch, *, scale, **_):
+        return scale
+
+    value_and_grad = optaccum.value_and_grad(loss, num_microbatches=4, weight_fn=weight_fn)
+    expected = jax.value_and_grad(loss)(PARAMS, BATCH, **options)
+    _assert_close(value_and_grad(PARAMS, BATCH, **options), expected)
+    assert value_and_grad.__name__ == "loss"
+
+
+@every_n
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16, jnp.complex64])
+def test_shapes_and_dtypes_are_those_of_jax(n, dtype):
+    params = {"w": jnp.ones((5, 2), dtype), "b": jnp.zeros(2)}
+
+    def loss(params, batch):
+        predicted = batch["x"].astype(dtype) @ params["w"] + params["b"].astype(dtype)
+        return jnp.mean(jnp.abs(predicted)).astype(jnp.bfloat16)
+
+    result = jax.eval_shape(optaccum.value_and_grad(loss, num_microbatches=n), params, BATCH)
+    assert result == jax.eval_shape(jax.value_and_grad(loss), params, BATCH)
+
+
+def test_double_precision_stays(x64):
+    params = jax.tree.map(lambda p: p.astype(jnp.float64), PARAMS)
+    batch = jax.tree.map(lambda x: x.astype(jnp.float64), BATCH)
+    value_and_grad = optaccum.value_and_grad(
+        _loss, num_microbatches=4, weight_fn=lambda params, batch: 3
+    )
+    expected = jax.value_and_grad(_loss)(params, batch)
+    _assert_close(jax.jit(value_and_grad)(params, batch), expected, ulps=1e-6)
+
+
+def _bf16_error(**options):
+    rows = jnp.full((1024, 3), 0.01, jnp.bfloat16)
+    value_and_grad = optaccum.value_and_grad(
+        lambda w, x: jnp.mean(x @ w), num_microbatches=1024, **options
+    )
+    value, grad = jax.jit(value_and_grad)(jnp.full(3, 0.5, jnp.bfloat16), rows)
+    exact = float(rows[0, 0])
+    return abs(float(value) / (1.5 * exact) - 1), abs(float(grad[0]) / exact - 1)
+
+
+def test_sums_of_bfloat16_do_not_drift():
+    assert max(_bf16_error()) < 0.005
+    value_error, grad_error = _bf16_error(accumulator_dtype=jnp.bfloat16)
+    assert grad_error > 0.1, "the sum is not kept in the dtype asked for"
+    assert value_error < 0.005
+
+
+def test_sums_of_float16_do_not_overflow():
+    def loss(w, x):
+        return jnp.mean(x * w)
+
+    x, w = jnp.full(8, 6e4, jnp.float16), jnp.float16(1)
+    ours = optaccum.value_and_grad(loss, num_microbatches=8)(w, x)
+    _assert_close(ours, (jnp.float16(6e4), jnp.float16(6e4)))
+
+
+def test_a_microbatch_without_weight_adds_nothing_not_even_nan():
+    batch = BATCH | {"mask": jnp.where(jnp.arange(ROWS) % 4 == 1, 0.0, 1.0)}
+    batch["x"] = jnp.where(batch["mask"][:, None] > 0, batch["x"], jnp.nan)
+    rows = np.flatnonzero(batch["mask"])
+    expected = jax.value_and_grad(_loss)(PARAMS, jax.tree.map(lambda x: x[rows], BATCH))
+    weighted = optaccum.value_and_grad(_masked_loss, num_microbatches=4, weight_fn=_tokens)
+    _assert_close(jax.jit(weighted)(PARAMS, batch), expected)
+
+
+@pytest.mark.parametrize("bad", [-1.0, float("nan"), float("inf")])
+def test_nor_does_one_whose_weight_is_no_weight(bad):
+    weights = jnp.where(jnp.arange(ROWS) % 4 == 2, bad, 1.0)
+    rows = np.flatnonzero(weights == 1)
+    expected = jax.value_and_grad(_loss)(PARAMS, jax.tree.map(lambda x: x[rows], BATCH))
+    weighted = optaccum.value_and_grad(
+        _loss, num_microbatches=4, weight_fn=lambda params, batch: batch["weight"][0]
+    )
+    _assert_close(jax.jit(weighted)(PARAMS, BATCH | {"weight": weights}), expected)
+
+
+@every_n
+@pytest.mark.parametrize("weight", [0, jnp.float32(0), jnp.float32(jnp.nan)])
+def test_a_batch_without_weight_gives_zeros(n, weight):
+    batch = jax.tree.map(lambda x: x * jnp.nan, BATCH)
+    weighted = optaccum.value_and_grad(
+        _loss, num_microbatches=n, weight_fn=lambda params, batch: weight
+    )
+    zeros = jnp.zeros([]), jax.tree.map(jnp.zeros_like, PARAMS)
+    _assert_close(weighted(PARAMS, batch), zeros)
+
+
+def test_the_function_is_traced_once():
+    calls = []
+
+    def loss(params, batch):
+        calls.append(batch["x"].shape)
+        return _loss(params, batch)
+
+    jax.jit(optaccum.value_and_grad(loss, num_microbatches=4)).lower(PARAMS, BATCH)
+    assert calls == [(4, 5)]
+
+
+@pytest.mark.parametrize(("n", "loops"), [(1, 0), (4, 1)])
+def test_one_microbatch_is_jax_own_program(n, loops):
+    plain = str(jax.make_jaxpr(jax.value_and_grad(_loss))(PARAMS, BATCH))
+    text = str(jax.make_jaxpr(optaccum.value_and_grad(_loss, num_microbatches=n))(PARAMS, BATCH))
+    assert text.count("scan[") == loops
+    assert (text == plain) == (n == 1)
+
+
+def _temporaries(fun, *args):
+    sizes: Any = jax.jit(fun).lower(*args).compile().memory_analysis()
+    return sizes.temp_size_in_bytes
+
+
+def test_memory_is_that_of_one_microbatch_and_the_batch_is_not_copied():
+    batch = {"x": jax.ShapeDtypeStruct((2**14, 5), jnp.float32)}
+    batch["y"] = jax.ShapeDtypeStruct((2**14,), jnp.float32)
+    full = _temporaries(jax.value_and_grad(_loss), PARAMS, batch)
+    ours = _temporaries(optaccum.value_and_grad(_loss, num_microbatches=64), PARAMS, batch)
+    assert full > 2**14 * 8 * 4
+    assert ours < full / 16
+    assert ours < 2**14 * 4 * 5 / 4
+
+
+def test_vmap():
+    params = jax.tree.map(lambda p: jnp.stack([p, 2 * p, -p]), PARAMS)
+    batch = BATCH | {"mask": jnp.where(jnp.arange(ROWS) % 4, 1.0, 0.5)}
+    ours = optaccum.value_and_grad(_masked_loss, num_microbatches=4, weight_fn=_tokens)
+    expected = jax.vmap(jax.value_and_grad(_masked_loss), (0, None))(params, batch)
+    _assert_close(jax.jit(jax.vmap(ours, (0, None)))(params, batch), expected)
+
+
+def test_jit_with_donation_and_checkpoint():
+    loss = jax.checkpoint(_loss)
+
+    @functools.partial(jax.jit, donate_argnums=0)
+    def step(params, batch):
+        grads = optaccum.grad(loss, num_microbatches=4)(params, batch)
+        return jax.tree.map(lambda p, g: p - 0.1 * g, params, grads)
+
+    expected = jax.tree.map(lambda p, g: p - 0.1 * g, PARAMS, jax.grad(_loss)(PARAMS, BATCH))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        _assert_close(step(jax.tree.map(jnp.copy, PARAMS), BATCH), expected)
+
+
+def test_derivatives_of_the_loss_go_through():
+    ours = optaccum.value_and_grad(_loss, num_microbatches=4)
+    through = jax.jit(jax.grad(lambda params: ours(params, BATCH)[0]))
+    _assert_close(through(PARAMS), jax.grad(_loss)(PARAMS, BATCH))
