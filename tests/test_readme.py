@@ -22,10 +22,10 @@ def test_the_examples_run_as_they_say(capsys):
     assert float(optaccum.get_state(names["state"].opt_state).weight) == 32
 
 
-def test_two_commands_set_up_everything():
+def test_each_command_sets_up_all_that_it_needs():
     commands = re.findall(r"```sh\n(.*)\n```", TEXT)
-    assert len(commands) == 2
-    for command, program in zip(commands, ("examples/digits.py", "-m pytest -q -n 2"), strict=True):
+    programs = "examples/digits.py", "examples/lm.py", "-m pytest -q -n 2"
+    for command, program in zip(commands, programs, strict=True):
         assert command.startswith("python3 -m venv .venv && ")
         assert command.endswith(program)
 
