@@ -247,13 +247,12 @@ def accumulate(
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
-def find_apply(tx: Any) -> Callable[..., tuple[Any, AccumulateState]] | None:
-    """Returns the `update` of an :func:`accumulate` that ends in parameters, not in updates.
+def find_apply(update: Any) -> Callable[..., tuple[Any, AccumulateState]] | None:
+    """Returns the `update` of an :func:`accumulate` in the form that ends in parameters.
 
     It is kept on the function, not on the tuple: `flax.nnx` takes tuples apart and builds new
     ones. A function that wraps another may have got its attributes, so the owner is compared.
     """
-    update = getattr(tx, "update", None)
     owner, apply = getattr(update, "_apply", (None, None))
     return apply if owner is update else None
 

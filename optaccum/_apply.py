@@ -1,5 +1,6 @@
 """From gradients to parameters in one call, with nothing written on a hold."""
 
+import inspect
 from typing import Any
 
 from jax import lax
@@ -8,7 +9,6 @@ import optax
 
 from optaccum import _arguments
 from optaccum._accumulate import apply_updates, find_apply
-from optaccum._state import AccumulateState
 
 
 def apply_gradients(
@@ -53,25 +53,27 @@ def apply_gradients(
         TypeError: if `tx` is no transformation.
         Exception: what `tx.update` raises.
     """
-    apply = find_apply(tx)
+    apply = find_apply(getattr(tx, "update", None))
     if apply is not None:
         return apply(grads, opt_state, params, **extra_args)
     _arguments.check_transformation("`tx`", tx)
     updates, opt_state = tx.update(grads, opt_state, params, **extra_args)
-    released = opt_state[-1].released if _ends_with_accumulate(tx, opt_state) else True
+    released = opt_state[-1].released if _ends_with_accumulate(tx) else True
     if not isinstance(released, Tracer):  # outside jit a conditional is compiled in every call
         return apply_updates(params, updates), opt_state
     return lax.cond(released, apply_updates, lambda params, _: params, params, updates), opt_state
 
 
-def _ends_with_accumulate(tx: optax.GradientTransformation, opt_state: Any) -> bool:
+def _ends_with_accumulate(tx: optax.GradientTransformation) -> bool:
     """Returns whether the updates are those of an accumulate: exact zeros on a hold.
 
-    A chain is known by its code. A tuple that ends in an AccumulateState could be anybody's, who
-    may go on to change the updates.
+    A chain is known by its code, and its last link by the function that it closes over. A state
+    that ends in an AccumulateState could be anybody's, who may go on to change the updates.
     """
-    is_chain = getattr(tx.update, "__code__", None) is _CHAIN_CODE
-    return is_chain and isinstance(opt_state[-1], AccumulateState)
+    if getattr(tx.update, "__code__", None) is not _CHAIN_CODE:
+        return False
+    links = inspect.getclosurevars(tx.update).nonlocals.get("update_fns", (None,))
+    return find_apply(links[-1]) is not None
 
 
 _CHAIN_CODE = getattr(optax.chain(optax.identity()).update, "__code__", ())

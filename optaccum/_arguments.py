@@ -248,9 +248,14 @@ def check_release_alone(release: bool | jax.Array | None) -> bool:
 def check_state(state: Any, grads: Any, needs_sums: bool) -> None:
     """Raises unless `state` is what `init` returns, with an accumulator if it needs one."""
     if not isinstance(state, AccumulateState):
+        remedy = "the order is update(grads, state, params)"
+        if isinstance(state, optax.MultiStepsState):
+            remedy = "convert it with optaccum.from_multi_steps"
+        elif isinstance(state, dict):
+            remedy += ", and a checkpoint is restored into `tx.init(params)`"
         raise TypeError(
-            f"the optimizer state must be the AccumulateState that `init` returns, got "
-            f"{type(state).__name__}; the order is update(grads, state, params)"
+            "the optimizer state must be the AccumulateState that `init` returns, got "
+            f"{type(state).__name__}; {remedy}"
         )
     no_sums = jax.tree.structure(state.grad_sum) == jax.tree.structure(())
     if needs_sums and no_sums and jax.tree.leaves(grads):

@@ -3,6 +3,7 @@
 from typing import Any
 
 import jax
+from jax.core import Tracer
 import jax.numpy as jnp
 import optax
 
@@ -44,28 +45,27 @@ def from_multi_steps(
         use_grad_mean: as `optax.MultiSteps` was built; `tx` should be built with the same.
 
     Raises:
-        TypeError: if `tx` is no accumulate, or `state` not that of `optax.MultiSteps`.
-        ValueError: if the inner optimizers or the parameters differ, or if a window is open and
+        TypeError: if `tx` is no accumulate, or `state` not one of `optax.MultiSteps`.
+        ValueError: if the inner optimizers or the parameters differ; or if a window is open and
             `tx` has `average_args`, which `optax.MultiSteps` has not summed.
     """
     if not isinstance(state, optax.MultiStepsState):
         raise TypeError(
-            "`state` must be an optax.MultiStepsState; restore the checkpoint into "
-            f"optax.MultiSteps(...).init(params); got {type(state).__name__}"
+            f"`state` must be an optax.MultiStepsState, got {type(state).__name__}; pass the one "
+            "inside it, or restore the checkpoint into optax.MultiSteps(...).init(params)"
         )
+    mini_step = jnp.asarray(state.mini_step, jnp.int32)
+    if isinstance(mini_step, Tracer) or mini_step.ndim:
+        raise TypeError("`state` must be one state, outside of jax.jit and jax.vmap")
     fresh = tx.init(params)
     if not isinstance(fresh, AccumulateState):
         raise TypeError(
             "`tx` must be what optaccum.accumulate returns, not a transformation around it, got "
             f"one whose state is {type(fresh).__name__}; put the converted state in its place"
         )
-    old, new = (jax.tree.structure(x) for x in (state.inner_opt_state, fresh.inner_state))
-    if old != new:
-        raise ValueError(
-            f"the inner optimizer of `tx` has a state of the tree structure {new}, but that in "
-            f"`state` is {old}; build `tx` with the inner optimizer of optax.MultiSteps"
-        )
-    mini_step = jnp.asarray(state.mini_step, jnp.int32)
+    _check_same("the accumulator in `state`", state.acc_grads, "`params`", params)
+    inner = "the inner optimizer of `tx`"
+    _check_same("`state.inner_opt_state`", state.inner_opt_state, inner, fresh.inner_state)
     held = int(mini_step)
     if held and fresh.arg_sums:
         raise ValueError(
@@ -76,7 +76,6 @@ def from_multi_steps(
     if held:
         if not jax.tree.leaves(grad_sum):  # `every_k` 1, which closes this window
             grad_sum = _window.open_sums(params)
-        _window.check_fits(state.acc_grads, grad_sum)
         count = held if use_grad_mean else 1
         grad_sum = jax.tree.map(
             lambda s, x: jnp.asarray(x, s.dtype) * count, grad_sum, state.acc_grads
@@ -90,3 +89,26 @@ def from_multi_steps(
         skip_state=state.skip_state if same else fresh.skip_state,
         inner_state=cast_like("inner", state.inner_opt_state, fresh.inner_state),
     )
+
+
+def _check_same(name: str, tree: Any, other: str, like: Any) -> None:
+    """Raises unless both trees have the same leaves, of the same shapes."""
+
+    def shapes(tree):
+        leaves = jax.tree_util.tree_leaves_with_path(tree)
+        return {jax.tree_util.keystr(path) or "(the only leaf)": jnp.shape(x) for path, x in leaves}
+
+    remedy = (
+        "build `tx` with the inner optimizer of optax.MultiSteps, for the same parameters, and "
+        "pass arrays, not variables of flax.nnx (nnx.as_pure takes them out)"
+    )
+    found, expected = shapes(tree), shapes(like)
+    for path in (*found, *expected):
+        a, b = (x.get(path, "not there") for x in (found, expected))
+        if a != b:
+            raise ValueError(
+                f"{name} does not fit {other}: leaf {path} is {a} in the first and {b} in the "
+                f"second; {remedy}"
+            )
+    if jax.tree.structure(tree) != jax.tree.structure(like):
+        raise ValueError(f"{name} has the leaves of {other}, but in other containers; {remedy}")

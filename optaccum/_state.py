@@ -55,7 +55,8 @@ def get_state(opt_state: Any) -> AccumulateState:
     if not found:
         raise ValueError(
             "`opt_state` holds no AccumulateState; pass the state of an optimizer built with "
-            f"optaccum.accumulate, got {type(opt_state).__name__}"
+            f"optaccum.accumulate (a checkpoint's restored into `tx.init(params)`), got "
+            f"{type(opt_state).__name__}"
         )
     paths = ", ".join(jax.tree_util.keystr(path) or "its root" for path, _ in found)
     raise ValueError(

@@ -18,21 +18,34 @@ each microbatch. What changes from call to call and what changes from window to 
   A link like `optax.ema` that stands inside `inner` does so by itself.
 * **BatchNorm** computes with, and averages, the statistics of each microbatch. Its averages move
   with every call, `state.apply_gradients(grads=grads, batch_stats=updates["batch_stats"])` in
-  linen and by themselves in nnx: a momentum m a window is m ** (1 / k) a call.
+  linen and by themselves in nnx: for a momentum of m a window pass m ** (1 / k).
+
+A state of `optax.MultiSteps`, from a checkpoint of Flax's train states, is taken over by::
+
+    state = state.replace(tx=tx, opt_state=from_multi_steps(tx, state.opt_state, state.params))
+
+in linen (`state` one of ours; `opt_state` and `params` those that were saved), and in nnx by::
+
+    pure = nnx.as_pure  # nnx.pure in Flax before 0.12.8
+    opt_state, params = pure(old.opt_state), pure(nnx.state(model, nnx.Param))
+    optimizer = Optimizer(model, tx, wrt=nnx.Param)
+    nnx.update(optimizer.opt_state, nnx.state(from_multi_steps(tx, opt_state, params)))
+
+To go on with another `every_k`, set `state.replace(tx=new)` or `optimizer.tx = new`. An
+`Optimizer` whose `every_k` was the constant 1 keeps no sums: make a new one, and
+`nnx.update(new.opt_state, nnx.state(old.opt_state))`.
 """
 
 from collections.abc import Mapping
 import dataclasses
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
-from jax import lax
 import jax.numpy as jnp
 import optax
 
 try:
     from flax import nnx
-    from flax.linen.fp8_ops import OVERWRITE_WITH_GRADIENT
     from flax.training import train_state
 except ModuleNotFoundError as error:
     raise ImportError(
@@ -40,23 +53,12 @@ except ModuleNotFoundError as error:
         "`pip install 'optaccum[flax]'`"
     ) from error
 
+from optaccum import _overwrite
 from optaccum._apply import apply_gradients
+from optaccum._overwrite import OVERWRITE_WITH_GRADIENT, OverwriteState
 from optaccum._state import AccumulateState, get_state, has_released
 
 __all__ = ("Optimizer", "OverwriteState", "TrainState")
-
-
-class OverwriteState(NamedTuple):
-    """Optimizer state of a :class:`TrainState` with collections to be overwritten.
-
-    Attributes:
-        largest: the values to overwrite with when the window is released, a tree like the
-            parameters' collection: the largest of its accepted microbatches, element by element.
-        opt_state: the state of `tx`.
-    """
-
-    largest: Any
-    opt_state: Any
 
 
 class TrainState(train_state.TrainState):
@@ -84,13 +86,15 @@ class TrainState(train_state.TrainState):
 
     Flax's FP8 layers keep their scales and histories in a collection whose "gradients" are its
     new values. Flax overwrites it with every call. Here it is overwritten when a window is
-    released, with the largest values that the window's accepted microbatches gave, which JAX too
-    takes where such a value is used twice. So all microbatches of a window compute with the same
-    scales, as one batch would, its largest activations enter the history, in one entry, and a
-    rejected microbatch leaves no trace.
+    released, with the largest values that the window's microbatches gave, which JAX too takes
+    where such a value is used twice. So all microbatches of a window compute with the same scales,
+    as one batch would, its largest activations enter the history, in one entry, and a microbatch
+    that is rejected or has a weight of 0 leaves no trace.
 
     Attributes:
         step: i32[] or int, calls of `apply_gradients`, as in Flax.
+
+    A subclass cannot have fields named like the arguments and properties here.
     """
 
     def apply_gradients(self, *, grads: Any, weight: Any = None, release: Any = None, **kwargs):
@@ -108,7 +112,8 @@ class TrainState(train_state.TrainState):
             fields replaced.
 
         Raises:
-            TypeError: if the transformation does not take an extra argument.
+            TypeError: if the transformation does not take an extra argument (most of Optax's take
+                and ignore any), or for a collection, such as `batch_stats`, that is no field.
             ValueError: if the parameters hold a collection to be overwritten but the state was
                 not made with `create`.
             Exception: what the `update` of the transformation raises.
@@ -116,10 +121,11 @@ class TrainState(train_state.TrainState):
         names = {field.name for field in dataclasses.fields(self)}
         fields = {name: value for name, value in kwargs.items() if name in names}
         extra_args = {name: value for name, value in kwargs.items() if name not in names}
+        _check_no_collection(extra_args, grads, type(self).__name__)
         given = {"weight": weight, "release": release}
         extra_args |= {name: value for name, value in given.items() if value is not None}
 
-        if not _overwrites(grads):
+        if not _overwrite.holds(grads):
             params, opt_state = apply_gradients(
                 self.tx, grads, self.opt_state, self.params, **extra_args
             )
@@ -131,15 +137,16 @@ class TrainState(train_state.TrainState):
         if not wrapped and _accumulates(before):
             raise ValueError(
                 f"the optimizer state has no room for a window of {OVERWRITE_WITH_GRADIENT!r}; "
-                "make the train state with `optaccum.flax.TrainState.create`"
+                "make the train state with `optaccum.flax.TrainState.create`, or give it one as "
+                "`optaccum.flax.OverwriteState` says"
             )
         params, opt_state = apply_gradients(
             self.tx, grads["params"], before, self.params["params"], **extra_args
         )
         overwritten = grads[OVERWRITE_WITH_GRADIENT]
         if wrapped:
-            overwritten, opt_state = _overwrite(
-                self.params[OVERWRITE_WITH_GRADIENT], overwritten, state, opt_state
+            overwritten, opt_state = _overwrite.take_in(
+                self.params[OVERWRITE_WITH_GRADIENT], overwritten, weight, state, opt_state
             )
         return self.replace(
             step=self.step + 1,
@@ -159,7 +166,8 @@ class TrainState(train_state.TrainState):
             **kwargs: the fields that a subclass adds.
         """
         state = super().create(apply_fn=apply_fn, params=params, tx=tx, **kwargs)
-        if _overwrites(params) and _accumulates(state.opt_state):
+        if _overwrite.holds(params) and _accumulates(state.opt_state):
+            get_state(state.opt_state)  # of several windows, none could say when to overwrite
             # A copy: one buffer cannot be donated as a parameter and as a state.
             largest = jax.tree.map(jnp.copy, params[OVERWRITE_WITH_GRADIENT])
             state = state.replace(opt_state=OverwriteState(largest, state.opt_state))
@@ -221,8 +229,9 @@ class Optimizer(nnx.Optimizer):
                 :func:`optaccum.accumulate`.
 
         Returns:
-            What changed in the parameters, new less old: the updates as far as rounding let them
-            in. Under `jit` it costs nothing if it is not used.
+            Where `tx` accumulates, what changed in the parameters, new less old: the updates as
+            far as rounding let them in. Under `jit` it costs nothing unless it is used. Otherwise
+            what Flax returns.
 
         Raises:
             Exception: what the `update` of the transformation raises.
@@ -231,9 +240,10 @@ class Optimizer(nnx.Optimizer):
             return super().update(model, grads, **extra_args)
         options = {"graph": self.graph} if hasattr(self, "graph") else {}  # of newer Flax
         old = _as_arrays(nnx.state(model, self.wrt, **options))
+        chosen = (self.wrt,) if hasattr(nnx, "as_pure") else ()  # newer Flax selects in grads too
         new, opt_state = apply_gradients(
             self.tx,
-            _as_arrays(nnx.state(grads, self.wrt, **options)),
+            _as_arrays(nnx.state(grads, *chosen, **options)),
             _as_arrays(self.opt_state),
             old,
             **_as_arrays(extra_args),
@@ -241,7 +251,7 @@ class Optimizer(nnx.Optimizer):
         nnx.update(model, new)
         nnx.update(self.opt_state, nnx.state(opt_state, **options))
         self.step[...] += 1
-        return jax.tree.map(jnp.subtract, new, old)
+        return jax.tree.map(lambda x, y: jnp.where(x == y, 0, x - y).astype(x.dtype), new, old)
 
     @property
     def mini_step(self) -> jax.Array:
@@ -263,31 +273,14 @@ def _accumulates(opt_state: Any) -> bool:
     return bool(optax.tree.get_all_with_path(opt_state, AccumulateState.__name__))
 
 
-def _overwrites(tree: Any) -> bool:
-    return isinstance(tree, Mapping) and OVERWRITE_WITH_GRADIENT in tree
-
-
-def _overwrite(old: Any, new: Any, state: OverwriteState, after: Any) -> tuple[Any, Any]:
-    """Returns the collection after a microbatch that gave `new`, and the state with it."""
-    window, advanced = get_state(state.opt_state), get_state(after)
-    first, accepted = window.mini_step == 0, advanced.skipped == window.skipped
-
-    def merge(largest, x):
-        a, b = _as_float(largest), _as_float(x)
-        merged = jnp.where(accepted, jnp.where(first, b, jnp.maximum(a, b)), a)
-        return lax.convert_element_type(merged, largest.dtype)
-
-    def take(x, largest):
-        chosen = jnp.where(advanced.released, _as_float(largest), _as_float(x))
-        return lax.convert_element_type(chosen, x.dtype)
-
-    largest = jax.tree.map(merge, state.largest, new)
-    return jax.tree.map(take, old, largest), OverwriteState(largest, after)
-
-
-def _as_float(x: Any) -> jax.Array:
-    """Returns a number as float32: the type that Flax has for these values knows no arithmetic."""
-    return lax.convert_element_type(x, jnp.float32)
+def _check_no_collection(extra_args: dict[str, Any], grads: Any, kind: str) -> None:
+    """Raises where a field is missing: Optax would take any argument and say nothing."""
+    for name, value in extra_args.items():
+        if isinstance(value, Mapping) and jax.tree.structure(value) != jax.tree.structure(grads):
+            raise TypeError(
+                f"`{name}` is no field of {kind} and no argument of an optimizer; subclass it, "
+                f"`class State({kind}): {name}: Any`"
+            )
 
 
 def _as_arrays(tree: Any) -> Any:

@@ -1,11 +1,12 @@
 """A training program that checkpoints every microbatch and, run again, goes on where it was.
 
-Usage: python resume_program.py FOLDER MICROBATCHES. Says `saved N` after each microbatch, and
-writes the parameters to FOLDER/params.npz at the end.
+Usage: python resume_program.py FOLDER MICROBATCHES [WAIT_AFTER]. Says `saved N` after each
+microbatch, after one of them waits to be killed, and writes its state to FOLDER/params.npz.
 """
 
 import pathlib
 import sys
+import time
 
 import jax
 import jax.numpy as jnp
@@ -43,6 +44,8 @@ with ocp.CheckpointManager(folder / "checkpoints") as manager:
         manager.save(i + 1, args=ocp.args.StandardSave(state))
         manager.wait_until_finished()
         print("saved", i + 1, flush=True)
+        if [str(i + 1)] == sys.argv[3:]:
+            time.sleep(600)
 
 flat = {jax.tree_util.keystr(path): x for path, x in jax.tree_util.tree_leaves_with_path(state)}
 np.savez(folder / "params.npz", **{name: np.asarray(x, np.float64) for name, x in flat.items()})

@@ -7,6 +7,7 @@ import subprocess
 import sys
 
 from flax import nnx, serialization
+from flax.training import train_state
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -125,6 +126,7 @@ def run(folder, kill_after=None):
     """Runs the program; kills it, without mercy, once it has said that it saved that microbatch."""
     environment = {**os.environ, "XLA_FLAGS": ""}
     command = [sys.executable, str(PROGRAM), str(folder), "11"]
+    command += [str(kill_after)] if kill_after else []
     process = subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
     )
@@ -147,7 +149,7 @@ def test_a_run_that_is_killed_in_mid_window_goes_on_bit_for_bit(tmp_path):
     assert not (tmp_path / "killed" / "params.npz").exists()
     run(tmp_path / "killed", kill_after=7)
     lines = run(tmp_path / "killed")
-    assert 3 < int(lines[0].split()[1]) <= 11
+    assert lines == [f"saved {i}" for i in range(8, 12)]
     whole, resumed = (np.load(tmp_path / name / "params.npz") for name in ("whole", "killed"))
     assert sorted(whole) == sorted(resumed)
     for name in whole:
@@ -238,6 +240,62 @@ def test_coming_from_multi_steps_that_nan_has_poisoned():
     np.testing.assert_array_equal(params["w"], np.zeros(2))
 
 
+def test_flax_train_states_coming_from_multi_steps():
+    """As the documentation of `optaccum.flax` says, and nnx from a constant `every_k` of 1 too."""
+    old_tx, tx = optax.MultiSteps(optax.adam(0.1), 4), accumulate(4, optax.adam(0.1))
+    old = train_state.TrainState.create(
+        apply_fn=lambda: None, params={"w": jnp.ones(2)}, tx=old_tx.gradient_transformation()
+    )
+    for _ in range(6):
+        old = old.apply_gradients(grads={"w": jnp.ones(2)})
+    state = optaccum.flax.TrainState.create(apply_fn=lambda: None, params=old.params, tx=tx)
+    opt_state = from_multi_steps(tx, old.opt_state, old.params)
+    state = state.replace(step=old.step, tx=tx, opt_state=opt_state)
+    for _ in range(2):
+        state, old = (s.apply_gradients(grads={"w": jnp.full(2, 3.0)}) for s in (state, old))
+    assert (int(state.step), int(state.gradient_step), bool(state.has_released)) == (8, 2, True)
+    np.testing.assert_allclose(state.params["w"], old.params["w"], rtol=1e-6)
+
+
+def test_nnx_optimizers_coming_from_elsewhere():
+    pure = optaccum.flax._as_arrays
+    models = [nnx.Linear(3, 1, rngs=nnx.Rngs(0)) for _ in range(3)]
+    tx, old_tx = accumulate(4, optax.adam(0.1)), optax.MultiSteps(optax.adam(0.1), 4)
+
+    def train(model, optimizer, steps):
+        for _ in range(steps):
+            optimizer.update(model, nnx.grad(lambda model: model(jnp.ones(3))[0])(model))
+
+    def assert_close(a, b):  # two steps, and the rounding of optax.MultiSteps' running mean
+        leaves = (jax.tree.leaves(nnx.state(model)) for model in (a, b))
+        for x, y in zip(*leaves, strict=True):
+            np.testing.assert_allclose(x, y, rtol=4 * np.finfo(np.float32).eps)
+
+    old = nnx.Optimizer(models[0], old_tx.gradient_transformation(), wrt=nnx.Param)
+    whole = optaccum.flax.Optimizer(models[1], tx, wrt=nnx.Param)
+    train(models[0], old, 6)
+    train(models[1], whole, 8)
+    with pytest.raises(ValueError, match=r"does not fit `params`.*nnx\.as_pure"):
+        from_multi_steps(tx, old.opt_state, pure(nnx.state(models[0], nnx.Param)))
+    params = pure(nnx.state(models[0], nnx.Param))
+    optimizer = optaccum.flax.Optimizer(models[0], tx, wrt=nnx.Param)
+    state = from_multi_steps(tx, pure(old.opt_state), params)
+    nnx.update(optimizer.opt_state, nnx.state(state))
+    train(models[0], optimizer, 2)
+    assert_close(models[0], models[1])
+    assert jax.tree.structure(nnx.state(optimizer)) == jax.tree.structure(nnx.state(whole))
+
+    one = optaccum.flax.Optimizer(models[2], accumulate(1, optax.adam(0.1)), wrt=nnx.Param)
+    train(models[2], one, 1)
+    new = optaccum.flax.Optimizer(models[2], tx, wrt=nnx.Param)
+    nnx.update(new.opt_state, nnx.state(one.opt_state))
+    train(models[2], new, 4)
+    assert_close(models[2], models[1])
+    new.tx = accumulate(2, optax.adam(0.1))
+    train(models[2], new, 2)
+    assert (int(new.gradient_step), bool(new.has_released)) == (3, True)
+
+
 def test_what_cannot_be_taken_over_from_multi_steps():
     params = {"w": jnp.ones(2)}
     old = optax.MultiSteps(optax.adam(0.1), 4)
@@ -247,12 +305,20 @@ def test_what_cannot_be_taken_over_from_multi_steps():
         from_multi_steps(accumulate(4, optax.adam(0.1)), {"mini_step": 0}, params)
     with pytest.raises(TypeError, match="not a transformation around it"):
         from_multi_steps(optax.chain(accumulate(4, optax.adam(0.1))), state, params)
-    with pytest.raises(ValueError, match="inner optimizer"):
+    with pytest.raises(ValueError, match=r"build `tx` with the inner optimizer"):
         from_multi_steps(accumulate(4, optax.sgd(0.1)), state, params)
     averaging = accumulate(4, optax.adam(0.1), average_args=("value",))
     with pytest.raises(ValueError, match=r"average_args.*'value'"):
         from_multi_steps(averaging, held, params)
     assert from_multi_steps(averaging, state, params).mini_step == 0
+    tx = accumulate(4, optax.adam(0.1))
+    for other in ({"w": jnp.ones(3)}, {"v": jnp.ones(2)}, {"w": jnp.ones(())}):
+        with pytest.raises(ValueError, match=r"the accumulator in `state` does not fit `params`"):
+            from_multi_steps(tx, state, other)
+    with pytest.raises(TypeError, match="pass the one inside it"):
+        from_multi_steps(tx, (optax.EmptyState(), state), params)
+    with pytest.raises(TypeError, match=r"outside of jax\.jit"):
+        jax.jit(lambda state: from_multi_steps(tx, state, params))(state)
     wrong = held._replace(acc_grads={"w": jnp.ones(3)})
-    with pytest.raises(ValueError, match=r"gradient leaf \['w'\] has shape"):
+    with pytest.raises(ValueError, match=r"leaf \['w'\] is \(3,\) in the first and \(2,\)"):
         from_multi_steps(accumulate(4, optax.adam(0.1)), wrong, params)

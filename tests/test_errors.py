@@ -112,10 +112,17 @@ def test_parameters_that_are_not_arrays():
         accumulate(4, optax.sgd(0.1)).init({"w": jnp.ones(2), "activation": jax.nn.relu})
 
 
+def test_the_state_of_multi_steps():
+    tx, old = accumulate(4, optax.sgd(0.1)), optax.MultiSteps(optax.sgd(0.1), 4)
+    with pytest.raises(TypeError, match=r"got MultiStepsState; .* optaccum\.from_multi_steps"):
+        tx.update(PARAMS, old.init(PARAMS), PARAMS)
+
+
 @pytest.mark.parametrize("every_k", [1, 4])
 def test_a_state_that_is_not_ours(every_k):
     tx = accumulate(every_k, optax.sgd(0.1))
-    with pytest.raises(TypeError, match=r"must be the AccumulateState.*got dict; the order is"):
+    remedy = r"the order is update\(grads, state, params\), and a checkpoint is restored into"
+    with pytest.raises(TypeError, match=rf"must be the AccumulateState.*got dict; {remedy}"):
         tx.update(GRADS, PARAMS, tx.init(PARAMS))
     with pytest.raises(TypeError, match=r"must be the AccumulateState.*got tuple"):
         apply_gradients(tx, GRADS, optax.adam(0.1).init(PARAMS), PARAMS)

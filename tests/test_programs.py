@@ -141,6 +141,21 @@ def test_a_transformation_with_a_tuple_for_its_state_is_not_a_chain(step):
 
 
 @every_step
+@pytest.mark.parametrize("jit", [False, True])
+def test_a_chain_whose_last_link_only_wraps_an_accumulate(step, jit):
+    inner = accumulate(4, optax.sgd(1.0))
+
+    def update(updates, state, params=None, **extra_args):
+        updates, state = inner.update(updates, state, params, **extra_args)
+        return jax.tree.map(lambda u, p: u - 0.5 * p, updates, params), state
+
+    tx = optax.chain(optax.clip(9.0), optax.GradientTransformationExtraArgs(inner.init, update))
+    step = functools.partial(step, tx)
+    params, _ = (jax.jit(step) if jit else step)(_grads(1.0, 1.0), tx.init(PARAMS), PARAMS)
+    np.testing.assert_array_equal(params["a"], np.full(2, 0.5))
+
+
+@every_step
 def test_multi_steps_inside_gets_the_extra_arguments(step):
     tx = accumulate(2, optax.MultiSteps(optax.polyak_sgd(), 1))
     state, params = tx.init(PARAMS), PARAMS
