@@ -195,14 +195,14 @@ def as_weight(weight: Any) -> float | jax.Array | None:
     return None if weight is None else check_weight("`weight`", weight)
 
 
-def check_weight(name: str, weight: Any) -> float | jax.Array:
-    """Returns a Python float (known now, finite and >= 0), or an f32[] to judge later."""
+def check_weight(name: str, weight: Any, dtype: Any = jnp.float32) -> float | jax.Array:
+    """Returns a Python float (known now, finite and >= 0), or a `dtype`[] to judge later."""
     _check_scalar(name, weight, jnp.floating, jnp.integer, jnp.bool_)
     if isinstance(weight, jax.Array):
-        return weight.astype(jnp.float32)
+        return weight.astype(dtype)
     if not 0 <= weight <= _FLOAT32_MAX:
         raise ValueError(f"{name} must be finite in float32 and >= 0, got {weight!r}")
-    return float(np.float32(weight))
+    return float(np.dtype(dtype).type(weight))
 
 
 def as_release(release: Any) -> bool | jax.Array | None:

@@ -15,14 +15,15 @@ class Fit(NamedTuple):
 
     Attributes:
         num_microbatches: the fewest microbatches that fit.
-        step: the step with that many, compiled: call it with arguments as they were lowered.
+        step: the step with that many, compiled (by whoever jitted it): call it with arguments as
+            they were lowered.
         peak_bytes: {candidate: bytes on each device}, of those that were compiled; infinite where
             the compiler itself found that they cannot fit.
         memory_limit: the bytes that it had to fit in.
     """
 
     num_microbatches: int
-    step: jax.stages.Compiled
+    step: Any
     peak_bytes: dict[int, float]
     memory_limit: float
 
@@ -40,7 +41,8 @@ def fit_num_microbatches(
 
         peak = arguments + outputs - donated outputs + temporaries
 
-    Nothing runs and no array is needed. What else lies on the device is not in the sum.
+    where arrays that the step closes over are arguments. Nothing runs and no array is needed. What
+    else lies on the device is not in the sum.
 
     >>> import jax, jax.numpy as jnp, optaccum
     >>> def make_step(n):
@@ -55,7 +57,7 @@ def fit_num_microbatches(
     Args:
         make_step: returns the step with that many microbatches: a function, best one of `jax.jit`
             with the donation that it will run with.
-        candidates: numbers of microbatches to try.
+        candidates: numbers of microbatches to try; each has to divide the rows of the batch.
         *args: the arguments of the step: arrays, or `jax.ShapeDtypeStruct`s with the shardings
             that they will have.
         memory_limit: bytes on each device; None for what the device gives the process.
@@ -67,27 +69,36 @@ def fit_num_microbatches(
         TypeError: if a candidate is not an integer.
         ValueError: if there is no candidate, one is below 1, none fits, or the limit is not a
             number above 0 and the device does not say how much memory it has.
+        Exception: what `make_step` and the tracing of its step raise.
     """
+    _arguments.check_function("`make_step`", make_step)
+    if not isinstance(candidates, Iterable):
+        raise TypeError(f"`candidates` must be several integers, got {candidates!r}")
     counts = sorted({_arguments.check_count("each of `candidates`", n) for n in candidates})
     if not counts:
         raise ValueError("`candidates` must hold at least one number of microbatches, got none")
     limit = _device_limit() if memory_limit is None else memory_limit
-    if not isinstance(limit, numbers.Real) or not limit > 0:
+    if not isinstance(limit, numbers.Real) or isinstance(limit, bool) or not limit > 0:
         raise ValueError(f"`memory_limit` must be a number of bytes > 0, got {limit!r}")
     peaks: dict[int, float] = {}
     for n in counts:
-        step = make_step(n)
-        lowered = (step if hasattr(step, "lower") else jax.jit(step)).lower(*args)
+        step: Any = make_step(n)
+        if not hasattr(step, "lower"):
+            _arguments.check_function("what `make_step` returns", step)
+            step = jax.jit(step)
         try:
-            compiled = lowered.compile()
+            compiled = step.lower(*args).compile()
         except jax.errors.JaxRuntimeError as error:
             if "RESOURCE_EXHAUSTED" not in str(error):
                 raise
             peaks[n] = math.inf
             continue
-        sizes: Any = compiled.memory_analysis()
+        # `equinox.filter_jit` puts the compiled program into one of its own.
+        program = compiled if hasattr(compiled, "memory_analysis") else compiled.compiled
+        sizes = program.memory_analysis()
+        given = sizes.argument_size_in_bytes + _bytes_closed_over(step, args)
         kept = sizes.output_size_in_bytes - sizes.alias_size_in_bytes
-        peaks[n] = sizes.argument_size_in_bytes + kept + sizes.temp_size_in_bytes
+        peaks[n] = given + kept + sizes.temp_size_in_bytes
         if peaks[n] <= limit:
             return Fit(n, compiled, peaks, limit)
     table = ", ".join(f"{n}: {peak:,}" for n, peak in peaks.items())
@@ -95,6 +106,14 @@ def fit_num_microbatches(
         f"none of `candidates` fits in {limit:,} bytes; peak bytes by number of microbatches are "
         f"{table}; try more, or `jax.checkpoint`"
     )
+
+
+def _bytes_closed_over(step: Any, args: tuple) -> int:
+    """Returns the bytes on a device of the arrays that a jitted function has not as arguments."""
+    traced = step.trace(*args) if hasattr(step, "trace") else None
+    consts = getattr(getattr(traced, "jaxpr", None), "consts", ())
+    arrays = [x for x in consts if isinstance(x, jax.Array)]
+    return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in arrays)
 
 
 def _device_limit() -> float:

@@ -7,6 +7,7 @@ from typing import Any
 import jax
 from jax import lax
 import jax.numpy as jnp
+import numpy as np
 
 from optaccum import _arguments
 
@@ -27,12 +28,12 @@ def take(tree: Any, i: jax.Array) -> Any:
 
 
 def _is_typed_key(x: Any) -> bool:
-    return hasattr(x, "dtype") and jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
+    return isinstance(x, jax.Array) and jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
 
 
 def _is_raw_key(x: Any) -> bool:
     size = jax.eval_shape(lambda: jax.random.key_data(jax.random.key(0))).shape
-    return getattr(x, "dtype", None) == jnp.uint32 and x.shape[-1:] == size
+    return isinstance(x, jax.Array | np.ndarray) and x.dtype == jnp.uint32 and x.shape[-1:] == size
 
 
 def own_keys(tree: Any, i: jax.Array) -> Any:
@@ -75,13 +76,62 @@ def check_keys(keys: dict, args: tuple, kwargs: dict, apart: tuple[int, ...]) ->
                     f"`rng_argnums` names {name}, which is no PRNG key but "
                     f"{_arguments.describe(leaf)}; pass one of `jax.random.key`"
                 )
+            if typed and _is_raw_key(leaf) and "count" not in name:  # `flax.nnx.RngState` has one
+                raise TypeError(
+                    f"`rng_argnums` names {name}, a raw key beside typed ones; make it one of "
+                    "`jax.random.key`, or give it an argument of its own"
+                )
     others = {j: arg for j, arg in enumerate(args) if j not in apart}
     for name, leaf in _named_leaves({**others, **{f"`{k}`": v for k, v in kwargs.items()}}):
         if _is_typed_key(leaf):
             raise TypeError(
                 f"{name} is a PRNG key, with which every microbatch would draw the same numbers; "
-                "name its position in `rng_argnums`, and each gets a key of its own (or close "
-                "over it, if they are to share it)"
+                "pass it by position and name that in `rng_argnums`, and each gets a key of its "
+                "own (`carry_argnum`, if `fun` advances and returns it; or close over it, if they "
+                "are to share it)"
+            )
+
+
+def _varying(x: Any) -> frozenset[str]:
+    """Returns the axes of a `jax.shard_map` over which the value differs by its type."""
+    aval = jax.typeof(x)
+    new = getattr(getattr(aval, "manual_axis_type", None), "varying", frozenset())
+    return getattr(aval, "vma", new)
+
+
+def check_weight_is_shared(weight: jax.Array, grads: Any) -> None:
+    """Raises if the weight differs between devices over which a gradient has been summed."""
+    for path, g in jax.tree_util.tree_leaves_with_path(grads):
+        if axes := _varying(weight) - _varying(g):
+            raise TypeError(
+                f"`weight_fn(...)` differs between the devices of {sorted(axes)}, but gradient "
+                f"leaf {jax.tree_util.keystr(path) or '(the only leaf)'} has been summed over "
+                "them; differentiate with respect to `jax.lax.pcast(params, axes, to='varying')` "
+                "and reduce weighted sums yourself, or return one weight for all devices"
+            )
+
+
+def check_carry(new: Any, carry: Any) -> None:
+    """Raises unless `fun` returned a carry that can be kept in the types that it began with."""
+    kinds = jnp.bool_, jnp.integer, jnp.floating, jnp.complexfloating
+
+    def kind(x):
+        return [jnp.issubdtype(jnp.result_type(x), k) for k in kinds].index(True)
+
+    if jax.tree.structure(new) != jax.tree.structure(carry):
+        raise TypeError(
+            f"`fun` returned a carry of the tree structure {jax.tree.structure(new)}, but it "
+            f"began as {jax.tree.structure(carry)}"
+        )
+    leaves = zip(_named_leaves({"": new}), jax.tree.leaves(carry), strict=True)
+    for (name, x), old in leaves:
+        if _is_typed_key(x) and _is_typed_key(old) and x.shape == old.shape:
+            continue
+        if jnp.shape(x) != jnp.shape(old) or _is_typed_key(x) or kind(x) > kind(old):
+            raise TypeError(
+                f"`fun` returned a carry whose leaf {name.removeprefix('argument ')} is "
+                f"{_arguments.describe(x)}, but it began as {_arguments.describe(old)}; begin "
+                "with the shape and kind that it will have"
             )
 
 
@@ -89,7 +139,7 @@ def check_batch(batch: dict[int, Any], n: int) -> None:
     """Raises unless every leaf has one number of rows, which `n` divides on every device."""
     leaves = _named_leaves(batch)
     if not leaves:
-        raise ValueError(f"`batch_argnums` {(*batch,)} name no array to split, got {batch}")
+        raise ValueError(f"the arguments {(*batch,)} of `batch_argnums` hold no array to split")
     for name, leaf in leaves:
         if not getattr(leaf, "shape", ()):
             raise ValueError(

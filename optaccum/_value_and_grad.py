@@ -50,7 +50,8 @@ def value_and_grad(
           in `accumulator_dtype`, by default the dtype promoted to at least float32.
         * Microbatch i holds the rows i, i + n, i + 2n, ... of every batch leaf. So an axis that
           is sharded over devices stays where it is: no communication to split it, as long as n
-          divides the rows of a device. The batch is not copied.
+          divides the rows of a device. The batch is not copied (XLA for CPUs may convert one of
+          bfloat16).
         * Where parameters are sharded as `P(..., reduced={axis})` (explicit sharding), the
           gradients come back unreduced: one `jax.reshard` of each is its only all-reduce.
         * `fun` is traced once. Keys do not depend on data.
@@ -70,10 +71,10 @@ def value_and_grad(
     a None leaf                                   passes through
     ============================================  ==============================================
 
-    `aux` is stacked, never reduced: each of its leaves gets a leading axis of length n, at n = 1
-    too, so that code which reads it does not depend on n. Means over equal microbatches are
-    `jnp.mean(a, 0)`; counts, `jnp.sum(a, 0)`; outputs of shape [n, rows / n, ...] are in the order
-    of the batch again after `a.swapaxes(0, 1).reshape(rows, ...)`.
+    `aux` is stacked, never reduced: each of its leaves, arrays or numbers, gets a leading axis of
+    length n, at n = 1 too, so that code which reads it does not depend on n. Means over equal
+    microbatches are `jnp.mean(a, 0)`; counts, `jnp.sum(a, 0)`; outputs of shape [n, rows / n, ...]
+    are in the order of the batch again after `a.swapaxes(0, 1).reshape(rows, ...)`.
 
     What each microbatch passes on to the next, such as the batch statistics of a model, is the
     argument `carry_argnum`. `fun` then returns `(loss, (carry, aux))`, and so does the result::
@@ -98,8 +99,9 @@ def value_and_grad(
         batch_argnums: positions of the pytrees to split. All their leaves have the same leading
             axis, which n divides.
         weight_fn: called as `fun` is, with the arguments of each microbatch; returns how much it
-            counts, a scalar >= 0 such as its unpadded tokens. None for 1 each. Token counts are
-            summed in float32, up to 2**24 exactly.
+            counts, a scalar >= 0 such as its unpadded tokens. None for 1 each. Weights are summed
+            in float32, token counts up to 2**24 exactly, or in float64 with `jax_enable_x64`. Sum
+            masks in float32 or integers: bfloat16 rounds a count to 8 bits.
         rng_argnums: positions of keys, or pytrees of them such as `{"dropout": key}`: in
             microbatch i each key is `jax.random.fold_in(key, i)`. Typed keys elsewhere are
             refused; raw ones (`jax.random.PRNGKey`) cannot be told from data.
@@ -113,7 +115,8 @@ def value_and_grad(
 
     Raises:
         TypeError: (here) for arguments of another kind; (when traced) for a key in the wrong
-            place, none in the right one, or a weight that is no scalar.
+            place, none in the right one, a weight that is no scalar or, in `jax.shard_map`,
+            differs between devices whose gradients are summed, or a carry that changes its type.
         ValueError: (here) for `num_microbatches` below 1, no batch, or a carry without `has_aux`;
             (when traced) for batch leaves that cannot be split, or an argument with two roles.
 
@@ -124,6 +127,7 @@ def value_and_grad(
         _arguments.check_function("`weight_fn`", weight_fn)
     n = _arguments.check_count("`num_microbatches`", num_microbatches)
     accumulator_dtype = _arguments.check_accumulator_dtype(accumulator_dtype)
+    dtype = jax.dtypes.canonicalize_dtype(float)  # of weights: float64 with `jax_enable_x64`
     given = {
         "`argnums`": argnums,
         "`batch_argnums`": batch_argnums,
@@ -131,8 +135,9 @@ def value_and_grad(
         "`carry_argnum`": () if carry_argnum is None else (carry_argnum,),
     }
     roles = {name: _arguments.check_argnums(name, value) for name, value in given.items()}
-    if not roles["`batch_argnums`"]:
-        raise ValueError("`batch_argnums` must name at least one argument to split, got ()")
+    for name, use in {"`argnums`": "differentiate", "`batch_argnums`": "split"}.items():
+        if not roles[name]:
+            raise ValueError(f"{name} must name at least one argument to {use}, got ()")
     if roles["`carry_argnum`"] and not has_aux:
         raise ValueError(
             "`carry_argnum` needs `has_aux=True`: `fun` returns `(loss, (carry, aux))` with it"
@@ -163,11 +168,14 @@ def value_and_grad(
             loss, aux = value if has_aux else (value, None)
             weight = None
             if weight_fn is not None:
-                weight = _arguments.check_weight("`weight_fn(...)`", weight_fn(*own, **kwargs))
-                weight = jnp.asarray(weight, jnp.float32)
-                weight = jnp.where(jnp.isfinite(weight) & (weight > 0), weight, 0.0)
+                weight = weight_fn(*own, **kwargs)
+                weight = _arguments.check_weight("`weight_fn(...)`", weight, dtype)
+                weight = jnp.asarray(weight, dtype)
+                weight = jnp.where(jnp.isfinite(weight) & (weight > 0), weight, 0)
+                _microbatches.check_weight_is_shared(weight, grads)
             if carries:
                 new, aux = _arguments.as_carry_and_aux(aux)
+                _microbatches.check_carry(new, carry)
                 new = cast_like("fun", new, carry)
                 carry = new if weight is None else _where(weight > 0, new, carry)
             return loss, aux, carry, grads, weight
@@ -191,7 +199,7 @@ def value_and_grad(
             zeros = jax.grad(lambda _: 0.0)(params)
             sums = _window.open_sums(zeros, accumulator_dtype)
             (sums, carry), (losses, aux, weights) = lax.scan(body, (sums, carry), jnp.arange(n))
-            total = jnp.float32(n) if weights is None else weights.sum()
+            total = jnp.asarray(n, dtype) if weights is None else weights.sum()
             terms = _window.add(_window.open_sums(losses), losses, weights, first=True)
             loss = _window.mean(terms.sum(), total, like=losses)
             grads = _window.mean(sums, total, like=params)

@@ -96,6 +96,25 @@ def test_nothing_fits():
         optaccum.fit_num_microbatches(_make_step, [2, 1], W, X, memory_limit=1000)
 
 
+def test_arrays_that_the_step_closes_over_count():
+    frozen = jnp.ones((1024, 1024))
+    make_step = lambda n: jax.jit(lambda w: jnp.sum(frozen) + n + w)  # noqa: E731
+    fit = optaccum.fit_num_microbatches(make_step, [1], W, memory_limit=2**40)
+    assert fit.peak_bytes[1] >= frozen.nbytes
+
+
+@pytest.mark.parametrize("library", ["equinox", "flax.nnx"])
+def test_functions_that_others_jit(library):
+    module = pytest.importorskip(library)
+    jit = module.filter_jit if library == "equinox" else module.jit
+    w, x = jnp.ones(W.shape), jnp.ones(X.shape)
+    fit = optaccum.fit_num_microbatches(
+        lambda n: jit(_make_step(n, jit=False)), [2, 4], w, x, memory_limit=_peak(4) * 1.1
+    )
+    assert fit.num_microbatches == 4
+    assert len(fit.step(w, x)) == 2
+
+
 class Device:
     device_kind = "a device"
 
@@ -123,6 +142,8 @@ def test_the_smallest_device_is_the_limit(monkeypatch):
     ("candidates", "limit", "error", "message"),
     [
         ([], 1e9, ValueError, "`candidates` must hold at least one"),
+        (4, 1e9, TypeError, "`candidates` must be several integers, got 4"),
+        ([1], True, ValueError, "`memory_limit` must be a number of bytes > 0, got True"),
         ([0], 1e9, ValueError, r"each of `candidates` must be >= 1, got 0"),
         ([2.5], 1e9, TypeError, r"each of `candidates` must be an integer >= 1, got 2\.5"),
         ([1], 0, ValueError, r"`memory_limit` must be a number of bytes > 0, got 0"),
@@ -133,3 +154,10 @@ def test_the_smallest_device_is_the_limit(monkeypatch):
 def test_bad_input(candidates, limit, error, message):
     with pytest.raises(error, match=message):
         optaccum.fit_num_microbatches(_make_step, candidates, W, X, memory_limit=limit)
+
+
+def test_what_makes_steps_is_a_function_and_so_is_a_step():
+    with pytest.raises(TypeError, match="`make_step` must be a function, got 3"):
+        optaccum.fit_num_microbatches(3, [1], W, X, memory_limit=1e9)
+    with pytest.raises(TypeError, match="what `make_step` returns must be a function, got None"):
+        optaccum.fit_num_microbatches(lambda n: None, [1], W, X, memory_limit=1e9)

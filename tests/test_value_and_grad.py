@@ -201,6 +201,15 @@ def test_double_precision_stays(x64):
     _assert_close(jax.jit(value_and_grad)(params, batch), expected, ulps=1e-6)
 
 
+def test_weights_are_double_precision_too(x64):
+    params = jax.tree.map(lambda p: p.astype(jnp.float64), PARAMS)
+    mask = np.random.default_rng(0).uniform(size=ROWS)
+    batch = {**jax.tree.map(lambda x: x.astype(jnp.float64), BATCH), "mask": jnp.asarray(mask)}
+    value_and_grad = optaccum.value_and_grad(_masked_loss, num_microbatches=4, weight_fn=_tokens)
+    expected = jax.value_and_grad(_masked_loss)(params, batch)
+    _assert_close(jax.jit(value_and_grad)(params, batch), expected, ulps=1e-6)
+
+
 def _bf16_error(**options):
     rows = jnp.full((1024, 3), 0.01, jnp.bfloat16)
     value_and_grad = optaccum.value_and_grad(

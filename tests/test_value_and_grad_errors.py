@@ -20,6 +20,21 @@ def _with_aux(params, batch, carry):
     return _loss(params, batch), carry
 
 
+def _counting(params, batch, carry):
+    return _loss(params, batch), ({"mean": carry["mean"] + 0.5}, ())
+
+
+def _growing(params, batch, carry):
+    return _loss(params, batch), (jnp.append(carry, 0.0), ())
+
+
+class Config:
+    """What many programs pass about; nothing here is an array."""
+
+    dtype = "auto"
+    shape = None
+
+
 @pytest.mark.parametrize("n", [2, 1])
 @pytest.mark.parametrize("make", [optaccum.value_and_grad, optaccum.grad])
 @pytest.mark.parametrize(
@@ -31,6 +46,7 @@ def _with_aux(params, batch, carry):
         ({"num_microbatches": True}, TypeError, r"`num_microbatches` must be an integer.*got True"),
         ({"num_microbatches": None}, TypeError, r"`num_microbatches` must be an integer.*got None"),
         ({"batch_argnums": ()}, ValueError, r"`batch_argnums` must name at least one"),
+        ({"argnums": ()}, ValueError, r"`argnums` must name at least one argument to diff"),
         ({"batch_argnums": "1"}, TypeError, r"`batch_argnums` must be an integer or a tuple.*'1'"),
         ({"batch_argnums": None}, TypeError, r"`batch_argnums` must be an integer.*None"),
         ({"rng_argnums": True}, TypeError, r"`rng_argnums` must be an integer or a tuple.*True"),
@@ -46,6 +62,13 @@ def test_what_is_known_at_once(n, make, options, error, message):
         make(**{"fun": _loss, "num_microbatches": n, **options})
 
 
+def test_a_configuration_is_no_key():
+    step = optaccum.grad(
+        lambda params, batch, config, **_: _loss(params, batch), num_microbatches=2
+    )
+    assert step(PARAMS, BATCH, Config(), other=Config()).shape == (3,)
+
+
 def test_a_number_that_is_traced():
     with pytest.raises(TypeError, match=r"`num_microbatches` must be an integer >= 1, got"):
         jax.jit(lambda n: optaccum.grad(_loss, num_microbatches=n))(2)
@@ -59,7 +82,7 @@ def test_a_number_that_is_traced():
         ({"argnums": (0, -4)}, (PARAMS, BATCH), {}, ValueError, r"`argnums` names argument -4"),
         ({"argnums": 1}, (PARAMS, BATCH), {}, ValueError, r"1, which `argnums` names already"),
         ({"rng_argnums": -1}, (PARAMS, BATCH), {}, ValueError, r"-1, which `batch_argnums` names"),
-        ({}, (PARAMS, {}), {}, ValueError, r"name no array to split, got"),
+        ({}, (PARAMS, {}), {}, ValueError, r"hold no array to split"),
         (
             {},
             (PARAMS, BATCH | {"s": 2.0}),
@@ -110,8 +133,36 @@ def test_a_number_that_is_traced():
             {"fun": _with_aux, "has_aux": True, "carry_argnum": 2},
             (PARAMS, BATCH, (0, (1, 2))),
             {},
-            ValueError,
-            r"`fun` returned a state of the tree structure",
+            TypeError,
+            r"`fun` returned a carry of the tree structure",
+        ),
+        (
+            {"fun": _counting, "has_aux": True, "carry_argnum": 2},
+            (PARAMS, BATCH, {"mean": 0}),
+            {},
+            TypeError,
+            r"carry whose leaf \['mean'\] is float32\[\], but it began as int32\[\]",
+        ),
+        (
+            {"fun": _counting, "has_aux": True, "carry_argnum": 2},
+            (PARAMS, BATCH, {"mean": jnp.zeros(1, bool)}),
+            {},
+            TypeError,
+            r"carry whose leaf \['mean'\] is float32\[1\], but it began as bool\[1\]",
+        ),
+        (
+            {"fun": _growing, "has_aux": True, "carry_argnum": 2},
+            (PARAMS, BATCH, jnp.zeros(1)),
+            {},
+            TypeError,
+            r"carry whose leaf .* is float32\[2\], but it began as float32\[1\]",
+        ),
+        (
+            {"rng_argnums": 2},
+            (PARAMS, BATCH, {"a": KEY, "b": jax.random.PRNGKey(1)}),
+            {},
+            TypeError,
+            r"argument 2\['b'\], a raw key beside typed ones",
         ),
     ],
 )

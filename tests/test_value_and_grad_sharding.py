@@ -1,5 +1,6 @@
 """On eight devices: splitting the batch costs no communication, in auto and explicit sharding."""
 
+import functools
 import re
 
 import jax
@@ -151,6 +152,40 @@ def test_rows_of_a_device_that_do_not_divide():
         for run in (jax.jit(_ours(16)), _ours(16)):
             with pytest.raises(ValueError, match=message):
                 run(params, batch)
+
+
+def test_weights_of_devices_whose_gradients_are_summed(mesh):
+    """Replicated parameters: JAX sums their gradients, and no local weight can be right."""
+
+    def local(vary, params, x):
+        if vary:
+            params = jax.lax.pcast(params, "data", to="varying")
+        step = optaccum.value_and_grad(
+            lambda params, x: jnp.mean(x @ params["w"]),
+            num_microbatches=4,
+            weight_fn=lambda params, x: jnp.sum(x > 0),
+        )
+        weight, (_, grads) = jnp.sum(x > 0), step(params, x)
+        total = jax.lax.psum(weight, "data")
+        return jax.tree.map(lambda g: jax.lax.psum(weight * g, "data") / total, grads)
+
+    def mapped(vary):
+        run = functools.partial(local, vary)
+        return jax.jit(jax.shard_map(run, mesh=mesh, in_specs=(P(), P("data")), out_specs=P()))
+
+    with jax.set_mesh(mesh):
+        params, batch = _place(mesh)
+        params = {"w": params["w"]}
+        with pytest.raises(TypeError, match=r"differs between the devices of \['data'\].*pcast"):
+            mapped(False)(params, batch["x"])
+        if hasattr(jax.lax, "pcast"):
+            grads = mapped(True)(params, batch["x"])
+            parts = [d[i::4] for d in np.split(np.asarray(BATCH["x"]), DEVICES) for i in range(4)]
+            weights = [np.sum(x > 0) for x in parts]
+            mean = np.average([x.mean(axis=0) for x in parts], axis=0, weights=weights)
+            rows, columns = params["w"].shape
+            expected = np.broadcast_to(mean[:, None] / columns, (rows, columns))
+            np.testing.assert_allclose(grads["w"], expected, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("check_vma", [True, False])
