@@ -15,10 +15,10 @@ def step_rows(result: dict[str, Any]) -> list[dict[str, str]]:
         {
             "contender": row["name"],
             "time to scan": _ratio(row["time_to_hand_written"]),
-            "to microbatch": _ratio(row["time_to_microbatch"]),
+            "to optax": _ratio(row["time_to_microbatch"]),
             "to full batch": _ratio(row["time_to_full_batch"]),
             "compile to scan": _ratio(row["compile_to_hand_written"]),
-            "temporaries MB": f"{row['temporary_bytes'] / 1e6:,.1f}",
+            "temp. MB": f"{row['temporary_bytes'] / 1e6:,.1f}",
             "peak MB": f"{row['peak_bytes'] / 1e6:,.1f}",
             "agrees": AGREES[row["agrees"]],
         }
