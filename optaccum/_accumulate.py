@@ -5,12 +5,11 @@ import functools
 from typing import Any
 
 import jax
-from jax import lax
-from jax.core import Tracer
 import jax.numpy as jnp
 import optax
 
-from optaccum import _arguments, _window
+from optaccum import _arguments, _reduce, _window
+from optaccum._branch import both, branch
 from optaccum._state import AccumulateState, cast_like, strongly_typed
 
 
@@ -22,6 +21,7 @@ def accumulate(
     should_skip_update_fn: Callable[[Any, jax.Array, Any], tuple[Any, Any]] | None = None,
     accumulator_dtype: jax.typing.DTypeLike | None = None,
     average_args: tuple[str, ...] = (),
+    reduce_axes: str | tuple[str, ...] = (),
 ) -> optax.GradientTransformationExtraArgs:
     """Accumulate the gradients of a window of microbatches, then step `inner` once.
 
@@ -112,6 +112,8 @@ def accumulate(
         average_args: names of scalar extra arguments that `inner` should see as the window's
             weighted mean and not as the last microbatch's, `("value",)` for a loss. They are
             summed in float32.
+        reduce_axes: mesh axes over which gradients arrive as parts of a sum, one a device, to be
+            reduced once a window. What is a part, and how to get one: `optaccum._reduce`.
 
     Returns:
         An `optax.GradientTransformationExtraArgs` with state :class:`AccumulateState`, whose
@@ -140,7 +142,8 @@ def accumulate(
     _arguments.check_skip_fn(should_skip_update_fn)
     accumulator_dtype = _arguments.check_accumulator_dtype(accumulator_dtype)
     average_args = _arguments.check_average_args(average_args)
-    every_one = isinstance(every_k, int) and every_k == 1
+    axes = _reduce.check_axes(reduce_axes)
+    every_one = isinstance(every_k, int) and every_k == 1 and not axes
 
     def init_fn(params):
         trained = _trained(params)
@@ -149,14 +152,20 @@ def accumulate(
             step = jax.ShapeDtypeStruct((), jnp.int32)
             _, report = jax.eval_shape(judge, trained, step, params)
             skip_state = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), report)
+        grad_sum = () if every_one else _window.open_sums(trained, accumulator_dtype)
+        scalars = (
+            jnp.zeros([], jnp.float32),
+            {name: jnp.zeros([], jnp.float32) for name in average_args},
+        )
+        weight, arg_sums = _reduce.open_parts(scalars, _reduce.manual_axes(axes))
         return AccumulateState(
             mini_step=jnp.zeros([], jnp.int32),
             gradient_step=jnp.zeros([], jnp.int32),
             released=jnp.zeros([], jnp.bool_),
             skipped=jnp.zeros([], jnp.int32),
-            weight=jnp.zeros([], jnp.float32),
-            grad_sum=() if every_one else _window.open_sums(trained, accumulator_dtype),
-            arg_sums={name: jnp.zeros([], jnp.float32) for name in average_args},
+            weight=weight,
+            grad_sum=_reduce.open_parts(grad_sum, axes),
+            arg_sums=arg_sums,
             skip_state=skip_state,
             inner_state=jax.tree.map(strongly_typed, inner.init(params)),
         )
@@ -171,18 +180,22 @@ def accumulate(
         _arguments.check_state(state, grads, needs_sums=not every_one)
         # A state that came from a longer window has sums, perhaps of an open one: keep them.
         alone = every_one and not jax.tree.leaves(state.grad_sum)
-        like = state.grad_sum if not alone else grads if params is None else _trained(params)
-        _window.check_fits(grads, like)
+        local = _reduce.manual_axes(axes)
+        like = grads if params is None else _trained(params)
+        _window.check_fits(grads, like if alone else _reduce.load(state.grad_sum, local))
+        _reduce.check_parts(grads, axes)
         weight, release = _arguments.as_weight(weight), _arguments.as_release(release)
         args = _arguments.averaged(average_args, extra_args)
         certain = weight is None or (isinstance(weight, float) and weight > 0)
 
         accept, skip_state = True, state.skip_state
         if should_skip_update_fn is not None:
-            skip, report = judge(grads, state.gradient_step, params)
+            _reduce.check_can_be_judged(grads)
+            skip, report = _reduce.agree(*judge(grads, state.gradient_step, params), local)
             accept, skip_state = ~skip, cast_like("should_skip_update_fn", report, skip_state)
-        if isinstance(weight, jax.Array):
-            accept = _both(accept, jnp.isfinite(weight) & (weight >= 0))
+        grads, weight = _reduce.as_parts(grads, weight, axes)
+        if isinstance(weight, jax.Array) and not _reduce.varying(weight):
+            accept = both(accept, jnp.isfinite(weight) & (weight >= 0))
         if weight is not None:
             weight = jnp.asarray(weight, jnp.float32)
 
@@ -195,21 +208,28 @@ def accumulate(
             due = count >= length if release is None else release
 
         add = functools.partial(_window.add, first=first, accept=accept)
-        total = add(state.weight, 1.0 if weight is None else weight)
-        arg_sums = add(state.arg_sums, args, weight)
-        grad_sum = () if alone else add(state.grad_sum, grads, weight)
-        closes = _both(accept, due)
-        steps = closes if certain else _both(closes, jnp.greater(total, 0))
+        # In the shape that the state has: reshaped sums are not updated in place.
+        total, arg_sums = _reduce.store((jnp.float32(1) if weight is None else weight, args), local)
+        total, arg_sums = add(state.weight, total), add(state.arg_sums, arg_sums, weight)
+        grad_sum = () if alone else add(state.grad_sum, _reduce.store(grads, local), weight)
+        closes = both(accept, due)
+        everywhere = total
+        if local:
+            everywhere = branch(
+                due, closes, lambda: _reduce.whole(total, local), lambda: jnp.float32(0)
+            )
+        steps = closes if certain else both(closes, jnp.greater(everywhere, 0))
 
         def step():
             if not alone:
-                mean = _window.mean(grad_sum, total if use_grad_mean else None, like=grads)
+                whole = _reduce.whole(grad_sum, axes)
+                mean = _window.mean(whole, everywhere if use_grad_mean else None, like=grads)
             elif use_grad_mean or weight is None:
                 mean = grads
             else:
                 sums = _window.add(_window.open_sums(grads), grads, weight, first=True)
                 mean = _window.mean(sums, None, like=grads)
-            means = _window.mean(arg_sums, total, like=args)
+            means = _window.mean(_reduce.whole(arg_sums, local), everywhere, like=args)
             updates, inner_state = inner.update(
                 mean, state.inner_state, params, **{**extra_args, **means}
             )
@@ -218,7 +238,7 @@ def accumulate(
         def hold():
             return idle(step), state.inner_state
 
-        result, inner_state = _branch(due, steps, step, hold)
+        result, inner_state = branch(due, steps, step, hold)
         return result, AccumulateState(
             mini_step=jnp.where(closes, 0, jnp.where(accept, count, state.mini_step)),
             gradient_step=jnp.where(
@@ -257,6 +277,11 @@ def find_apply(update: Any) -> Callable[..., tuple[Any, AccumulateState]] | None
     return apply if owner is update else None
 
 
+def _trained(params: Any) -> Any:
+    """Returns what gradients are taken of: lookahead's slow copy has none."""
+    return params.fast if isinstance(params, optax.LookaheadParams) else params
+
+
 def apply_updates(params: Any, updates: Any) -> Any:
     """Returns `optax.apply_updates`, and the parameter itself where an update is None."""
     return jax.tree.map(
@@ -265,32 +290,3 @@ def apply_updates(params: Any, updates: Any) -> Any:
         params,
         is_leaf=lambda u: u is None,
     )
-
-
-def _branch(due: Any, steps: Any, step: Callable[[], Any], hold: Callable[[], Any]) -> Any:
-    """Returns `step()` where `steps`, else `hold()`.
-
-    The sums stay outside the conditional: one fused pass a microbatch, and nothing for the
-    branches to copy. A Python bool `due` leaves no conditional: where it is True and the window
-    may yet be dropped, the step is taken and selected. Outside `jit` the predicate is a number,
-    and a conditional would be compiled anew in every call.
-    """
-    if due is True and steps is not True:
-        return jax.tree.map(functools.partial(jnp.where, steps), step(), hold())
-    if isinstance(steps, Tracer):
-        return lax.cond(steps, step, hold)
-    return step() if steps else hold()
-
-
-def _trained(params: Any) -> Any:
-    """Returns what gradients are taken of: lookahead's slow copy has none."""
-    return params.fast if isinstance(params, optax.LookaheadParams) else params
-
-
-def _both(a: jax.Array | bool, b: jax.Array | bool) -> jax.Array | bool:
-    """`a & b` that keeps what is known at trace time a Python bool."""
-    if isinstance(a, bool):
-        return b if a else False
-    if isinstance(b, bool):
-        return a if b else False
-    return a & b

@@ -1,0 +1,194 @@
+"""Partial sums on many devices: what `reduce_axes=("data",)` of `accumulate` means.
+
+Gradients of data-parallel training are parts of a sum, one on each device. Reduced as they come,
+they cost a reduction a microbatch. Accumulated as parts they cost one a window, inside the release
+branch: an all-reduce as large as the parameters. A part is known by its type.
+
+**In `jax.shard_map`** it *varies* over the axis. JAX sums gradients of replicated parameters on its
+own, so differentiate with respect to `jax.lax.pcast(params, "data", to="varying")`. A device keeps
+its sums, `weight` and `arg_sums` with a leading axis of 1, so that a state made by `tx.init` inside
+of it passes from call to call; all else in it is the same on all devices::
+
+    specs = AccumulateState(mini_step=P(), gradient_step=P(), released=P(), skipped=P(),
+                            weight=P("data"), grad_sum=P("data"), arg_sums=P("data"),
+                            skip_state=P(), inner_state=P())
+
+The mean is that over all devices' tokens, `psum(sum of w g) / psum(sum of w)`, where each gave its
+own `weight`. One that is negative, inf or NaN counts as 0 on its device. `should_skip_update_fn`
+judges each device's gradient; where one is rejected the microbatch is, on all of them, for a
+reduction of its few scalars.
+
+**Under explicit sharding** it is *unreduced* over the axis, as gradients with respect to
+`jax.reshard(p, P(..., reduced={"data"}))` are where `p` is used in matrix products. Biases and
+other elementwise parameters are left as they are: their gradients arrive reduced, and are summed
+with the others. `weight` is a number of the whole microbatch. Sums of parameters that are sharded
+over the axis themselves stay sharded. Nothing can look at an unreduced gradient, so
+`should_skip_update_fn` cannot.
+
+Auto axes have no parts: `jax.jit` reduces before anyone sees the gradient.
+"""
+
+from typing import Any
+
+import jax
+from jax import lax
+import jax.numpy as jnp
+from jax.sharding import AxisType, PartitionSpec
+
+_reshard = getattr(jax, "reshard", None) or jax.sharding.reshard  # before jax 0.8
+
+
+def check_axes(axes: Any) -> tuple[str, ...]:
+    """Returns the names of `reduce_axes` as a tuple."""
+    names = (axes,) if isinstance(axes, str) else axes
+    if not isinstance(names, tuple | list) or not all(isinstance(name, str) for name in names):
+        raise TypeError(f"`reduce_axes` must be names of mesh axes, got {axes!r}")
+    return tuple(names)
+
+
+def is_manual(axes: tuple[str, ...]) -> bool:
+    """Returns whether the axes are those of a `jax.shard_map`; raises if they are none at all."""
+    mesh = jax.sharding.get_abstract_mesh()
+    types = dict(zip(mesh.axis_names, mesh.axis_types, strict=True))
+    for axis in axes:
+        if axis not in types:
+            raise ValueError(
+                f"`reduce_axes` names {axis!r}, but the mesh here has the axes {list(types)}; call "
+                "`init` and `update` inside the same jax.shard_map or under jax.set_mesh"
+            )
+        if types[axis] == AxisType.Auto:
+            raise ValueError(
+                f"`reduce_axes` names {axis!r}, an Auto axis: jax.jit has summed the gradients "
+                "over it; make the axis Explicit, use jax.shard_map, or leave `reduce_axes` out"
+            )
+    manual = [types[axis] == AxisType.Manual for axis in axes]
+    if any(manual) != all(manual):
+        raise ValueError(f"`reduce_axes` {axes} mix axes of jax.shard_map with Explicit ones")
+    return any(manual)
+
+
+def manual_axes(axes: tuple[str, ...]) -> tuple[str, ...]:
+    """Returns the axes if they are those of a `jax.shard_map`, where scalars are parts too."""
+    return axes if axes and is_manual(axes) else ()
+
+
+def varying(x: Any) -> frozenset[str]:
+    """Returns the axes of a `jax.shard_map` over which `x` differs by its type."""
+    aval = jax.typeof(x)
+    new = getattr(getattr(aval, "manual_axis_type", None), "varying", frozenset())
+    return getattr(aval, "vma", new)
+
+
+def unreduced(x: Any) -> frozenset[str]:
+    """Returns the explicit axes over which `x` waits to be reduced."""
+    return getattr(jax.typeof(x).sharding.spec, "unreduced", frozenset())
+
+
+def open_parts(tree: Any, axes: tuple[str, ...]) -> Any:
+    """Returns zeros as parts."""
+    if not axes:
+        return tree
+    if is_manual(axes):
+        return jax.tree.map(lambda x: _vary(x, axes)[None], tree)
+    return jax.tree.map(lambda x: _unreduce(x, axes), tree)
+
+
+def store(tree: Any, axes: tuple[str, ...]) -> Any:
+    """Returns parts as a state keeps them."""
+    return jax.tree.map(lambda x: x[None], tree) if manual_axes(axes) else tree
+
+
+def load(tree: Any, axes: tuple[str, ...]) -> Any:
+    """Returns parts that a state keeps, in the shapes of the gradients."""
+    return jax.tree.map(lambda x: x[0], tree) if manual_axes(axes) else tree
+
+
+def check_parts(grads: Any, axes: tuple[str, ...]) -> None:
+    """Raises where a gradient is no part though it has to be, or a part though nobody asked."""
+    for path, g in jax.tree_util.tree_leaves_with_path(grads):
+        name = jax.tree_util.keystr(path) or "(the only leaf)"
+        if not axes and unreduced(g):
+            raise TypeError(
+                f"gradient leaf {name} waits to be reduced over {sorted(unreduced(g))}; name "
+                "these axes in `reduce_axes`"
+            )
+        if axes and is_manual(axes) and (missing := set(axes) - varying(g)):
+            raise TypeError(
+                f"gradient leaf {name} does not vary over {sorted(missing)} of `reduce_axes`: it "
+                "has been summed already, or jax.shard_map was told `check_vma=False`; "
+                "differentiate with respect to `jax.lax.pcast(params, axes, to='varying')` with "
+                "`check_vma=True`, or leave `reduce_axes` out"
+            )
+
+
+def check_can_be_judged(grads: Any) -> None:
+    """Raises where `should_skip_update_fn` would look at a gradient that no device has whole."""
+    for path, g in jax.tree_util.tree_leaves_with_path(grads):
+        if axes := unreduced(g):
+            raise TypeError(
+                f"`should_skip_update_fn` cannot look at gradient leaf "
+                f"{jax.tree_util.keystr(path) or '(the only leaf)'}, which waits to be reduced "
+                f"over {sorted(axes)}; reduce it before, or train in jax.shard_map, where each "
+                "device judges its own"
+            )
+
+
+def as_parts(grads: Any, weight: Any, axes: tuple[str, ...]) -> tuple[Any, Any]:
+    """Returns gradients, of which some may be reduced, as parts, and a weight that fits them."""
+    if not axes:
+        return grads, weight
+    if not is_manual(axes):
+        return jax.tree.map(lambda g: _unreduce(g, axes), grads), weight
+    if isinstance(weight, jax.Array) and varying(weight):
+        # Only this device sees it: what is no weight counts nothing, and nobody has to agree.
+        weight = jnp.where(jnp.isfinite(weight) & (weight > 0), weight, 0)
+    return grads, weight
+
+
+def agree(skip: jax.Array, report: Any, axes: tuple[str, ...]) -> tuple[jax.Array, Any]:
+    """Returns whether any device would skip, and the largest of the reports."""
+    if not axes:
+        return skip, report
+
+    def largest(x):
+        x = jnp.asarray(x)
+        wide = x.astype(jnp.int32) if x.dtype == jnp.bool_ else x
+        return lax.pmax(_vary(wide, axes), axes).astype(x.dtype)
+
+    return largest(skip), jax.tree.map(largest, report)
+
+
+def whole(tree: Any, axes: tuple[str, ...]) -> Any:
+    """Returns parts that a state keeps, reduced over the devices."""
+    if not axes:
+        return tree
+    if is_manual(axes):
+        return jax.tree.map(lambda x: lax.psum(x[0], axes), tree)
+
+    def reduce(x):
+        return _reshard(x, PartitionSpec(*_partitions(x))) if unreduced(x) else x
+
+    return jax.tree.map(reduce, tree)
+
+
+def _vary(x: jax.Array, axes: tuple[str, ...]) -> jax.Array:
+    missing = tuple(axis for axis in axes if axis not in varying(x))
+    if not missing:
+        return x
+    if hasattr(lax, "pcast"):
+        return lax.pcast(x, missing, to="varying")
+    return getattr(lax, "pvary")(x, missing)  # noqa: B009  (before jax 0.8)
+
+
+def _unreduce(x: jax.Array, axes: tuple[str, ...]) -> jax.Array:
+    """Returns `x`, unreduced over the axes but those that it is sharded over: no communication."""
+    partitions = _partitions(x)
+    waiting = unreduced(x) | (set(axes) - set(jax.tree.leaves(partitions)))
+    if waiting == unreduced(x):
+        return x
+    return _reshard(x, PartitionSpec(*partitions, unreduced=waiting))
+
+
+def _partitions(x: jax.Array) -> tuple:
+    spec = jax.typeof(x).sharding.spec
+    return tuple(getattr(spec, "partitions", spec))
