@@ -90,12 +90,8 @@ def accumulate(
     `optax.lookahead`, `optax.contrib.schedule_free`), belongs inside `inner`.
 
     State made eagerly, or under explicit sharding, is sharded like the parameters. Under
-    `jax.jit` with automatic sharding the compiler places zeros where it likes, so say where::
-
-        shardings = optax.tree.map_params(
-            tx, lambda _, s: s, jax.eval_shape(tx.init, params), params_shardings,
-            transform_non_params=lambda _: jax.NamedSharding(mesh, jax.P()))
-        state = jax.jit(tx.init, out_shardings=shardings)(params)
+    `jax.jit` with automatic sharding the compiler places zeros where it likes, so say where:
+    `jax.jit(tx.init, out_shardings=optaccum.state_shardings(tx, params))(params)`.
 
     Args:
         every_k: microbatches a window: an integer >= 1, an integer array of shape [] (traced

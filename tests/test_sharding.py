@@ -70,22 +70,6 @@ def test_init_under_jit_follows_where_sharding_is_explicit(mesh):
         ]
 
 
-def test_init_under_jit_follows_the_advice_of_the_docstring(mesh):
-    tx = accumulate(2, optax.adam(0.1), should_skip_update_fn=optax.skip_not_finite)
-    params = _place(mesh)
-    shardings = optax.tree.map_params(
-        tx,
-        lambda _, s: s,
-        jax.eval_shape(tx.init, params),
-        jax.tree.map(lambda x: x.sharding, params),
-        transform_non_params=lambda _: NamedSharding(mesh, P()),
-    )
-    state = jax.jit(tx.init, out_shardings=shardings)(params)
-    assert _specs(state.grad_sum) == SPECS
-    assert _specs(state.inner_state[0].nu) == SPECS
-    assert state.mini_step.sharding.spec == P()
-
-
 @every_step
 def test_sharded_training_equals_the_full_batch(mesh, step):
     tx = accumulate(2, optax.adam(0.1))

@@ -1,0 +1,119 @@
+"""Where an optimizer's state lies: what belongs to a parameter as it does, the rest everywhere."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import NamedSharding, PartitionSpec
+import optax
+
+from optaccum import _arguments
+
+
+def state_shardings(tx: optax.GradientTransformation, params: Any, shardings: Any = None) -> Any:
+    """Return the shardings of `tx.init(params)`, leaf by leaf, without running it.
+
+    A leaf of the state that belongs to the parameter p, sharded like s, is given
+
+        s                  in the shape of p: the sums of gradients, the optimizer's moments
+        (None, ..., *s)    with more axes before it: a history, as L-BFGS keeps one
+        replicated         in any other shape (factored moments), as are counters and weights.
+
+    For `out_shardings` and `in_shardings` of `jax.jit`, the specs of `jax.shard_map`, and the
+    template that a checkpoint is restored into.
+
+    >>> import jax, jax.numpy as jnp, optax
+    >>> from optaccum import accumulate, state_shardings
+    >>> tx = accumulate(4, optax.sgd(0.1, momentum=0.9))
+    >>> rows = {"w": jax.P("data", None)}
+    >>> specs = state_shardings(tx, {"w": jnp.ones((8, 4))}, rows)
+    >>> specs.grad_sum == rows, specs.inner_state[0].trace == rows, specs.mini_step == jax.P()
+    (True, True, True)
+
+    The state may lie otherwise than the parameters. Where these are replicated, sums and moments
+    divided over n devices (ZeRO-2) take 1/n of the memory on each. Let the inner optimizer end
+    by gathering its updates: left to itself, XLA gathers after the conditional, on holds too::
+
+        gather = optax.stateless(lambda u, _: jax.lax.with_sharding_constraint(u, everywhere))
+        tx = accumulate(4, optax.chain(optax.adam(1e-3), gather))
+        divided = state_shardings(tx, params, jax.NamedSharding(mesh, jax.P("data")))
+        state = jax.jit(tx.init, out_shardings=divided)(params)
+        step = jax.jit(step, out_shardings=(everywhere, divided))
+
+    To divide the sums alone take `state_shardings(tx, params)._replace(grad_sum=divided.grad_sum)`
+    and let `gather` come first. Under explicit sharding both are `jax.sharding.reshard`: of
+    the updates in `gather`, and of the gradients, to `divided.grad_sum`, before they are passed.
+
+    Args:
+        tx: any Optax transformation, with or without an :func:`accumulate` in it.
+        params: the parameters, or `jax.ShapeDtypeStruct`s of them.
+        shardings: a tree like `params`, or a prefix of it such as one for all, of `NamedSharding`s
+            over one mesh or of `PartitionSpec`s. None for the `.sharding` of each parameter.
+
+    Returns:
+        A tree like `tx.init(params)` of `NamedSharding`s, or of specs if `shardings` are specs.
+
+    Raises:
+        TypeError: if `tx` is no transformation, or a parameter's sharding is of another kind.
+        ValueError: if the trees, or the meshes of two parameters, differ.
+    """
+    _arguments.check_transformation("`tx`", tx)
+    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(jnp.shape(x), jnp.result_type(x)), params)
+    if shardings is None:
+        shardings = jax.tree.map(lambda x: getattr(x, "sharding", None), params)
+    trained, shardings = (  # lookahead's slow copy has no state
+        tree.fast if isinstance(tree, optax.LookaheadParams) else tree
+        for tree in (shapes, shardings)
+    )
+    parameters, everywhere = _checked(trained, shardings)
+
+    def place(path, x):
+        # By path: a state may keep several leaves for one parameter, or none for a subtree.
+        owners = (parameters.get(path[:n]) for n in range(len(path), -1, -1))
+        p, s = next(filter(None, owners), (x, everywhere))
+        extra = x.ndim - p.ndim
+        if extra < 0 or x.shape[extra:] != p.shape:
+            return everywhere
+        return _behind(extra, s) if extra else s
+
+    return optax.tree.map_params(
+        tx,
+        lambda tree: jax.tree_util.tree_map_with_path(place, tree),
+        jax.eval_shape(tx.init, shapes),
+        transform_non_params=lambda _: everywhere,
+        is_leaf=lambda _: True,  # a whole tree like the parameters at once
+    )
+
+
+def _behind(extra: int, sharding: Any) -> Any:
+    """Returns `sharding` for arrays that have `extra` axes more, in front, not divided."""
+    if isinstance(sharding, PartitionSpec):
+        return PartitionSpec(*[None] * extra, *sharding)
+    spec = _behind(extra, sharding.spec)
+    return NamedSharding(sharding.mesh, spec, memory_kind=sharding.memory_kind)
+
+
+def _checked(params: Any, shardings: Any) -> tuple[dict[Any, tuple[Any, Any]], Any]:
+    """Returns shape and sharding of each parameter by its path, and the replicated sharding."""
+    leaves, structure = jax.tree_util.tree_flatten_with_path(params)
+    try:
+        wanted = jax.tree.broadcast(shardings, params, is_leaf=lambda x: x is None)
+    except ValueError as error:
+        raise ValueError(
+            "`shardings` must be a tree like `params`, or a prefix of it such as one for all, got "
+            f"{jax.tree.structure(shardings)} for {structure}"
+        ) from error
+    checked, mesh = {}, None
+    for (path, x), s in zip(leaves, structure.flatten_up_to(wanted), strict=True):
+        name = f"the sharding of parameter leaf {jax.tree_util.keystr(path) or '(the only leaf)'}"
+        if not isinstance(s, NamedSharding | PartitionSpec):
+            raise TypeError(
+                f"{name} must be a NamedSharding or a PartitionSpec, got {s!r}; pass `shardings`"
+            )
+        found = s.mesh if isinstance(s, NamedSharding) else None
+        if checked and found != mesh:
+            raise ValueError(
+                f"{name} is over {found}, but others are over {mesh}; use one mesh, or specs only"
+            )
+        checked[path], mesh = (x, s), found
+    return checked, PartitionSpec() if mesh is None else NamedSharding(mesh, PartitionSpec())

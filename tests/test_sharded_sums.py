@@ -1,0 +1,205 @@
+"""Steps on eight devices whose sums are sharded: what that saves, and what they gather."""
+
+import functools
+import re
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
+import numpy as np
+import optax
+import pytest
+from support import every_step, update_and_apply
+from test_value_and_grad_sharding import COLLECTIVES
+
+from optaccum import accumulate, state_shardings
+
+DEVICES, ROWS, K = 8, 64, 2
+# NumPy's, so that no donated buffer is theirs.
+PARAMS = {
+    "w": np.linspace(-1, 1, 512, dtype=np.float32).reshape(8, 64),
+    "b": np.zeros(64, np.float32),
+}
+SPECS = {"w": P("data", None), "b": P("data")}
+BATCHES = jax.random.normal(jax.random.key(0), (2 * K, ROWS, 8))
+
+
+@pytest.fixture(params=[AxisType.Auto, AxisType.Explicit], ids=["auto", "explicit"])
+def mesh(request):
+    if jax.device_count() < DEVICES:
+        pytest.skip(f"needs {DEVICES} devices")
+    return jax.make_mesh((DEVICES,), ("data",), axis_types=(request.param,))
+
+
+only_auto = pytest.mark.parametrize("mesh", [AxisType.Auto], ids=["auto"], indirect=True)
+
+
+def _named(mesh, specs):
+    return jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs)
+
+
+def _loss(params, x):
+    return jnp.mean(jnp.tanh(x @ params["w"] + params["b"]) ** 2)
+
+
+def _place(mesh, tree, wanted):
+    """Returns `tree` placed so within a program, whichever kind of mesh it is."""
+    explicit = mesh.axis_types[0] is AxisType.Explicit
+    place = jax.sharding.reshard if explicit else jax.lax.with_sharding_constraint
+    return place(tree, wanted)
+
+
+def _gather(mesh):
+    return optax.stateless(lambda u, _: _place(mesh, u, NamedSharding(mesh, P())))
+
+
+def _bytes(tree):
+    """Returns how much of `tree` the first device keeps."""
+    return sum(x.addressable_shards[0].data.nbytes for x in jax.tree.leaves(tree))
+
+
+def _gathers(compiled):
+    """Returns how often parameters are gathered always, and how often in a branch only."""
+    text = compiled.as_text()
+    branches = re.findall(r"branch_computations=\{([^}]*)\}", text)
+    branches += re.findall(r"(?:true|false)_computation=([^,\s]*)", text)
+    names = re.findall(r"[\w.\-]+", " ".join(branches))
+    always = within = 0
+    for computation in re.split(r"\n(?=\S)", text):
+        count = sum(m[1] == "all-gather" for m in re.finditer(COLLECTIVES, computation))
+        if re.split(r"[\s(]", computation.lstrip("%"), maxsplit=1)[0] in names:
+            within += count
+        else:
+            always += count
+    return always, within
+
+
+def _expected():
+    params, tx = jax.tree.map(jnp.asarray, PARAMS), optax.adam(0.1)
+    state = tx.init(params)
+    for i in range(0, 2 * K, K):
+        grads = jax.grad(_loss)(params, BATCHES[i : i + K].reshape(K * ROWS, 8))
+        params, state = update_and_apply(tx, grads, state, params)
+    return params
+
+
+def _assert_equal(params):
+    # Adam divides by the root of a second moment that differs in its last bits.
+    for name, value in _expected().items():
+        np.testing.assert_allclose(params[name], value, rtol=1e-5, atol=1e-5)
+
+
+def _program(mesh, tx, step, shardings, divided=None, **extra):
+    """Returns the jitted step from and to parameters and state placed like `shardings`."""
+
+    @functools.partial(jax.jit, donate_argnums=(0, 1), out_shardings=shardings)
+    def run(params, state, x):
+        if mesh.axis_types[0] is AxisType.Explicit:  # rows and parameters over one axis
+            everywhere = jax.tree.map(lambda _: NamedSharding(mesh, P()), params)
+            grads = jax.grad(_loss)(_place(mesh, params, everywhere), x)
+            grads = _place(mesh, grads, divided or shardings[0])
+        else:
+            grads = jax.grad(_loss)(params, x)
+        return step(tx, grads, state, params, **extra)
+
+    return run
+
+
+def _train(mesh, program, params, state):
+    for x in BATCHES:
+        params, state = program(params, state, jax.device_put(x, NamedSharding(mesh, P("data"))))
+    _assert_equal(params)
+    return params, state
+
+
+@every_step
+def test_fully_sharded_parameters_and_no_gathered_sum(mesh, step):
+    tx = accumulate(K, optax.adam(0.1))
+    with jax.set_mesh(mesh):
+        params = jax.device_put(PARAMS, _named(mesh, SPECS))
+        shardings = state_shardings(tx, params)
+        state = jax.jit(tx.init, out_shardings=shardings)(params)
+        x = jax.device_put(BATCHES[0], NamedSharding(mesh, P("data")))
+        places = _named(mesh, SPECS), shardings
+        for release in (None, False, True):
+            program = _program(mesh, tx, step, places, release=release)
+            compiled = program.lower(params, state, x).compile()
+            # What the loss needs, each parameter once.
+            assert _gathers(compiled) == (len(PARAMS), 0)
+        assert _bytes(state.grad_sum) == _bytes(params) == 4 * (512 + 64) // DEVICES
+        params, state = _train(mesh, _program(mesh, tx, step, places), params, state)
+    assert jax.tree.map(lambda x: x.sharding.spec, state.grad_sum) == SPECS
+
+
+@every_step
+@pytest.mark.parametrize("moments", [True, False], ids=["sums and moments", "sums alone"])
+def test_replicated_parameters_and_divided_sums(mesh, step, moments):
+    inner = optax.adam(0.1), _gather(mesh)
+    tx = accumulate(K, optax.chain(*inner if moments else reversed(inner)))
+    with jax.set_mesh(mesh):
+        everywhere = NamedSharding(mesh, P())
+        params = jax.device_put(PARAMS, everywhere)
+        shardings = divided = state_shardings(tx, params, _named(mesh, SPECS))
+        if not moments:
+            shardings = state_shardings(tx, params)._replace(grad_sum=divided.grad_sum)
+        state = jax.jit(tx.init, out_shardings=shardings)(params)
+        full = _bytes(params)
+        assert _bytes(tx.init(params).grad_sum) == full
+        assert _bytes(state.grad_sum) == full // DEVICES
+        adam = state.inner_state[0 if moments else 1][0]
+        assert _bytes(adam.mu) == _bytes(adam.nu) == (full // DEVICES if moments else full)
+        x = jax.device_put(BATCHES[0], NamedSharding(mesh, P("data")))
+        places = jax.tree.map(lambda _: everywhere, params), shardings
+        n = len(PARAMS)
+        for release, gathers in ((None, (0, n)), (False, (0, 0)), (True, (n, 0))):
+            program = _program(mesh, tx, step, places, divided.grad_sum, release=release)
+            assert _gathers(program.lower(params, state, x).compile()) == gathers
+        program = _program(mesh, tx, step, places, divided.grad_sum)
+        params, state = _train(mesh, program, params, state)
+    assert _bytes(state.grad_sum) == full // DEVICES
+    assert _bytes(params) == full
+
+
+@only_auto
+def test_updates_that_nothing_gathers_within_the_release(mesh):
+    """Why the inner optimizer should: the compiler does so after it, in every call."""
+    tx = accumulate(K, optax.adam(0.1))
+    with jax.set_mesh(mesh):
+        everywhere = NamedSharding(mesh, P())
+        params = jax.device_put(PARAMS, everywhere)
+        shardings = state_shardings(tx, params, NamedSharding(mesh, P("data")))
+        state = jax.jit(tx.init, out_shardings=shardings)(params)
+        x = jax.device_put(BATCHES[0], NamedSharding(mesh, P("data")))
+        program = _program(mesh, tx, update_and_apply, (everywhere, shardings))
+        assert _gathers(program.lower(params, state, x).compile()) == (len(PARAMS), 0)
+
+
+@every_step
+def test_on_one_device_the_program_is_that_without_shardings(mesh, step):
+    """No copy of the state in `init`, nor in a step, nor a temporary for either."""
+    types = mesh.axis_types
+    alone = jax.make_mesh((1,), ("data",), axis_types=types, devices=jax.devices()[:1])
+    tx = accumulate(K, optax.adam(0.1))
+    x = BATCHES[0]
+
+    def plain(params, state, x):
+        return step(tx, jax.grad(_loss)(params, x), state, params)
+
+    params = jax.device_put(PARAMS, jax.devices()[0])
+    state = jax.jit(tx.init)(params)
+    expected = jax.jit(plain, donate_argnums=(0, 1)).lower(params, state, x).compile()
+    with jax.set_mesh(alone):
+        params = jax.device_put(PARAMS, _named(alone, SPECS))
+        shardings = state_shardings(tx, params)
+        init = jax.jit(tx.init, out_shardings=shardings).lower(params).compile()
+        state = init(params)
+        run = _program(alone, tx, step, (_named(alone, SPECS), shardings))
+        x = jax.device_put(x, NamedSharding(alone, P("data")))
+        program = run.lower(params, state, x).compile()
+
+    def size(compiled, kind):
+        return getattr(compiled.memory_analysis(), f"{kind}_size_in_bytes")
+
+    assert size(init, "temp") == 0
+    assert size(program, "temp") == size(expected, "temp")
+    assert size(program, "alias") == size(expected, "alias")
