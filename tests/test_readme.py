@@ -24,7 +24,8 @@ def test_the_examples_run_as_they_say(capsys):
 
 def test_each_command_sets_up_all_that_it_needs():
     commands = re.findall(r"```sh\n(.*)\n```", TEXT)
-    programs = "examples/digits.py", "examples/lm.py", "-m pytest -q -n 2"
+    examples = (f"examples/{name}.py" for name in ("digits", "lm", "multihost"))
+    programs = *examples, "-m pytest -q -n 2"
     for command, program in zip(commands, programs, strict=True):
         assert command.startswith("python3 -m venv .venv && ")
         assert command.endswith(program)
