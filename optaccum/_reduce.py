@@ -35,7 +35,7 @@ from jax import lax
 import jax.numpy as jnp
 from jax.sharding import AxisType, PartitionSpec
 
-_reshard = getattr(jax, "reshard", None) or jax.sharding.reshard  # before jax 0.8
+_reshard = getattr(jax, "reshard", None) or jax.sharding.reshard  # not in jax 0.7.2
 
 
 def check_axes(axes: Any) -> tuple[str, ...]:
@@ -177,7 +177,7 @@ def _vary(x: jax.Array, axes: tuple[str, ...]) -> jax.Array:
         return x
     if hasattr(lax, "pcast"):
         return lax.pcast(x, missing, to="varying")
-    return getattr(lax, "pvary")(x, missing)  # noqa: B009  (before jax 0.8)
+    return getattr(lax, "pvary")(x, missing)  # noqa: B009  (jax 0.7.2)
 
 
 def _unreduce(x: jax.Array, axes: tuple[str, ...]) -> jax.Array:

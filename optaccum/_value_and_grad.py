@@ -50,8 +50,7 @@ def value_and_grad(
           in `accumulator_dtype`, by default the dtype promoted to at least float32.
         * Microbatch i holds the rows i, i + n, i + 2n, ... of every batch leaf. So an axis that
           is sharded over devices stays where it is: no communication to split it, as long as n
-          divides the rows of a device. The batch is not copied (XLA for CPUs may convert one of
-          bfloat16).
+          divides the rows of a device. A float32 batch is not copied.
         * Where parameters are sharded as `P(..., reduced={axis})` (explicit sharding), the
           gradients come back unreduced: one `jax.reshard` of each is its only all-reduce.
         * `fun` is traced once. Keys do not depend on data.

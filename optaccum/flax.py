@@ -26,7 +26,7 @@ A state of `optax.MultiSteps`, from a checkpoint of Flax's train states, is take
 
 in linen (`state` one of ours; `opt_state` and `params` those that were saved), and in nnx by::
 
-    pure = nnx.as_pure  # nnx.pure in Flax before 0.12.8
+    pure = nnx.as_pure  # nnx.pure in Flax 0.12.0
     opt_state, params = pure(old.opt_state), pure(nnx.state(model, nnx.Param))
     optimizer = Optimizer(model, tx, wrt=nnx.Param)
     nnx.update(optimizer.opt_state, nnx.state(from_multi_steps(tx, opt_state, params)))
@@ -287,4 +287,4 @@ def _as_arrays(tree: Any) -> Any:
     """Returns a tree of arrays for one of the variables of nnx."""
     if hasattr(nnx, "as_pure"):
         return nnx.as_pure(tree)
-    return getattr(nnx, "to_arrays")(nnx.pure(tree))  # noqa: B009  (before Flax 0.12.8)
+    return getattr(nnx, "to_arrays")(nnx.pure(tree))  # noqa: B009  (Flax 0.12.0)

@@ -312,6 +312,20 @@ def test_explicit_sharding_equals_the_full_batch_and_reduces_once(explicit):
     assert collectives(text).count(SIZE) == 1
 
 
+@needs_reshard
+def test_sums_of_parameters_that_are_sharded_over_the_axis_stay_sharded(explicit):
+    tx = accumulate(2, optax.sgd(1.0), reduce_axes="data")
+    place = NamedSharding(explicit, P("data", None))
+    params = {"w": jax.device_put(jnp.ones((16, 3)), place)}
+    state, types = tx.init(params), jax.typeof(params["w"])
+    assert jax.typeof(state.grad_sum["w"]) == types
+    for value in (1.0, 3.0):
+        grads = {"w": jax.device_put(jnp.full((16, 3), value), place)}
+        params, state = jax.jit(functools.partial(apply_gradients, tx))(grads, state, params)
+        assert jax.typeof(state.grad_sum["w"]) == types == jax.typeof(params["w"])
+    np.testing.assert_array_equal(params["w"], np.full((16, 3), -1.0))
+
+
 def transformer(params, tokens, mask):
     """Embedding, norm, attention, biased dense layers, and a head, on i32[batch, length]."""
     x = params["embed"].at[tokens].get(out_sharding=P("data", None, None))
