@@ -5,6 +5,7 @@ from optaccum._apply import apply_gradients
 from optaccum._fit import Fit, fit_num_microbatches
 from optaccum._migrate import from_multi_steps
 from optaccum._shardings import state_shardings
+from optaccum._skip import skip_not_finite
 from optaccum._state import AccumulateState, get_state, has_released
 from optaccum._value_and_grad import grad, value_and_grad
 
@@ -18,6 +19,7 @@ __all__ = (
     "get_state",
     "grad",
     "has_released",
+    "skip_not_finite",
     "state_shardings",
     "value_and_grad",
 )

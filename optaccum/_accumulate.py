@@ -178,16 +178,20 @@ def accumulate(
         alone = every_one and not jax.tree.leaves(state.grad_sum)
         local = _reduce.manual_axes(axes)
         like = grads if params is None else _trained(params)
-        _window.check_fits(grads, like if alone else _reduce.load(state.grad_sum, local))
+        sums = _reduce.load(state.grad_sum, local)
+        _window.check_fits(grads, like if alone else sums)
         _reduce.check_parts(grads, axes)
+        if not alone:
+            _reduce.check_placed(grads, sums)
         weight, release = _arguments.as_weight(weight), _arguments.as_release(release)
         args = _arguments.averaged(average_args, extra_args)
         certain = weight is None or (isinstance(weight, float) and weight > 0)
 
         accept, skip_state = True, state.skip_state
         if should_skip_update_fn is not None:
-            _reduce.check_can_be_judged(grads)
-            skip, report = _reduce.agree(*judge(grads, state.gradient_step, params), local)
+            with _reduce.explain_judging(grads):
+                verdict = judge(grads, state.gradient_step, params)
+            skip, report = _reduce.agree(*verdict, local)
             accept, skip_state = ~skip, cast_like("should_skip_update_fn", report, skip_state)
         grads, weight = _reduce.as_parts(grads, weight, axes)
         if isinstance(weight, jax.Array) and not _reduce.varying(weight):
@@ -211,21 +215,24 @@ def accumulate(
         closes = both(accept, due)
         everywhere = total
         if local:
+            own = _reduce.load(total, local)
             everywhere = branch(
-                due, closes, lambda: _reduce.whole(total, local), lambda: jnp.float32(0)
+                due, closes, lambda: _reduce.whole(own, local), lambda: jnp.float32(0)
             )
         steps = closes if certain else both(closes, jnp.greater(everywhere, 0))
 
         def step():
             if not alone:
-                whole = _reduce.whole(grad_sum, axes)
+                place = None if params is None else _trained(params)
+                whole = _reduce.whole(_reduce.load(grad_sum, local), axes, place)
                 mean = _window.mean(whole, everywhere if use_grad_mean else None, like=grads)
             elif use_grad_mean or weight is None:
                 mean = grads
             else:
                 sums = _window.add(_window.open_sums(grads), grads, weight, first=True)
                 mean = _window.mean(sums, None, like=grads)
-            means = _window.mean(_reduce.whole(arg_sums, local), everywhere, like=args)
+            arg_totals = _reduce.whole(_reduce.load(arg_sums, local), local)
+            means = _window.mean(arg_totals, everywhere, like=args)
             updates, inner_state = inner.update(
                 mean, state.inner_state, params, **{**extra_args, **means}
             )

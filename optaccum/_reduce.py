@@ -28,12 +28,14 @@ over the axis themselves stay sharded. Nothing can look at an unreduced gradient
 Auto axes have no parts: `jax.jit` reduces before anyone sees the gradient.
 """
 
+from collections.abc import Iterator
+import contextlib
 from typing import Any
 
 import jax
 from jax import lax
 import jax.numpy as jnp
-from jax.sharding import AxisType, PartitionSpec
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 _reshard = getattr(jax, "reshard", None) or jax.sharding.reshard  # not in jax 0.7.2
 
@@ -59,7 +61,8 @@ def is_manual(axes: tuple[str, ...]) -> bool:
         if types[axis] == AxisType.Auto:
             raise ValueError(
                 f"`reduce_axes` names {axis!r}, an Auto axis: jax.jit has summed the gradients "
-                "over it; make the axis Explicit, use jax.shard_map, or leave `reduce_axes` out"
+                "over it; make the axis Explicit, use jax.shard_map (`state_shardings` with "
+                "PartitionSpecs), or leave `reduce_axes` out"
             )
     manual = [types[axis] == AxisType.Manual for axis in axes]
     if any(manual) != all(manual):
@@ -79,6 +82,20 @@ def varying(x: Any) -> frozenset[str]:
     return getattr(aval, "vma", new)
 
 
+def vary(tree: Any, axes: tuple[str, ...]) -> Any:
+    """Returns values that the devices of a `jax.shard_map` share as each device's own."""
+
+    def cast(x):
+        missing = tuple(axis for axis in axes if axis not in varying(x))
+        if not missing:
+            return x
+        if hasattr(lax, "pcast"):
+            return lax.pcast(x, missing, to="varying")
+        return getattr(lax, "pvary")(x, missing)  # noqa: B009  (jax 0.7.2)
+
+    return jax.tree.map(cast, tree)
+
+
 def unreduced(x: Any) -> frozenset[str]:
     """Returns the explicit axes over which `x` waits to be reduced."""
     return getattr(jax.typeof(x).sharding.spec, "unreduced", frozenset())
@@ -89,7 +106,7 @@ def open_parts(tree: Any, axes: tuple[str, ...]) -> Any:
     if not axes:
         return tree
     if is_manual(axes):
-        return jax.tree.map(lambda x: _vary(x, axes)[None], tree)
+        return store(vary(tree, axes), axes)
     return jax.tree.map(lambda x: _unreduce(x, axes), tree)
 
 
@@ -105,32 +122,67 @@ def load(tree: Any, axes: tuple[str, ...]) -> Any:
 
 def check_parts(grads: Any, axes: tuple[str, ...]) -> None:
     """Raises where a gradient is no part though it has to be, or a part though nobody asked."""
+    manual, seen = manual_axes(axes), set()
     for path, g in jax.tree_util.tree_leaves_with_path(grads):
-        name = jax.tree_util.keystr(path) or "(the only leaf)"
         if not axes and unreduced(g):
             raise TypeError(
-                f"gradient leaf {name} waits to be reduced over {sorted(unreduced(g))}; name "
-                "these axes in `reduce_axes`"
+                f"gradient leaf {_name(path)} waits to be reduced over {sorted(unreduced(g))}; "
+                "name these axes in `reduce_axes`"
             )
-        if axes and is_manual(axes) and (missing := set(axes) - varying(g)):
+        if manual and (missing := set(axes) - varying(g)):
             raise TypeError(
-                f"gradient leaf {name} does not vary over {sorted(missing)} of `reduce_axes`: it "
-                "has been summed already, or jax.shard_map was told `check_vma=False`; "
-                "differentiate with respect to `jax.lax.pcast(params, axes, to='varying')` with "
-                "`check_vma=True`, or leave `reduce_axes` out"
+                f"gradient leaf {_name(path)} does not vary over {sorted(missing)} of "
+                "`reduce_axes`: it has been summed already, or jax.shard_map was told "
+                "`check_vma=False`; differentiate with respect to `jax.lax.pcast(params, axes, "
+                "to='varying')` with `check_vma=True`, or leave `reduce_axes` out"
             )
+        seen |= unreduced(g) | set(jax.tree.leaves(_partitions(g)))
+    if axes and not manual and (missing := set(axes) - seen) and jax.tree.leaves(grads):
+        raise TypeError(
+            f"no gradient leaf waits to be reduced over {sorted(missing)} of `reduce_axes`: all "
+            "have been reduced already; differentiate with respect to `jax.reshard(p, "
+            "P(..., reduced={axis}))` of parameters in matrix products, or leave `reduce_axes` out"
+        )
 
 
-def check_can_be_judged(grads: Any) -> None:
-    """Raises where `should_skip_update_fn` would look at a gradient that no device has whole."""
-    for path, g in jax.tree_util.tree_leaves_with_path(grads):
-        if axes := unreduced(g):
-            raise TypeError(
-                f"`should_skip_update_fn` cannot look at gradient leaf "
-                f"{jax.tree_util.keystr(path) or '(the only leaf)'}, which waits to be reduced "
-                f"over {sorted(axes)}; reduce it before, or train in jax.shard_map, where each "
-                "device judges its own"
+def check_loss(loss: jax.Array, axes: tuple[str, ...]) -> None:
+    """Raises unless the loss is that of one device: a mean over devices would be divided twice."""
+    if missing := set(axes) - varying(loss):
+        raise TypeError(
+            f"`fun` returned a loss that does not vary over {sorted(missing)} of `reduce_axes`: "
+            "`fun` has reduced it, or jax.shard_map was told `check_vma=False`; return the loss "
+            "of this device's rows, with `check_vma=True`, or leave `reduce_axes` out"
+        )
+
+
+def check_placed(grads: Any, sums: Any) -> None:
+    """Raises where a gradient and its sum are divided over devices differently, by their types."""
+
+    def check(path, g, s):
+        if g is not None and _partitions(g) != _partitions(s):
+            raise ValueError(
+                f"gradient leaf {_name(path)} is sharded as {jax.typeof(g)}, but its sum in the "
+                f"optimizer state as {jax.typeof(s)}; reshard the gradient, or begin with a state "
+                "whose `grad_sum` is sharded like it"
             )
+
+    jax.tree_util.tree_map_with_path(check, grads, sums, is_leaf=lambda g: g is None)
+
+
+@contextlib.contextmanager
+def explain_judging(grads: Any) -> Iterator[None]:
+    """Says why `should_skip_update_fn` failed, where no device has the gradients whole."""
+    try:
+        yield
+    except Exception as error:
+        for path, g in jax.tree_util.tree_leaves_with_path(grads):
+            if axes := unreduced(g):
+                raise TypeError(
+                    f"`should_skip_update_fn` failed on gradients such as leaf {_name(path)}, "
+                    f"which wait to be reduced over {sorted(axes)}: of these only sums and "
+                    "multiples can be taken, as optaccum.skip_not_finite does"
+                ) from error
+        raise
 
 
 def as_parts(grads: Any, weight: Any, axes: tuple[str, ...]) -> tuple[Any, Any]:
@@ -153,31 +205,43 @@ def agree(skip: jax.Array, report: Any, axes: tuple[str, ...]) -> tuple[jax.Arra
     def largest(x):
         x = jnp.asarray(x)
         wide = x.astype(jnp.int32) if x.dtype == jnp.bool_ else x
-        return lax.pmax(_vary(wide, axes), axes).astype(x.dtype)
+        return lax.pmax(vary(wide, axes), axes).astype(x.dtype)
 
     return largest(skip), jax.tree.map(largest, report)
 
 
-def whole(tree: Any, axes: tuple[str, ...]) -> Any:
-    """Returns parts that a state keeps, reduced over the devices."""
+def whole(tree: Any, axes: tuple[str, ...], like: Any = None) -> Any:
+    """Returns parts reduced over the devices, sharded like `like` where that is given.
+
+    In `jax.shard_map` every device gets the sum of what they all have.
+    """
     if not axes:
         return tree
     if is_manual(axes):
-        return jax.tree.map(lambda x: lax.psum(x[0], axes), tree)
+        return lax.psum(vary(tree, axes), axes)
 
-    def reduce(x):
-        return _reshard(x, PartitionSpec(*_partitions(x))) if unreduced(x) else x
+    def reduce(x, place):
+        return _reshard(x, PartitionSpec(*_partitions(place))) if unreduced(x) else x
 
-    return jax.tree.map(reduce, tree)
+    return jax.tree.map(reduce, tree, tree if like is None else like)
 
 
-def _vary(x: jax.Array, axes: tuple[str, ...]) -> jax.Array:
-    missing = tuple(axis for axis in axes if axis not in varying(x))
-    if not missing:
-        return x
-    if hasattr(lax, "pcast"):
-        return lax.pcast(x, missing, to="varying")
-    return getattr(lax, "pvary")(x, missing)  # noqa: B009  (jax 0.7.2)
+def place(sharding: Any, extra: int, x: Any) -> Any:
+    """Returns where the leaf `x` of a state lies, with `extra` axes before those of `sharding`."""
+    spec = sharding if isinstance(sharding, PartitionSpec) else sharding.spec
+    entries: list[Any] = [None] * extra + list(spec)
+    mesh = jax.sharding.get_abstract_mesh()
+    if parts := [axis for axis in mesh.axis_names if axis in varying(x)]:
+        entries[:1] = [parts[0] if len(parts) == 1 else tuple(parts)]  # the axis of a device's own
+    waiting = unreduced(x) - set(jax.tree.leaves(tuple(spec)))
+    spec = PartitionSpec(*entries, unreduced=waiting) if waiting else PartitionSpec(*entries)
+    if isinstance(sharding, PartitionSpec):
+        return spec
+    return NamedSharding(sharding.mesh, spec, memory_kind=sharding.memory_kind)
+
+
+def _name(path: Any) -> str:
+    return jax.tree_util.keystr(path) or "(the only leaf)"
 
 
 def _unreduce(x: jax.Array, axes: tuple[str, ...]) -> jax.Array:

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 import optax
 
-from optaccum import _arguments
+from optaccum import _arguments, _reduce
 
 
 def state_shardings(tx: optax.GradientTransformation, params: Any, shardings: Any = None) -> Any:
@@ -73,24 +73,31 @@ def state_shardings(tx: optax.GradientTransformation, params: Any, shardings: An
         p, s = next(filter(None, owners), (x, everywhere))
         extra = x.ndim - p.ndim
         if extra < 0 or x.shape[extra:] != p.shape:
-            return everywhere
-        return _behind(extra, s) if extra else s
+            return _reduce.place(everywhere, 0, x)
+        return _reduce.place(s, extra, x)
 
-    return optax.tree.map_params(
-        tx,
-        lambda tree: jax.tree_util.tree_map_with_path(place, tree),
-        jax.eval_shape(tx.init, shapes),
-        transform_non_params=lambda _: everywhere,
-        is_leaf=lambda _: True,  # a whole tree like the parameters at once
-    )
+    placed = []
 
+    def trace(params):
+        tree = optax.tree.map_params(
+            tx,
+            lambda tree: jax.tree_util.tree_map_with_path(place, tree),
+            tx.init(params),
+            transform_non_params=lambda x: _reduce.place(everywhere, 0, x),
+            is_leaf=lambda _: True,  # a whole tree like the parameters at once
+        )
+        placed.append(tree)
+        return ()
 
-def _behind(extra: int, sharding: Any) -> Any:
-    """Returns `sharding` for arrays that have `extra` axes more, in front, not divided."""
-    if isinstance(sharding, PartitionSpec):
-        return PartitionSpec(*[None] * extra, *sharding)
-    spec = _behind(extra, sharding.spec)
-    return NamedSharding(sharding.mesh, spec, memory_kind=sharding.memory_kind)
+    if isinstance(everywhere, NamedSharding):
+        with jax.sharding.use_abstract_mesh(everywhere.mesh.abstract_mesh):
+            jax.eval_shape(trace, shapes)
+    elif jax.sharding.get_abstract_mesh().empty:
+        jax.eval_shape(trace, shapes)
+    else:  # In `jax.shard_map`, where the types tell what a device has of its own.
+        mapped = jax.shard_map(trace, in_specs=PartitionSpec(), out_specs=PartitionSpec())
+        jax.eval_shape(mapped, shapes)
+    return placed[0]
 
 
 def _checked(params: Any, shardings: Any) -> tuple[dict[Any, tuple[Any, Any]], Any]:

@@ -8,7 +8,7 @@ import jax
 from jax import lax
 import jax.numpy as jnp
 
-from optaccum import _arguments, _microbatches, _window
+from optaccum import _arguments, _microbatches, _reduce, _window
 from optaccum._state import cast_like, strongly_typed
 
 
@@ -23,6 +23,7 @@ def value_and_grad(
     rng_argnums: int | Sequence[int] = (),
     carry_argnum: int | None = None,
     accumulator_dtype: jax.typing.DTypeLike | None = None,
+    reduce_axes: str | tuple[str, ...] = (),
 ) -> Callable[..., Any]:
     """Return `jax.value_and_grad(fun)` that runs the batch in n microbatches, by one scan.
 
@@ -51,8 +52,12 @@ def value_and_grad(
         * Microbatch i holds the rows i, i + n, i + 2n, ... of every batch leaf. So an axis that
           is sharded over devices stays where it is: no communication to split it, as long as n
           divides the rows of a device. A float32 batch is not copied.
-        * Where parameters are sharded as `P(..., reduced={axis})` (explicit sharding), the
-          gradients come back unreduced: one `jax.reshard` of each is its only all-reduce.
+        * With `reduce_axes` the devices reduce gradients, weights and loss once, after the scan.
+          In `jax.shard_map` (with its `check_vma`) `fun` sees the rows of its device and returns
+          the loss of these; loss and gradients come out weighted over all devices, and alike on
+          all. Under explicit sharding gradients with respect to `jax.reshard(p, P(...,
+          reduced={axis}))` come out reduced; without `reduce_axes` they come out unreduced, for
+          one `jax.reshard` to where they are wanted.
         * `fun` is traced once. Keys do not depend on data.
 
     ============================================  ==============================================
@@ -60,6 +65,7 @@ def value_and_grad(
     ============================================  ==============================================
     `num_microbatches` 1                          `jax.value_and_grad(fun)`: no scan, no sums, the
                                                   caller's keys; aux has its leading axis of 1
+                                                  (with `reduce_axes` there are sums)
     weight 0, or an array: negative, inf or NaN   the microbatch adds nothing, not even a NaN, and
                                                   leaves the carry as it was; its aux is kept
     weights sum to 0                              loss and gradients are zeros
@@ -107,6 +113,8 @@ def value_and_grad(
         carry_argnum: position of what is passed on, or None. Its types are kept. Keys in it are
             `fun`'s to advance, as the counts of `flax.nnx.Rngs` do.
         accumulator_dtype: dtype of the sums, as in :func:`optaccum.accumulate`.
+        reduce_axes: mesh axes over which to reduce once, as in :func:`optaccum.accumulate`; `aux`
+            and the carry stay each device's own.
 
     Returns:
         A function with the arguments of `fun` that returns `(loss, gradients)`, or with `has_aux`
@@ -115,9 +123,11 @@ def value_and_grad(
     Raises:
         TypeError: (here) for arguments of another kind; (when traced) for a key in the wrong
             place, none in the right one, a weight that is no scalar or, in `jax.shard_map`,
-            differs between devices whose gradients are summed, or a carry that changes its type.
+            differs between devices whose gradients are summed, a carry that changes its type, or
+            a loss or gradients that are reduced over `reduce_axes` already.
         ValueError: (here) for `num_microbatches` below 1, no batch, or a carry without `has_aux`;
-            (when traced) for batch leaves that cannot be split, or an argument with two roles.
+            (when traced) for batch leaves that cannot be split, an argument with two roles, or
+            `reduce_axes` that the mesh has not, or not as Manual or Explicit ones.
 
     References: `optax.microbatch`; github.com/google-research/t5x `trainer.py`.
     """
@@ -126,6 +136,7 @@ def value_and_grad(
         _arguments.check_function("`weight_fn`", weight_fn)
     n = _arguments.check_count("`num_microbatches`", num_microbatches)
     accumulator_dtype = _arguments.check_accumulator_dtype(accumulator_dtype)
+    axes = _reduce.check_axes(reduce_axes)
     dtype = jax.dtypes.canonicalize_dtype(float)  # of weights: float64 with `jax_enable_x64`
     given = {
         "`argnums`": argnums,
@@ -150,6 +161,11 @@ def value_and_grad(
             {j: args[j] for j in rngs}, args, kwargs, apart=(*batch, *rngs, *carries)
         )
         at = trained if isinstance(argnums, tuple | list) else trained[0]
+        local = _reduce.manual_axes(axes)
+        if local:  # else JAX would sum the gradients of what all devices share, each time
+            args = list(args)
+            for j in trained:
+                args[j] = _reduce.vary(args[j], local)
         params = args[at] if isinstance(at, int) else tuple(args[j] for j in at)
         split = {j: _microbatches.split(args[j], n) for j in batch if n > 1}
         differentiate = jax.value_and_grad(fun, at, has_aux)
@@ -165,6 +181,9 @@ def value_and_grad(
                 own[j] = carry
             value, grads = differentiate(*own, **kwargs)
             loss, aux = value if has_aux else (value, None)
+            if axes:
+                _reduce.check_loss(loss, local)
+                _reduce.check_parts(grads, axes)
             weight = None
             if weight_fn is not None:
                 weight = weight_fn(*own, **kwargs)
@@ -180,7 +199,7 @@ def value_and_grad(
             return loss, aux, carry, grads, weight
 
         carry = jax.tree.map(strongly_typed, args[carries[0]]) if carries else None
-        if n == 1:
+        if n == 1 and not axes:
             loss, aux, carry, grads, weight = run(0, carry)
             if weight is not None:
                 zeros = jax.tree.map(jnp.zeros_like, (loss, grads))
@@ -199,9 +218,10 @@ def value_and_grad(
             sums = _window.open_sums(zeros, accumulator_dtype)
             (sums, carry), (losses, aux, weights) = lax.scan(body, (sums, carry), jnp.arange(n))
             total = jnp.asarray(n, dtype) if weights is None else weights.sum()
-            terms = _window.add(_window.open_sums(losses), losses, weights, first=True)
-            loss = _window.mean(terms.sum(), total, like=losses)
-            grads = _window.mean(sums, total, like=params)
+            terms = _window.add(_window.open_sums(losses), losses, weights, first=True).sum()
+            total, terms = _reduce.whole((total, terms), local)
+            loss = _window.mean(terms, total, like=losses)
+            grads = _window.mean(_reduce.whole(sums, axes), total, like=params)
         aux = (carry, aux) if carries else aux
         return ((loss, aux) if has_aux else loss), grads
 

@@ -180,7 +180,7 @@ def add(
         dtype = _at_least_float32(s.dtype)
         old, term = s.astype(dtype), jnp.asarray(x).astype(dtype)
         if weight is not None:
-            term = lax.select(weight > 0, _times(term, weight), jnp.zeros_like(term))
+            term = lax.select(weight > 0, times(term, weight), jnp.zeros_like(term))
         new = _select(first, term, old + term)
         return _select(accept, new.astype(s.dtype), s)
 
@@ -217,13 +217,13 @@ def mean(sums: Any, weight: jax.Array | None, like: Any) -> Any:
         dtype = _at_least_float32(s.dtype)
         total = s.astype(dtype)
         if weight is not None:
-            total = _times(total, reciprocal)
+            total = times(total, reciprocal)
         return total.astype(jnp.result_type(x))
 
     return jax.tree.map(leaf, like, sums, is_leaf=_is_none)
 
 
-def _times(x: jax.Array, factor: jax.Array) -> jax.Array:
+def times(x: jax.Array, factor: jax.Array) -> jax.Array:
     """Returns `x * factor` in the dtype of `x`, which may wait to be reduced over devices."""
     unreduced = getattr(jax.typeof(x).sharding.spec, "unreduced", ())
     if unreduced:

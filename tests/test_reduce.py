@@ -6,16 +6,23 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
+from jax.sharding import AxisType, PartitionSpec as P
 import numpy as np
 import optax
 import pytest
 from support import STEPS
 
-from optaccum import AccumulateState, accumulate, apply_gradients
+from optaccum import (
+    AccumulateState,
+    accumulate,
+    apply_gradients,
+    get_state,
+    skip_not_finite,
+    state_shardings,
+    value_and_grad,
+)
 
 DEVICES, K, ROWS = 8, 3, 16
-needs_reshard = pytest.mark.skipif(not hasattr(jax, "reshard"), reason="needs a newer JAX")
 SPECS = AccumulateState(
     mini_step=P(),
     gradient_step=P(),
@@ -72,13 +79,6 @@ def vary(tree):
 @pytest.fixture
 def mesh():
     return jax.make_mesh((DEVICES,), ("data",), axis_types=(AxisType.Auto,))
-
-
-@pytest.fixture
-def explicit():
-    mesh = jax.make_mesh((DEVICES,), ("data",), axis_types=(AxisType.Explicit,))
-    with jax.set_mesh(mesh):
-        yield mesh
 
 
 def make_programs(tx, mesh, step_name="apply_gradients", **extra_args):
@@ -181,8 +181,9 @@ def test_scan_inside_shard_map(mesh):
     assert_close(jax.jit(run)(PARAMS, X, MASK), full_batches())
 
 
-def test_a_nan_on_one_device_rejects_the_microbatch_on_all(mesh):
-    tx = accumulate(K, INNER, reduce_axes="data", should_skip_update_fn=optax.skip_not_finite)
+@pytest.mark.parametrize("skip", [optax.skip_not_finite, skip_not_finite], ids=["optax", "ours"])
+def test_a_nan_on_one_device_rejects_the_microbatch_on_all(mesh, skip):
+    tx = accumulate(K, INNER, reduce_axes="data", should_skip_update_fn=skip)
     x = jnp.concatenate([X[:1], X[:1].at[0, 5].set(jnp.nan), X[1:]])
     mask = jnp.concatenate([MASK[:1], jnp.ones((1, ROWS)), MASK[1:]])
     params, state = train(make_programs(tx, mesh), x, mask)
@@ -276,120 +277,98 @@ def test_a_hold_in_shard_map_has_no_temporaries(mesh):
     assert compiled() < 1.1
 
 
-def prepare(params):
-    """Parameters of matrix products, whose gradients need not be reduced."""
-    return jax.tree.map(
-        lambda p: jax.reshard(p, P(*[None] * p.ndim, reduced={"data"})) if p.ndim > 1 else p, params
+def make_value_and_grad(mesh, n, fun=loss_fn, check_vma=True, **options):
+    options = {"weight_fn": lambda params, x, mask: mask.sum(), **options}
+    step = value_and_grad(
+        fun, num_microbatches=n, batch_argnums=(1, 2), reduce_axes="data", **options
     )
+    specs = P(), P("data"), P("data")
+    mapped = jax.shard_map(step, mesh=mesh, in_specs=specs, out_specs=P(), check_vma=check_vma)
+    return jax.jit(mapped)
 
 
-def explicit_step(tx, loss, mesh):
-    def train_step(params, state, *batch):
-        grads = jax.grad(loss)(prepare(params), *batch)
-        return apply_gradients(tx, grads, state, params, weight=batch[-1].sum())
-
-    return jax.jit(train_step, donate_argnums=(0, 1))
+BATCH = jnp.concatenate(X[:4]), jnp.concatenate(MASK[:4])
 
 
-@needs_reshard
-def test_explicit_sharding_equals_the_full_batch_and_reduces_once(explicit):
-    tx = accumulate(K, INNER, reduce_axes="data")
-    place = functools.partial(jax.device_put, device=NamedSharding(explicit, P("data")))
-    params = jax.device_put(jax.tree.map(jnp.copy, PARAMS), NamedSharding(explicit, P()))
-    state, step = tx.init(params), explicit_step(tx, loss_fn, explicit)
-    types = jax.tree.map(jax.typeof, state)
-    assert all(
-        jax.typeof(x).sharding.spec.unreduced == {"data"} for x in jax.tree.leaves(state.grad_sum)
-    )
-    for x, mask in zip(X, MASK, strict=True):
-        params, state = step(params, state, place(x), place(mask))
-        assert jax.tree.map(jax.typeof, state) == types
-    assert_close(params, full_batches())
-    program: Any = step.lower(params, state, place(X[0]), place(MASK[0])).compile()
-    text = program.as_text()
-    entry = text.partition("\nENTRY")[2]
-    assert max(collectives(entry), default=0) < PARAMS["w"].size, "reduced on a hold too"
-    assert collectives(text).count(SIZE) == 1
+@pytest.mark.parametrize("n", [1, 2, 8])
+def test_value_and_grad_equals_the_full_batch_and_reduces_once(mesh, n):
+    step = make_value_and_grad(mesh, n)
+    assert_close(step(PARAMS, *BATCH), jax.value_and_grad(loss_fn)(PARAMS, *BATCH))
+    compiled: Any = step.lower(PARAMS, *BATCH).compile()
+    # The gradients, the loss and the weight, together.
+    assert collectives(compiled.as_text()) == [SIZE + 2]
+    assert collectives(compiled.as_text().partition("\nENTRY")[0]) == [], "reduced in the loop"
 
 
-@needs_reshard
-def test_sums_of_parameters_that_are_sharded_over_the_axis_stay_sharded(explicit):
-    tx = accumulate(2, optax.sgd(1.0), reduce_axes="data")
-    place = NamedSharding(explicit, P("data", None))
-    params = {"w": jax.device_put(jnp.ones((16, 3)), place)}
-    state, types = tx.init(params), jax.typeof(params["w"])
-    assert jax.typeof(state.grad_sum["w"]) == types
-    for value in (1.0, 3.0):
-        grads = {"w": jax.device_put(jnp.full((16, 3), value), place)}
-        params, state = jax.jit(functools.partial(apply_gradients, tx))(grads, state, params)
-        assert jax.typeof(state.grad_sum["w"]) == types == jax.typeof(params["w"])
-    np.testing.assert_array_equal(params["w"], np.full((16, 3), -1.0))
+def test_value_and_grad_without_weights_counts_devices_alike(mesh):
+    def plain(params, x, mask):
+        return loss_fn(params, x, jnp.ones_like(mask))
+
+    step = make_value_and_grad(mesh, 4, plain, weight_fn=None)
+    assert_close(step(PARAMS, *BATCH), jax.value_and_grad(plain)(PARAMS, *BATCH))
 
 
-def transformer(params, tokens, mask):
-    """Embedding, norm, attention, biased dense layers, and a head, on i32[batch, length]."""
-    x = params["embed"].at[tokens].get(out_sharding=P("data", None, None))
-    for layer in params["layers"]:
-        h = x * jax.lax.rsqrt(jnp.mean(x**2, axis=-1, keepdims=True) + 1e-5) * layer["norm"]
-        q, k, v = (h @ layer[name] for name in "qkv")
-        scores = jnp.einsum("bid,bjd->bij", q, k) / 4
-        causal = jnp.tril(jnp.ones((tokens.shape[1],) * 2, bool))
-        scores = jnp.where(causal, scores, -1e9)
-        x = x + jnp.einsum("bij,bjd->bid", jax.nn.softmax(scores), v) @ layer["out"]
-        x = x + jnp.tanh(x @ layer["up"] + layer["bias"]) @ layer["down"]
-    logits = jax.nn.log_softmax(x[:, :-1] @ params["head"])
-    targets = jax.nn.one_hot(tokens[:, 1:], logits.shape[-1])
-    losses = -jnp.sum(logits * targets, axis=-1)
-    return jnp.sum(losses * mask[:, 1:]) / jnp.maximum(mask[:, 1:].sum(), 1)
+def test_value_and_grad_where_devices_have_no_weight_or_none_has(mesh):
+    step, (x, mask) = make_value_and_grad(mesh, 2), BATCH
+    some = mask.at[8:40].set(0)
+    expected = jax.value_and_grad(loss_fn)(PARAMS, x, some)
+    assert_close(step(PARAMS, x, some), expected)
+    assert_close(step(PARAMS, x.at[8:40].set(jnp.nan), some), expected)
+    loss, grads = step(PARAMS, x * jnp.nan, jnp.zeros_like(mask))
+    assert optax.tree.norm(grads) == loss == 0
+
+    def judged(params, x, mask):
+        return jnp.where(jnp.isnan(x).any(), 0, mask.sum())
+
+    bad = x.at[3].set(jnp.nan), mask
+    step = make_value_and_grad(mesh, 1, weight_fn=judged)
+    without = mask.at[:8].set(0)  # the rows of that device
+    assert_close(step(PARAMS, *bad), jax.value_and_grad(loss_fn)(PARAMS, x, without))
 
 
-def transformer_params(width=16, vocabulary=32):
-    def weight(i, *shape):
-        return jax.random.normal(jax.random.key(i), shape) * shape[0] ** -0.5
+def test_a_loss_that_is_reduced_already(mesh):
+    """Divided by the number of devices twice, if it were taken."""
 
-    layer = {name: weight(i, width, width) for i, name in enumerate(("q", "k", "v", "out"))}
-    layer |= {"up": weight(5, width, 4 * width), "bias": jnp.zeros(4 * width)}
-    layer |= {"down": weight(6, 4 * width, width), "norm": jnp.ones(width)}
-    return {
-        "embed": weight(7, vocabulary, width),
-        "layers": [layer],
-        "head": weight(8, width, vocabulary),
+    def reduced(params, x, mask):
+        return jax.lax.pmean(loss_fn(params, x, mask), "data")
+
+    message = r"`fun` returned a loss that does not vary over \['data'\]"
+    with pytest.raises(TypeError, match=message):
+        make_value_and_grad(mesh, 2, reduced)(PARAMS, *BATCH)
+    with pytest.raises(TypeError, match=f"{message}.*check_vma=False"):
+        make_value_and_grad(mesh, 2, check_vma=False)(PARAMS, *BATCH)
+    with pytest.raises(ValueError, match=r"'data', but the mesh here has the axes \[\]"):
+        value_and_grad(loss_fn, num_microbatches=2, reduce_axes="data")(PARAMS, *BATCH)
+
+
+def test_specs_of_the_state(mesh):
+    inner = optax.chain(optax.clip(1.0), accumulate(K, INNER, reduce_axes="data"))
+    with jax.set_mesh(mesh):
+        specs = state_shardings(inner, PARAMS, P())
+    init = jax.shard_map(inner.init, mesh=mesh, in_specs=P(), out_specs=specs)
+    state = jax.jit(init)(PARAMS)
+    assert jax.tree.map(jnp.shape, get_state(state).grad_sum["w"]) == (DEVICES, 40, 30)
+    wide = jax.tree.broadcast(SPECS, get_state(state), is_leaf=lambda x: isinstance(x, P))
+    assert get_state(specs) == wide
+    with pytest.raises(ValueError, match=r"the mesh here has the axes \[\]; .* jax.set_mesh"):
+        state_shardings(inner, PARAMS, P())
+    with pytest.raises(ValueError, match=r"'data', an Auto axis.*PartitionSpecs"):
+        state_shardings(inner, PARAMS, jax.NamedSharding(mesh, P()))
+
+
+def test_specs_over_two_axes_with_parameters_on_a_third():
+    mesh = jax.make_mesh((2, 2, 2), ("a", "b", "model"), axis_types=(AxisType.Auto,) * 3)
+    tx = accumulate(K, INNER, reduce_axes=("b", "a"), average_args=("value",))
+    rows = {"w": P("model", None), "b": P(), "scale": P()}
+    with jax.set_mesh(mesh):
+        specs = state_shardings(tx, PARAMS, rows)
+    assert specs.grad_sum == {
+        "w": P(("a", "b"), "model", None),
+        "b": P(("a", "b")),
+        "scale": P(("a", "b")),
     }
-
-
-@needs_reshard
-def test_a_transformer_with_explicit_sharding(explicit):
-    params = transformer_params()
-    tokens = jax.random.randint(jax.random.key(1), (K, ROWS, 12), 0, 32)
-    lengths = jnp.linspace(2, 12, ROWS).astype(int)
-    mask = (jnp.arange(12) < lengths[:, None]).astype(jnp.float32)
-    place = functools.partial(jax.device_put, device=NamedSharding(explicit, P("data")))
-
-    def loss(params, tokens, mask):
-        # A lookup is no matrix product: its table's gradient arrives reduced.
-        return transformer(params, tokens, mask)
-
-    def train_step(tx, params, state, tokens, mask):
-        reduced = prepare(params) | {"embed": params["embed"]}
-        grads = jax.grad(loss)(reduced, tokens, mask)
-        return apply_gradients(tx, grads, state, params, weight=mask[:, 1:].sum())
-
-    results = []
-    for tx, batches in (
-        (accumulate(K, INNER, reduce_axes="data"), list(tokens)),
-        (accumulate(1, INNER), [tokens.reshape(-1, 12)]),
-    ):
-        new = jax.device_put(jax.tree.map(jnp.copy, params), NamedSharding(explicit, P()))
-        state = tx.init(new)
-        if len(batches) == 1:
-            grads = jax.grad(loss)(new, place(batches[0]), place(jnp.tile(mask, (K, 1))))
-            new, state = apply_gradients(tx, grads, state, new)
-        else:
-            step = jax.jit(functools.partial(train_step, tx), donate_argnums=(0, 1))
-            for batch in batches:
-                new, state = step(new, state, place(batch), place(mask))
-        results.append(new)
-    assert_close(*results)
+    assert (specs.weight, specs.arg_sums) == (P(("a", "b")), {"value": P(("a", "b"))})
+    assert specs.inner_state[0].mu == rows
 
 
 def test_bad_axes(mesh):
@@ -422,21 +401,3 @@ def test_gradients_that_are_summed_already(mesh):
         run(lambda params: params, True)(PARAMS, X[0], MASK[0])
     with pytest.raises(TypeError, match=f"{message}.*check_vma=False"):
         run(vary, False)(PARAMS, X[0], MASK[0])
-
-
-@needs_reshard
-def test_unreduced_gradients_cannot_be_judged(explicit):
-    tx = accumulate(2, INNER, reduce_axes="data", should_skip_update_fn=optax.skip_not_finite)
-    params = jax.device_put(PARAMS, NamedSharding(explicit, P()))
-    batch = (jax.device_put(a[0], NamedSharding(explicit, P("data"))) for a in (X, MASK))
-    with pytest.raises(TypeError, match=r"cannot look at gradient leaf \['w'\].*shard_map"):
-        explicit_step(tx, loss_fn, explicit)(params, tx.init(params), *batch)
-
-
-@needs_reshard
-def test_unreduced_gradients_that_nobody_asked_for(explicit):
-    tx = accumulate(2, INNER)
-    params = jax.device_put(PARAMS, NamedSharding(explicit, P()))
-    batch = (jax.device_put(a[0], NamedSharding(explicit, P("data"))) for a in (X, MASK))
-    with pytest.raises(TypeError, match=r"leaf \['w'\] waits to be reduced over \['data'\]; name"):
-        explicit_step(tx, loss_fn, explicit)(params, tx.init(params), *batch)

@@ -1,0 +1,283 @@
+"""Under explicit sharding: gradients that wait to be reduced are summed so, and reduced once."""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
+import numpy as np
+import optax
+import pytest
+from test_reduce import (
+    DEVICES,
+    INNER,
+    MASK,
+    PARAMS,
+    ROWS,
+    SIZE,
+    K,
+    X,
+    assert_close,
+    collectives,
+    full_batches,
+    loss_fn,
+)
+
+from optaccum import (
+    accumulate,
+    apply_gradients,
+    get_state,
+    skip_not_finite,
+    state_shardings,
+    value_and_grad,
+)
+
+pytestmark = pytest.mark.skipif(not hasattr(jax, "reshard"), reason="needs a newer JAX")
+
+
+@pytest.fixture
+def explicit():
+    mesh = jax.make_mesh((DEVICES,), ("data",), axis_types=(AxisType.Explicit,))
+    with jax.set_mesh(mesh):
+        yield mesh
+
+
+def prepare(params):
+    """Parameters of matrix products, whose gradients need not be reduced."""
+    return jax.tree.map(
+        lambda p: jax.reshard(p, P(*[None] * p.ndim, reduced={"data"})) if p.ndim > 1 else p, params
+    )
+
+
+def explicit_step(tx, loss, mesh):
+    def train_step(params, state, *batch):
+        grads = jax.grad(loss)(prepare(params), *batch)
+        return apply_gradients(tx, grads, state, params, weight=batch[-1].sum())
+
+    return jax.jit(train_step, donate_argnums=(0, 1))
+
+
+def test_explicit_sharding_equals_the_full_batch_and_reduces_once(explicit):
+    tx = accumulate(K, INNER, reduce_axes="data")
+    params, place = replicated(explicit)
+    state, step = tx.init(params), explicit_step(tx, loss_fn, explicit)
+    types = jax.tree.map(jax.typeof, state)
+    assert all(
+        jax.typeof(x).sharding.spec.unreduced == {"data"} for x in jax.tree.leaves(state.grad_sum)
+    )
+    for x, mask in zip(X, MASK, strict=True):
+        params, state = step(params, state, place(x), place(mask))
+        assert jax.tree.map(jax.typeof, state) == types
+    assert_close(params, full_batches())
+    program: Any = step.lower(params, state, place(X[0]), place(MASK[0])).compile()
+    text = program.as_text()
+    entry = text.partition("\nENTRY")[2]
+    assert max(collectives(entry), default=0) < PARAMS["w"].size, "reduced on a hold too"
+    assert collectives(text).count(SIZE) == 1
+
+
+def test_sums_of_parameters_that_are_sharded_over_the_axis_stay_sharded(explicit):
+    tx = accumulate(2, optax.sgd(1.0), reduce_axes="data")
+    place = NamedSharding(explicit, P("data", None))
+    params = {"w": jax.device_put(jnp.ones((16, 3)), place)}
+    state, types = tx.init(params), jax.typeof(params["w"])
+    assert jax.typeof(state.grad_sum["w"]) == types
+    for value in (1.0, 3.0):
+        grads = {"w": jax.device_put(jnp.full((16, 3), value), place)}
+        params, state = jax.jit(functools.partial(apply_gradients, tx))(grads, state, params)
+        assert jax.typeof(state.grad_sum["w"]) == types == jax.typeof(params["w"])
+    np.testing.assert_array_equal(params["w"], np.full((16, 3), -1.0))
+
+
+def transformer(params, tokens, mask):
+    """Embedding, norm, attention, biased dense layers, and a head, on i32[batch, length]."""
+    x = params["embed"].at[tokens].get(out_sharding=P("data", None, None))
+    for layer in params["layers"]:
+        h = x * jax.lax.rsqrt(jnp.mean(x**2, axis=-1, keepdims=True) + 1e-5) * layer["norm"]
+        q, k, v = (h @ layer[name] for name in "qkv")
+        scores = jnp.einsum("bid,bjd->bij", q, k) / 4
+        causal = jnp.tril(jnp.ones((tokens.shape[1],) * 2, bool))
+        scores = jnp.where(causal, scores, -1e9)
+        x = x + jnp.einsum("bij,bjd->bid", jax.nn.softmax(scores), v) @ layer["out"]
+        x = x + jnp.tanh(x @ layer["up"] + layer["bias"]) @ layer["down"]
+    logits = jax.nn.log_softmax(x[:, :-1] @ params["head"])
+    targets = jax.nn.one_hot(tokens[:, 1:], logits.shape[-1])
+    losses = -jnp.sum(logits * targets, axis=-1)
+    return jnp.sum(losses * mask[:, 1:]) / jnp.maximum(mask[:, 1:].sum(), 1)
+
+
+def transformer_params(width=16, vocabulary=32):
+    def weight(i, *shape):
+        return jax.random.normal(jax.random.key(i), shape) * shape[0] ** -0.5
+
+    layer = {name: weight(i, width, width) for i, name in enumerate(("q", "k", "v", "out"))}
+    layer |= {"up": weight(5, width, 4 * width), "bias": jnp.zeros(4 * width)}
+    layer |= {"down": weight(6, 4 * width, width), "norm": jnp.ones(width)}
+    return {
+        "embed": weight(7, vocabulary, width),
+        "layers": [layer],
+        "head": weight(8, width, vocabulary),
+    }
+
+
+def test_a_transformer_with_explicit_sharding(explicit):
+    params = transformer_params()
+    tokens = jax.random.randint(jax.random.key(1), (K, ROWS, 12), 0, 32)
+    lengths = jnp.linspace(2, 12, ROWS).astype(int)
+    mask = (jnp.arange(12) < lengths[:, None]).astype(jnp.float32)
+    place = functools.partial(jax.device_put, device=NamedSharding(explicit, P("data")))
+
+    def loss(params, tokens, mask):
+        # A lookup is no matrix product: its table's gradient arrives reduced.
+        return transformer(params, tokens, mask)
+
+    def train_step(tx, params, state, tokens, mask):
+        reduced = prepare(params) | {"embed": params["embed"]}
+        grads = jax.grad(loss)(reduced, tokens, mask)
+        return apply_gradients(tx, grads, state, params, weight=mask[:, 1:].sum())
+
+    results = []
+    for tx, batches in (
+        (accumulate(K, INNER, reduce_axes="data"), list(tokens)),
+        (accumulate(1, INNER), [tokens.reshape(-1, 12)]),
+    ):
+        new = jax.device_put(jax.tree.map(jnp.copy, params), NamedSharding(explicit, P()))
+        state = tx.init(new)
+        if len(batches) == 1:
+            grads = jax.grad(loss)(new, place(batches[0]), place(jnp.tile(mask, (K, 1))))
+            new, state = apply_gradients(tx, grads, state, new)
+        else:
+            step = jax.jit(functools.partial(train_step, tx), donate_argnums=(0, 1))
+            for batch in batches:
+                new, state = step(new, state, place(batch), place(mask))
+        results.append(new)
+    assert_close(*results)
+
+
+def replicated(mesh, params=None):
+    """Returns new parameters on every device, and a function that divides rows over them."""
+    params = jax.tree.map(jnp.copy, PARAMS) if params is None else params
+    place = functools.partial(jax.device_put, device=NamedSharding(mesh, P("data")))
+    return jax.device_put(params, NamedSharding(mesh, P())), place
+
+
+def test_sums_of_gathered_parameters_are_scattered_once_a_window(explicit):
+    """Parameters and moments divided, sums whole on each device: one reduction, no gathering."""
+    tx = accumulate(2, optax.adam(0.1, eps=1e-2), reduce_axes="data")
+    rows = NamedSharding(explicit, P("data", None))
+    params = {"w": jax.device_put(PARAMS["w"], rows)}
+    _, place = replicated(explicit)
+
+    def gather(params):
+        return jax.tree.map(lambda p: jax.reshard(p, P(None, None, reduced={"data"})), params)
+
+    def init(params):
+        sums = tx.init(gather(params)).grad_sum
+        return tx.init(params)._replace(grad_sum=sums)
+
+    def loss(params, x):
+        return jnp.mean(jnp.tanh(x @ params["w"]) ** 2)
+
+    def step(params, state, x):
+        return apply_gradients(tx, jax.grad(loss)(gather(params), x), state, params)
+
+    state, step = jax.jit(init)(params), jax.jit(step, donate_argnums=(0, 1))
+    assert jax.typeof(state.grad_sum["w"]).sharding.spec.unreduced == {"data"}
+    assert jax.typeof(state.inner_state[0].mu["w"]) == jax.typeof(params["w"])
+    types = jax.tree.map(jax.typeof, (params, state))
+    program: Any = step.lower(params, state, place(X[0])).compile()
+    for x in X[:2]:
+        params, state = step(params, state, place(x))
+        assert jax.tree.map(jax.typeof, (params, state)) == types
+    grads = jax.grad(loss)({"w": PARAMS["w"]}, X[:2].reshape(-1, 40))
+    updates, _ = INNER.update(grads, INNER.init(grads), None)
+    assert_close(params["w"], PARAMS["w"] + updates["w"])
+    branches, _, entry = program.as_text().partition("\nENTRY")
+    assert collectives(entry) == [PARAMS["w"].size], "the gathering of the parameters alone"
+    assert max(collectives(branches)) == PARAMS["w"].size
+    # Without sums like that there is no silent reduction a microbatch.
+    message = r"leaf \['w'\] is sharded as .*, but its sum .* as float32\[40@data,30\]; reshard"
+    with pytest.raises(ValueError, match=message):
+        step(params, tx.init(params), place(X[0]))
+
+
+def test_a_nan_on_one_device_rejects_the_microbatch(explicit):
+    tx = accumulate(K, INNER, reduce_axes="data", should_skip_update_fn=skip_not_finite)
+    params, place = replicated(explicit)
+    state, step = tx.init(params), explicit_step(tx, loss_fn, explicit)
+    x = jnp.concatenate([X[:1], X[:1].at[0, 5].set(jnp.nan), X[1:]])
+    mask = jnp.concatenate([MASK[:1], jnp.ones((1, ROWS)), MASK[1:]])
+    for i in range(len(x)):
+        params, state = step(params, state, place(x[i]), place(mask[i]))
+    assert (int(state.skipped), int(state.gradient_step)) == (1, 2)
+    assert_close(params, full_batches())
+    program: Any = step.lower(params, state, place(X[0]), place(MASK[0])).compile()
+    entry = program.as_text().partition("\nENTRY")[2]
+    assert max(collectives(entry)) < PARAMS["w"].size, "judged for more than a scalar"
+
+
+def test_optax_cannot_judge_them(explicit):
+    tx = accumulate(2, INNER, reduce_axes="data", should_skip_update_fn=optax.skip_not_finite)
+    params, place = replicated(explicit)
+    with pytest.raises(TypeError, match=r"leaf \['w'\], which wait .*optaccum.skip_not_finite"):
+        explicit_step(tx, loss_fn, explicit)(params, tx.init(params), place(X[0]), place(MASK[0]))
+
+
+def test_unreduced_gradients_that_nobody_asked_for(explicit):
+    tx = accumulate(2, INNER)
+    params, place = replicated(explicit)
+    with pytest.raises(TypeError, match=r"leaf \['w'\] waits to be reduced over \['data'\]; name"):
+        explicit_step(tx, loss_fn, explicit)(params, tx.init(params), place(X[0]), place(MASK[0]))
+
+
+def test_gradients_that_are_reduced_already(explicit):
+    tx = accumulate(2, INNER, reduce_axes="data")
+    params, place = replicated(explicit)
+    grads = jax.grad(loss_fn)(params, place(X[0]), place(MASK[0]))
+    with pytest.raises(TypeError, match=r"no gradient leaf waits .* over \['data'\]"):
+        apply_gradients(tx, grads, tx.init(params), params)
+
+
+def test_gradients_that_are_sharded_otherwise_than_their_sums(explicit):
+    params, _ = replicated(explicit)
+    grads = {**params, "w": jax.device_put(PARAMS["w"], NamedSharding(explicit, P("data", None)))}
+    message = r"leaf \['w'\] is sharded as float32\[40@data,30\], but its sum .* float32\[40,30\]"
+    tx = accumulate(2, INNER)
+    with pytest.raises(ValueError, match=message):
+        jax.jit(functools.partial(apply_gradients, tx))(grads, tx.init(params), params)
+
+
+@pytest.mark.parametrize("n", [1, 4])
+def test_value_and_grad_reduces_once(explicit, n):
+    step = value_and_grad(
+        loss_fn,
+        num_microbatches=n,
+        batch_argnums=(1, 2),
+        weight_fn=lambda params, x, mask: mask.sum(),
+        reduce_axes="data",
+    )
+    params, place = replicated(explicit)
+    x, mask = jnp.tile(X[0], (4, 1)), jnp.concatenate(MASK[:4])
+    batch = place(x), place(mask)
+    compiled = jax.jit(lambda params, *batch: step(prepare(params), *batch)).lower(params, *batch)
+    compiled: Any = compiled.compile()
+    loss, grads = compiled(params, *batch)
+    assert jax.tree.map(jax.typeof, grads) == jax.tree.map(jax.typeof, params)
+    assert_close((loss, grads), jax.value_and_grad(loss_fn)(PARAMS, x, mask))
+    loop, _, entry = compiled.as_text().partition("\nENTRY")
+    assert max(collectives(loop), default=0) < PARAMS["w"].size, "reduced in the loop"
+    assert max(collectives(entry)) >= PARAMS["w"].size
+    with pytest.raises(TypeError, match=r"no gradient leaf waits .* over \['data'\]"):
+        step(params, *batch)
+
+
+def test_shardings_of_the_state(explicit):
+    tx = optax.chain(optax.clip(1.0), accumulate(K, INNER, reduce_axes="data"))
+    params, _ = replicated(explicit)
+    params["w"] = jax.device_put(params["w"], NamedSharding(explicit, P("data", None)))
+    shardings = state_shardings(tx, params)
+    state = jax.jit(tx.init, out_shardings=shardings)(params)
+    assert jax.tree.map(jax.typeof, state) == jax.tree.map(jax.typeof, tx.init(params))
+    spec = get_state(shardings).grad_sum["b"].spec
+    assert (spec.unreduced, get_state(shardings).weight.spec) == ({"data"}, P())
