@@ -101,7 +101,8 @@ def accumulate(
         use_grad_mean: whether G is the weighted mean or the weighted sum.
         should_skip_update_fn: `(grads, gradient_step, params) -> (bool[], report)`, Optax's
             protocol: `optax.skip_not_finite`, `functools.partial(optax.skip_large_updates,
-            max_squared_norm=...)`. The report is kept in `skip_state`.
+            max_squared_norm=...)`. The report is kept in `skip_state`. In `jax.shard_map` with
+            `reduce_axes` what one device rejects is rejected on all.
         accumulator_dtype: dtype of the sums. A narrower one saves memory, loses bits and may
             overflow (a float16 sum with token weights). Pass a wider one where gradients are
             wider than their parameters: they are cast to the sum's dtype.
@@ -109,7 +110,8 @@ def accumulate(
             weighted mean and not as the last microbatch's, `("value",)` for a loss. They are
             summed in float32.
         reduce_axes: mesh axes over which gradients arrive as parts of a sum, one a device, to be
-            reduced once a window. What is a part, and how to get one: `optaccum._reduce`.
+            reduced once a window: in `jax.shard_map` they vary over them by their type, under
+            explicit sharding they are unreduced. How to get such: docs/many_devices.md.
 
     Returns:
         An `optax.GradientTransformationExtraArgs` with state :class:`AccumulateState`, whose
@@ -178,11 +180,10 @@ def accumulate(
         alone = every_one and not jax.tree.leaves(state.grad_sum)
         local = _reduce.manual_axes(axes)
         like = grads if params is None else _trained(params)
+        _reduce.check_state(state.weight, local)
         sums = _reduce.load(state.grad_sum, local)
         _window.check_fits(grads, like if alone else sums)
         _reduce.check_parts(grads, axes)
-        if not alone:
-            _reduce.check_placed(grads, sums)
         weight, release = _arguments.as_weight(weight), _arguments.as_release(release)
         args = _arguments.averaged(average_args, extra_args)
         certain = weight is None or (isinstance(weight, float) and weight > 0)
@@ -194,6 +195,8 @@ def accumulate(
             skip, report = _reduce.agree(*verdict, local)
             accept, skip_state = ~skip, cast_like("should_skip_update_fn", report, skip_state)
         grads, weight = _reduce.as_parts(grads, weight, axes)
+        if not alone:
+            _reduce.check_placed(grads, sums)
         if isinstance(weight, jax.Array) and not _reduce.varying(weight):
             accept = both(accept, jnp.isfinite(weight) & (weight >= 0))
         if weight is not None:
@@ -206,6 +209,7 @@ def accumulate(
             first = state.mini_step == 0
             length = jnp.asarray(_arguments.window_length(every_k, state.gradient_step), jnp.int32)
             due = count >= length if release is None else release
+            _reduce.check_agreed(due, local)
 
         add = functools.partial(_window.add, first=first, accept=accept)
         # In the shape that the state has: reshaped sums are not updated in place.

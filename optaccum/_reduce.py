@@ -1,29 +1,18 @@
-"""Partial sums on many devices: what `reduce_axes=("data",)` of `accumulate` means.
+"""Partial sums on many devices: what `reduce_axes=("data",)` means to sums, weights and verdicts.
 
 Gradients of data-parallel training are parts of a sum, one on each device. Reduced as they come,
 they cost a reduction a microbatch. Accumulated as parts they cost one a window, inside the release
-branch: an all-reduce as large as the parameters. A part is known by its type.
+branch. A part is known by its type; how users get one is in docs/many_devices.md.
 
-**In `jax.shard_map`** it *varies* over the axis. JAX sums gradients of replicated parameters on its
-own, so differentiate with respect to `jax.lax.pcast(params, "data", to="varying")`. A device keeps
-its sums, `weight` and `arg_sums` with a leading axis of 1, so that a state made by `tx.init` inside
-of it passes from call to call; all else in it is the same on all devices::
+**In `jax.shard_map`** it *varies* over the axis. A device keeps its sums, `weight` and `arg_sums`
+with a leading axis of 1, so that a state made by `tx.init` inside of it passes from call to call;
+all else is the same on all devices. The mean is that over all devices' tokens,
+`psum(sum of w g) / psum(sum of w)`, where each gave its own `weight`: one that is negative, inf or
+NaN counts as 0 on its device, since nobody has to agree on it. Verdicts on gradients are agreed on.
 
-    specs = AccumulateState(mini_step=P(), gradient_step=P(), released=P(), skipped=P(),
-                            weight=P("data"), grad_sum=P("data"), arg_sums=P("data"),
-                            skip_state=P(), inner_state=P())
-
-The mean is that over all devices' tokens, `psum(sum of w g) / psum(sum of w)`, where each gave its
-own `weight`. One that is negative, inf or NaN counts as 0 on its device. `should_skip_update_fn`
-judges each device's gradient; where one is rejected the microbatch is, on all of them, for a
-reduction of its few scalars.
-
-**Under explicit sharding** it is *unreduced* over the axis, as gradients with respect to
-`jax.reshard(p, P(..., reduced={"data"}))` are where `p` is used in matrix products. Biases and
-other elementwise parameters are left as they are: their gradients arrive reduced, and are summed
-with the others. `weight` is a number of the whole microbatch. Sums of parameters that are sharded
-over the axis themselves stay sharded. Nothing can look at an unreduced gradient, so
-`should_skip_update_fn` cannot.
+**Under explicit sharding** it is *unreduced* over the axis. `weight` is a number of the whole
+microbatch. A gradient that arrives reduced is made a part that is zero on all devices but one,
+which costs no communication. Sums of parameters that are sharded over the axis stay sharded.
 
 Auto axes have no parts: `jax.jit` reduces before anyone sees the gradient.
 """
@@ -115,6 +104,16 @@ def store(tree: Any, axes: tuple[str, ...]) -> Any:
     return jax.tree.map(lambda x: x[None], tree) if manual_axes(axes) else tree
 
 
+def check_state(weight: jax.Array, axes: tuple[str, ...]) -> None:
+    """Raises unless a state has one part for each device, known by its `weight`."""
+    if axes and jnp.shape(weight) != (1,):
+        raise ValueError(
+            "the optimizer state must have one `weight`, and one of each sum, on a device, got "
+            f"`weight` of shape {jnp.shape(weight)} there; make it with `init` in a jax.shard_map "
+            f"with the axes {axes}, and pass it with the specs of optaccum.state_shardings"
+        )
+
+
 def load(tree: Any, axes: tuple[str, ...]) -> Any:
     """Returns parts that a state keeps, in the shapes of the gradients."""
     return jax.tree.map(lambda x: x[0], tree) if manual_axes(axes) else tree
@@ -155,11 +154,20 @@ def check_loss(loss: jax.Array, axes: tuple[str, ...]) -> None:
         )
 
 
+def check_agreed(due: Any, axes: tuple[str, ...]) -> None:
+    """Raises if a window may close on some devices only: they would wait for the others."""
+    if parts := set(axes) & varying(due):
+        raise TypeError(
+            f"`release` or `every_k` differs between the devices of {sorted(parts)}, which must "
+            "close a window together; let them agree first (jax.lax.pmax)"
+        )
+
+
 def check_placed(grads: Any, sums: Any) -> None:
-    """Raises where a gradient and its sum are divided over devices differently, by their types."""
+    """Raises where a gradient and its sum lie on the devices differently, by their types."""
 
     def check(path, g, s):
-        if g is not None and _partitions(g) != _partitions(s):
+        if g is not None and (_partitions(g), unreduced(g)) != (_partitions(s), unreduced(s)):
             raise ValueError(
                 f"gradient leaf {_name(path)} is sharded as {jax.typeof(g)}, but its sum in the "
                 f"optimizer state as {jax.typeof(s)}; reshard the gradient, or begin with a state "

@@ -1,7 +1,12 @@
-"""The README's code runs, its commands can be pasted, and its files are there."""
+"""The code of README and docs runs, the commands can be pasted, and the files are there."""
 
 import pathlib
 import re
+
+import jax
+import numpy as np
+import optax
+import pytest
 
 from benchmarks import report
 import optaccum
@@ -22,6 +27,28 @@ def test_the_examples_run_as_they_say(capsys):
     assert float(optaccum.get_state(names["state"].opt_state).weight) == 32
 
 
+@pytest.mark.skipif(not hasattr(jax, "reshard"), reason="needs a newer JAX")
+def test_many_devices_give_what_one_gives():
+    text = (report.ROOT / "docs" / "many_devices.md").read_text()
+    names, trained = {}, []
+    for code in re.findall(r"```python\n(.*?)```", text, re.DOTALL):
+        exec(compile(code, "many_devices.md", "exec"), names)
+        trained.append(names.pop("new_params", None))
+    params, batch = names["params"], (names["x"], names["mask"])
+    loss, grads = jax.value_and_grad(names["loss_fn"])(params, *batch)
+    opt = optax.adamw(1e-2)
+    expected = optax.apply_updates(params, opt.update(grads, opt.init(params), params)[0])
+    found = [*filter(None, trained)]
+    assert len(found) == 2
+
+    def assert_close(a, e):
+        np.testing.assert_allclose(a, e, rtol=1e-6, atol=1e-8)
+
+    for actual in found:
+        jax.tree.map(assert_close, actual, expected)
+    jax.tree.map(assert_close, (names["loss"], names["grads"]), (loss, grads))
+
+
 def test_each_command_sets_up_all_that_it_needs():
     commands = re.findall(r"```sh\n(.*)\n```", TEXT)
     examples = (f"examples/{name}.py" for name in ("digits", "lm", "multihost"))
@@ -31,6 +58,8 @@ def test_each_command_sets_up_all_that_it_needs():
         assert command.endswith(program)
 
 
-def test_every_file_it_names_exists():
-    for name in re.findall(r"\]\(([\w./-]+)\)", TEXT):
-        assert pathlib.Path(report.ROOT, name).exists(), name
+def test_every_file_that_they_name_exists():
+    pages = [*report.ROOT.glob("*.md"), *report.ROOT.glob("docs/*.md")]
+    for page in pages:
+        for name in re.findall(r"\]\(([\w./-]+)(?:#[\w-]*)?\)", page.read_text()):
+            assert pathlib.Path(page.parent, name).exists(), (page, name)

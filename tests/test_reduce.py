@@ -383,6 +383,44 @@ def test_bad_axes(mesh):
         jax.jit(accumulate(2, INNER, reduce_axes="data").init)(PARAMS)
 
 
+def test_a_state_that_was_made_or_passed_otherwise(mesh):
+    tx = accumulate(K, INNER, reduce_axes="data")
+    init, step = make_programs(tx, mesh)
+    everywhere = SPECS._replace(weight=P(), grad_sum=P())
+    once = jax.jit(
+        jax.shard_map(
+            lambda state, params: tx.update(vary(params), state, params)[1],
+            mesh=mesh,
+            in_specs=(everywhere, P()),
+            out_specs=SPECS,
+        )
+    )
+    with pytest.raises(ValueError, match=r"got `weight` of shape \(8,\) there"):
+        once(init(PARAMS), PARAMS)
+    with pytest.raises(ValueError, match=r"got `weight` of shape \(\) there; make it with `init`"):
+        once(accumulate(K, INNER).init(PARAMS), PARAMS)
+    more = jax.tree.map(lambda x: jnp.concatenate([x, x]), init(PARAMS).weight)
+    with pytest.raises(ValueError, match=r"got `weight` of shape \(2,\) there"):
+        step(PARAMS, init(PARAMS)._replace(weight=more), X[0], MASK[0])
+
+
+def test_devices_that_would_not_release_together(mesh):
+    def some(step):
+        return jnp.where(jax.lax.axis_index("data") > 2, 2, 3)
+
+    for every_k, decide in ((3, lambda: jax.lax.axis_index("data") > 2), (some, lambda: None)):
+        tx = accumulate(every_k, INNER, reduce_axes="data")
+
+        def train_step(params, x, mask, tx=tx, decide=decide):
+            grads = jax.grad(loss_fn)(vary(params), x, mask)
+            return apply_gradients(tx, grads, tx.init(params), params, release=decide())[0]
+
+        specs = P(), P("data"), P("data")
+        step = jax.shard_map(train_step, mesh=mesh, in_specs=specs, out_specs=P())
+        with pytest.raises(TypeError, match=r"`every_k` differs between the devices of \['data'\]"):
+            jax.jit(step)(PARAMS, X[0], MASK[0])
+
+
 def test_gradients_that_are_summed_already(mesh):
     """Nothing may silently be scaled by the number of devices."""
     tx = accumulate(2, INNER, reduce_axes="data")
@@ -394,7 +432,8 @@ def test_gradients_that_are_summed_already(mesh):
     def run(cast, check_vma):
         step = functools.partial(train_step, cast)
         specs = P(), P("data"), P("data")
-        return jax.shard_map(step, mesh=mesh, in_specs=specs, out_specs=P(), check_vma=check_vma)
+        options = {"in_specs": specs, "out_specs": P(), "check_vma": check_vma}
+        return jax.jit(jax.shard_map(step, mesh=mesh, **options))
 
     message = r"gradient leaf \['b'\] does not vary over \['data'\]"
     with pytest.raises(TypeError, match=message):

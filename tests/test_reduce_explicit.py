@@ -246,6 +246,11 @@ def test_gradients_that_are_sharded_otherwise_than_their_sums(explicit):
     tx = accumulate(2, INNER)
     with pytest.raises(ValueError, match=message):
         jax.jit(functools.partial(apply_gradients, tx))(grads, tx.init(params), params)
+    message = r"leaf \['b'\] is sharded as float32\[30\]{U:data}, but its sum .* as float32\[30\]"
+    step = explicit_step(accumulate(2, INNER, reduce_axes="data"), loss_fn, explicit)
+    _, place = replicated(explicit)
+    with pytest.raises(ValueError, match=message):
+        step(params, tx.init(params), place(X[0]), place(MASK[0]))
 
 
 @pytest.mark.parametrize("n", [1, 4])
