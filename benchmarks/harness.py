@@ -47,6 +47,32 @@ def check_output(parser: argparse.ArgumentParser, output: pathlib.Path | None) -
         parser.error(f"argument --output: {output} is not a file in an existing folder")
 
 
+def parse_args(
+    parser: argparse.ArgumentParser,
+    defaults: Mapping[str, tuple[Any, Any, Any]],
+    argv: list[str] | None = None,
+) -> argparse.Namespace:
+    """Returns the command line, what it leaves open filled in: for --quick, a CPU, a GPU."""
+    args = parser.parse_args(argv)
+    check_output(parser, args.output)
+    scale = 0 if args.quick else 2 if jax.default_backend() == "gpu" else 1
+    for name, values in defaults.items():
+        if getattr(args, name) is None:
+            setattr(args, name, values[scale])
+    return args
+
+
+def run(
+    args: argparse.Namespace,
+    measure: Callable[[argparse.Namespace], dict[str, Any]],
+    print_tables: Callable[[dict[str, Any]], None],
+) -> None:
+    """Measures, prints the tables, and writes the figures if a file was named."""
+    jax.config.update("jax_enable_compilation_cache", False)
+    print_tables(result := measure(args))
+    write(result, args.output)
+
+
 def take_turns(
     contenders: Mapping[str, Callable[[], Any]], rounds: int, title: str = "Timing"
 ) -> dict[str, list[float]]:

@@ -278,22 +278,14 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--microbatch", type=at_least(1), help="sequences a microbatch (1; GPU: 4)")
     add("--sequence", type=at_least(1), help="tokens a sequence (64; GPU: 1024)")
     add("--budget", type=at_least(1.0), metavar="MB", help="memory that the largest batch fits in")
-    args = parser.parse_args(argv)
-    harness.check_output(parser, args.output)
+    args = harness.parse_args(parser, DEFAULTS, argv)
     args.compilations = 1 if args.quick else 5
-    scale = 0 if args.quick else 2 if jax.default_backend() == "gpu" else 1
-    for name, values in DEFAULTS.items():
-        if getattr(args, name) is None:
-            setattr(args, name, values[scale])
     return args
 
 
 def main() -> None:
     """Runs the benchmark."""
-    args = parse_args()
-    jax.config.update("jax_enable_compilation_cache", False)
-    print_tables(result := measure(args))
-    harness.write(result, args.output)
+    harness.run(parse_args(), measure, print_tables)
 
 
 if __name__ == "__main__":

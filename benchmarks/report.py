@@ -1,7 +1,7 @@
 """Write the tables and figures of the READMEs from the committed results: no number is typed.
 
 A table stands between `<!-- name: begin -->` and `<!-- name: end -->`. The names are those of
-`TABLES`; a README has the ones it wants.
+`render`; a README has the ones it wants.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -10,7 +10,7 @@ import pathlib
 import re
 from typing import Any
 
-from benchmarks import in_step_tables, plots, scaling_tables
+from benchmarks import collectives_tables, in_step_tables, plots, scaling_tables
 
 ROOT = pathlib.Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -24,13 +24,13 @@ def load(folder: pathlib.Path = RESULTS) -> dict[str, list[dict[str, Any]]]:
     """Returns the committed results of each benchmark, CPU before GPU."""
     return {
         name: [json.loads(path.read_text()) for path in sorted(folder.glob(f"{name}-[cg]pu.json"))]
-        for name in ("overhead", "scaling", "train_step", "in_step")
+        for name in ("overhead", "scaling", "train_step", "in_step", "collectives")
     }
 
 
 def markdown(rows: Sequence[Mapping[str, str]]) -> str:
     """Returns rows of cells by heading as a Markdown table."""
-    text = ("contender", "figure", "inner")
+    text = ("contender", "figure", "inner", "reduction")
     rule = ("---" if heading in text else "---:" for heading in rows[0])
     lines = (rows[0], rule, *(row.values() for row in rows))
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
@@ -168,6 +168,23 @@ def in_step_table(result: dict[str, Any]) -> str:
     return f"{tables}\n\n{note} {where(result)}"
 
 
+def collectives_table(result: dict[str, Any]) -> str:
+    """Returns what devices send each other, the time of a window, and how that grows with k."""
+    pairs = zip(
+        collectives_tables.traffic_rows(result), collectives_tables.time_rows(result), strict=True
+    )
+    rows = [traffic | time for traffic, time in pairs], collectives_tables.length_rows(result)
+    left_out = [f"Left out: {name}, for {why}." for name, why in result["left_out"].items()]
+    note = f"Transformer of {collectives_tables.setting(result)}. {where(result)}"
+    return "\n\n".join([*map(markdown, rows), *left_out, note])
+
+
+def at_scale_table() -> str:
+    """Returns the calculation of what one reduction a window saves on many chips."""
+    scale = collectives_tables.Scale()
+    return f"{markdown(collectives_tables.scale_rows(scale))}\n\n{scale}"
+
+
 def sweep_table(sweep: str, result: dict[str, Any]) -> str:
     """Returns one sweep of `benchmarks.scaling`."""
     rows = scaling_tables.tables(sweep, result["sweeps"][sweep])["rows"]
@@ -188,6 +205,7 @@ TABLES: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
     "compilation": ("overhead", compilation_table),
     "train_step": ("train_step", train_step_table),
     "in_step": ("in_step", in_step_table),
+    "collectives": ("collectives", collectives_table),
     "slopes": ("scaling", slopes_table),
     "leaves": ("scaling", lambda result: sweep_table("leaves", result)),
     "dtype": ("scaling", lambda result: sweep_table("dtype", result)),
@@ -196,11 +214,12 @@ TABLES: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
 
 def render(results: dict[str, list[dict[str, Any]]]) -> dict[str, str]:
     """Returns every table by name, those of a CPU and a GPU one below the other."""
-    return {
+    measured = {
         name: "\n\n".join(map(table, results[benchmark]))
         or f"No result is committed: run `python -m benchmarks.{benchmark}`."
         for name, (benchmark, table) in TABLES.items()
     }
+    return measured | {"at_scale": at_scale_table()}
 
 
 def insert(text: str, name: str, table: str) -> str:

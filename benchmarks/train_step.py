@@ -228,21 +228,12 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         help="memory to fit in; a full batch that "
         "does not is not run (1.25 times optaccum.apply_gradients; all is run)",
     )
-    args = parser.parse_args(argv)
-    harness.check_output(parser, args.output)
-    scale = 0 if args.quick else 2 if jax.default_backend() == "gpu" else 1
-    for name, values in DEFAULTS.items():
-        if getattr(args, name) is None:
-            setattr(args, name, values[scale])
-    return args
+    return harness.parse_args(parser, DEFAULTS, argv)
 
 
 def main() -> None:
     """Runs the benchmark."""
-    args = parse_args()
-    jax.config.update("jax_enable_compilation_cache", False)
-    print_tables(result := measure(args))
-    harness.write(result, args.output)
+    harness.run(parse_args(), measure, print_tables)
 
 
 if __name__ == "__main__":

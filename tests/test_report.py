@@ -157,6 +157,38 @@ def in_step():
     }
 
 
+def collectives():
+    deferred = {
+        "name": "optaccum.value_and_grad, shard_map",
+        "agrees": True,
+        "window": [{"kind": "all-reduce", "bytes": 4_000_000, "times": 1}],
+        "hold": [],
+        "window_ms": quartiles(1234.5),
+        "time_to_multi_steps": quartiles(0.5),
+        "time_to_hand_written": quartiles(1.0),
+    }
+    hold = [
+        {"kind": "all-reduce", "bytes": 3_000_000, "times": 1},
+        {"kind": "all-reduce", "bytes": 1_000_000, "times": 1},
+        {"kind": "all-reduce", "bytes": 8, "times": 1},
+        {"kind": "all-gather", "bytes": 2_000_000, "times": 1},
+    ]
+    window = [one | {"times": 16} for one in hold]
+    reduced = deferred | {"name": "optax.MultiSteps", "window": window, "hold": hold}
+    lengths = [{"name": "optax.MultiSteps", "every_k": k, "bytes": k * 6_000_000} for k in (4, 16)]
+    return ORIGIN | {
+        "devices": 8,
+        "parameters": 1_000_000,
+        "parameter_bytes": 4_000_000,
+        "every_k": 16,
+        "microbatch": 1,
+        "sequence": 32,
+        "left_out": {"another": "a reason"},
+        "contenders": [deferred, reduced, deferred | {"name": "full batch", "hold": None}],
+        "by_every_k": lengths,
+    }
+
+
 @pytest.fixture
 def results(tmp_path):
     files = {
@@ -164,6 +196,7 @@ def results(tmp_path):
         "scaling-cpu": scaling(),
         "train_step-cpu": train_step(),
         "in_step-cpu": in_step(),
+        "collectives-cpu": collectives(),
     }
     for name, result in files.items():
         (tmp_path / f"{name}.json").write_text(json.dumps(result))
@@ -181,6 +214,10 @@ ROWS = {
         "| optaccum.apply_gradients | 12,346 | 0.50 | 1.00 | 200 MB | at least 4 | yes |"
     ),
     "in_step": "| optaccum.value_and_grad | 0.99 | 0.98 | - | 1.05 | 66.0 | 186.0 | yes |",
+    "collectives": (
+        "| optaccum.value_and_grad, shard_map | 1 x 1.00 | 1.00 | none | 1,234 | 0.50 | 1.00 "
+        "| yes |"
+    ),
     "slopes": "| hold, by k | optax.MultiSteps | 0.01 | 0.02 |",
     "leaves": "| 1,000 | optaccum.apply_gradients | 1.00 | 3.00 | 12.0 | 4.00 | 12.0 | yes |",
     "dtype": "| bfloat16 | optaccum.apply_gradients | 1.00 | 123 | 20.0 | 80.0 | 0.00 | yes |",
@@ -189,7 +226,7 @@ ROWS = {
 
 def test_every_table_shows_the_figures(results):
     tables = report.render(results)
-    assert tables.keys() == ROWS.keys()
+    assert tables.keys() == {*ROWS, "at_scale"}
     for name, row in ROWS.items():
         head, rule, *lines = tables[name].splitlines()
         assert row in lines, tables[name]
@@ -205,6 +242,14 @@ def test_a_table_says_what_needs_saying(results):
     assert "largest microbatch in 250 MB" in tables["train_step"]
     assert "| optaccum.value_and_grad | 1 | at least 512 |" in tables["in_step"]
     assert "| optaccum.value_and_grad | 3.0e-03 |" in tables["in_step"]
+    assert (
+        "| optax.MultiSteps | 32 x 0.50 + 16 x 8 B + all-gather 16 x 0.50 | 24.00 "
+        "| 2 x 0.50 + 1 x 8 B + all-gather 1 x 0.50 | 1,234 |"
+    ) in tables["collectives"]
+    assert "| full batch | 1 x 1.00 | 1.00 | - | 1,234 |" in tables["collectives"]
+    assert "| optax.MultiSteps | 6.00 | 24.00 |" in tables["collectives"]
+    assert "Left out: another, for a reason." in tables["collectives"]
+    assert "Calculated, not measured." in tables["at_scale"]
     times = tables["overhead_times"]
     dispatch = "; a call that only passes all arrays through 0.3 ms."
     bandwidth = "bandwidth 20 GB/s (triad), 10 GB/s (copy)"

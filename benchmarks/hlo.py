@@ -1,0 +1,120 @@
+"""What a compiled program sends from device to device, read from its optimized HLO."""
+
+from collections.abc import Iterator
+import dataclasses
+import math
+import re
+from typing import NamedTuple
+
+KINDS = ("all-reduce", "reduce-scatter", "all-gather", "all-to-all", "collective-permute")
+_COMPUTATION = re.compile(r"(?P<entry>ENTRY )?%?(?P<name>[\w.\-]+)[^=]*\{$")
+_INSTRUCTION = re.compile(r"\s+(?:ROOT )?%?(?P<name>[\w.\-]+) = (?P<rest>.*)")
+_OPCODE = re.compile(r" ([a-z][\w\-]*)\(")  # a layout's parentheses follow no space
+_CALLEES = re.compile(
+    r"\b(body|to_apply|calls|called_computations|branch_computations|true_computation"
+    r"|false_computation)=(?:\{([^}]*)\}|(%?[\w.\-]+))"
+)
+_BRANCHES = ("branch_computations", "true_computation", "false_computation")
+_TRIPS = re.compile(r'"known_trip_count":\s*\{"n":\s*"?(\d+)')
+_NAMES = re.compile(r"%([\w.\-]+)")
+
+
+@dataclasses.dataclass(frozen=True)
+class Collective:
+    """One collective of a program.
+
+    Attributes:
+        kind: one of `KINDS`.
+        bytes: of its operands on one device, of all of them where XLA merged several.
+        trips: times that a call of the program runs it.
+        conditional: whether it stands in a branch, which not every call takes.
+    """
+
+    kind: str
+    bytes: int
+    trips: int
+    conditional: bool
+
+
+class _Instruction(NamedTuple):
+    shape: str
+    opcode: str
+    operands: str
+    attributes: str
+
+
+def collectives(text: str) -> list[Collective]:
+    """Returns the collectives that a call of a program runs.
+
+    Fusions and calls run their computations once, and a loop its body as often as it has trips. Of
+    a conditional all branches are listed, and what is in them is marked.
+
+    Args:
+        text: `compiled.as_text()`.
+
+    Raises:
+        ValueError: if `text` is no program, or has a collective in a loop of which the compiler
+            does not say how many trips it has.
+    """
+    computations: dict[str, dict[str, _Instruction]] = {}
+    entry, body = None, {}
+    for line in re.sub(r"/\*.*?\*/", "", text).splitlines():  # `/*index=5*/` in long tuples
+        if found := _INSTRUCTION.match(line):
+            body[found["name"]] = _parse(found["rest"])
+        elif found := _COMPUTATION.match(line):
+            body = computations[found["name"]] = {}
+            entry = found["name"] if found["entry"] else entry
+    if entry is None:
+        raise ValueError("`text` has no ENTRY computation; pass `compiled.as_text()`")
+    return list(_walk(computations, entry, 1, False))
+
+
+def _parse(text: str) -> _Instruction:
+    found = _OPCODE.search(text)
+    if found is None:
+        raise ValueError(f"cannot read this instruction: {text}")
+    depth, end = 1, found.end()
+    while depth:
+        depth += {"(": 1, ")": -1}.get(text[end], 0)
+        end += 1
+    operands, attributes = text[found.end() : end - 1], text[end:]
+    return _Instruction(text[: found.start()], found[1], operands, attributes)
+
+
+def _walk(
+    computations: dict[str, dict[str, _Instruction]],
+    name: str,
+    trips: int | None,
+    conditional: bool,
+) -> Iterator[Collective]:
+    instructions = computations[name]
+    for shape, opcode, operands, attributes in instructions.values():
+        kind = opcode.removesuffix("-start")
+        if kind in KINDS:
+            if trips is None:
+                raise ValueError(
+                    f"{kind} of {shape} stands in a loop whose number of trips is unknown; count "
+                    "programs whose loops are scans"
+                )
+            size = sum(_bytes(instructions[name].shape) for name in _NAMES.findall(operands))
+            yield Collective(kind, size, trips, conditional)
+        if opcode.endswith(("-done", "-update")):
+            continue  # its start names the same computation
+        times = trips
+        if opcode == "while":
+            known = _TRIPS.search(attributes)
+            times = trips * int(known[1]) if known and trips is not None else None
+        for attribute, several, single in _CALLEES.findall(attributes):
+            for callee in _NAMES.findall(several or single):
+                branch = conditional or attribute in _BRANCHES
+                yield from _walk(computations, callee, times, branch)
+
+
+def _bytes(shape: str) -> int:
+    """Returns the bytes of an array, or of all in a tuple, from a text such as `f32[4,2]{1,0}`."""
+    total = 0
+    for dtype, dims in re.findall(r"\b([a-z]\w*)\[([\d,]*)\]", shape):
+        bits = re.search(r"\d+", dtype)
+        size = 1 if dtype == "pred" else math.ceil(int(bits[0]) / 8) if bits else 0
+        total += size * math.prod(int(n) for n in dims.split(",") if n)
+    return total

@@ -1,0 +1,254 @@
+"""The benchmark of collectives counts what programs run, and deferred ways reduce once a window."""
+
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import jax
+from jax import lax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
+import pytest
+
+pytest.importorskip("rich")
+pytest.importorskip("flax")
+
+from benchmarks import collectives, collectives_tables, hlo
+
+ROOT = pathlib.Path(__file__).parent.parent
+K, DEVICES, LOCAL_BYTES = 4, 8, 2 * 3 * 4
+HAS_RESHARD = hasattr(jax, "reshard")
+EXPLICIT = ("optaccum.apply_gradients, explicit", "optaccum.value_and_grad, explicit")
+# Parameters that a window reduces, and that a hold does, in their size.
+REDUCED = {
+    "full batch": (1, None),
+    "optax.MultiSteps": (K, 1),
+    "optaccum.apply_gradients": (K, 1),
+    "optaccum.apply_gradients, shard_map": (1, 0),
+    **(dict.fromkeys(EXPLICIT, (1, 0)) if HAS_RESHARD else {}),
+    "optaccum.value_and_grad": (K, 1),
+    "optaccum.value_and_grad, shard_map": (1, 0),
+    "hand-written, shard_map": (1, 0),
+}
+
+
+def sizes(found, size):
+    """Returns how many parameter sizes are reduced, and how many bytes beside them."""
+    assert {one["kind"] for one in found} <= {"all-reduce"}
+    large = [one for one in found if one["bytes"] >= 1e-3 * size]
+    small = [one for one in found if one not in large]
+    # A token count may travel with the gradients.
+    return pytest.approx(collectives_tables.total(large) / size, rel=1e-4), small
+
+
+def test_quick_run_counts_one_reduction_a_window_where_it_is_deferred(tmp_path):
+    output = tmp_path / "collectives.json"
+    options = ["--quick", "--every-k", str(K), "--output", str(output)]
+    process = subprocess.run(
+        [sys.executable, "-m", "benchmarks.collectives", *options],
+        cwd=ROOT,
+        env={name: value for name, value in os.environ.items() if name != "XLA_FLAGS"},
+        capture_output=True,
+        text=True,
+    )
+    assert process.returncode == 0, process.stderr
+    result = json.loads(output.read_text())
+    assert (result["benchmark"], result["reference"]) == ("collectives", "full batch")
+    assert result["devices"] == DEVICES
+    rows = {row["name"]: row for row in result["contenders"]}
+    assert {name: row["agrees"] for name, row in rows.items()} == dict.fromkeys(REDUCED, True)
+    assert set(result["left_out"]) == (set() if HAS_RESHARD else set(EXPLICIT))
+    for name, (window, hold) in REDUCED.items():
+        reduced, small = sizes(rows[name]["window"], result["parameter_bytes"])
+        assert reduced == window, name
+        assert all(one["bytes"] <= 12 for one in small), name
+        if hold is None:
+            assert rows[name]["hold"] is None
+        else:
+            assert sizes(rows[name]["hold"], result["parameter_bytes"])[0] == hold, name
+    nothing = {name for name, row in rows.items() if row["hold"] == []}
+    assert nothing == {name for name in REDUCED if name.endswith("shard_map")}
+    assert rows["optax.MultiSteps"]["time_to_multi_steps"]["median"] == 1
+    assert rows["hand-written, shard_map"]["time_to_hand_written"]["median"] == 1
+    lengths = {(row["name"], row["every_k"]): row["bytes"] for row in result["by_every_k"]}
+    for name in ("optaccum.apply_gradients, shard_map", "optaccum.value_and_grad, shard_map"):
+        assert lengths[name, 4] == lengths[name, 16] == lengths[name, 64]
+    assert lengths["optax.MultiSteps", 64] == 16 * lengths["optax.MultiSteps", 4]
+    assert max(len(line) for line in process.stdout.splitlines()) <= 100
+    assert all(name in process.stdout for name in REDUCED)
+    assert ("Left out" in process.stdout) != HAS_RESHARD
+
+
+def add_up(x):
+    return lax.psum(jnp.sin(x), "data")
+
+
+def in_scan(x):
+    return lax.scan(lambda c, i: (add_up(x * c[0, 0]) + i, None), x, jnp.arange(16.0))[0]
+
+
+def in_branch(x):
+    return lax.cond(x[0, 0] > 3, add_up, jnp.cos, x)
+
+
+def in_branch_of_scan(x):
+    return lax.scan(lambda c, _: (in_branch(in_scan(c)), None), x, length=5)[0]
+
+
+def in_unbounded_loop(x):
+    return lax.while_loop(lambda c: c[0, 0] < 3, add_up, x)
+
+
+def of_every_kind(x):
+    rows = jnp.tile(jnp.sin(x), (DEVICES, 1))
+    spread = lax.psum_scatter(rows, "data", tiled=True)
+    swapped = lax.all_to_all(jnp.cos(rows), "data", 0, 0, tiled=True)
+    ring = [(i, (i + 1) % DEVICES) for i in range(DEVICES)]
+    gathered = lax.all_gather(jnp.tan(x), "data")
+    return spread + swapped[:2] + lax.ppermute(x, "data", ring) + gathered.sum(0)
+
+
+def merged(x):
+    # Scalars in enough number that the text of the program numbers its operands.
+    return sum(lax.psum([jnp.sin(x), *(x[0, 0] + i for i in range(7))], "data"))
+
+
+def found_in(function):
+    mesh = jax.make_mesh((DEVICES,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    spec = P("data")
+    mapped = jax.shard_map(function, mesh=mesh, in_specs=spec, out_specs=spec, check_vma=False)
+    text = jax.jit(mapped).lower(jnp.ones((16, 3))).compile().as_text()
+    assert text is not None
+    return {(one.kind, one.bytes, one.trips, one.conditional) for one in hlo.collectives(text)}
+
+
+@pytest.mark.parametrize(
+    ("function", "expected"),
+    [
+        (jnp.sin, set()),
+        (add_up, {("all-reduce", LOCAL_BYTES, 1, False)}),
+        (in_scan, {("all-reduce", LOCAL_BYTES, 16, False)}),
+        (in_branch, {("all-reduce", LOCAL_BYTES, 1, True)}),
+        (
+            in_branch_of_scan,
+            {("all-reduce", LOCAL_BYTES, 5 * 16, False), ("all-reduce", LOCAL_BYTES, 5, True)},
+        ),
+        (
+            of_every_kind,
+            {
+                ("reduce-scatter", DEVICES * LOCAL_BYTES, 1, False),
+                ("all-to-all", DEVICES * LOCAL_BYTES, 1, False),
+                ("collective-permute", LOCAL_BYTES, 1, False),
+                ("all-gather", LOCAL_BYTES, 1, False),
+            },
+        ),
+        (merged, {("all-reduce", LOCAL_BYTES + 7 * 4, 1, False)}),
+    ],
+    ids=lambda value: getattr(value, "__name__", ""),
+)
+def test_the_collectives_of_a_program(function, expected):
+    assert found_in(function) == expected
+
+
+def test_what_cannot_be_counted_is_refused():
+    with pytest.raises(ValueError, match=r"all-reduce .* in a loop whose number of trips"):
+        found_in(in_unbounded_loop)
+    with pytest.raises(ValueError, match="no ENTRY computation"):
+        hlo.collectives("module @jit_f {}")
+
+
+def test_collectives_that_start_and_end_apart_are_counted_once():
+    """As on an accelerator, which also says shapes of operands, and layouts with parentheses."""
+    text = """HloModule m
+
+%sum (a: f32[], b: f32[]) -> f32[] {
+  %a = f32[] parameter(0)
+  %b = f32[] parameter(1)
+  ROOT %add = f32[] add(%a, %b)
+}
+
+%scatter (p: bf16[64]) -> bf16[8] {
+  %p = bf16[64]{0:T(256)(128)} parameter(0)
+  ROOT %rs = bf16[8]{0} reduce-scatter(%p), dimensions={0}, to_apply=%sum
+}
+
+ENTRY %main (x: bf16[64], y: f32[4,2]) -> bf16[8] {
+  %x = bf16[64]{0:T(256)(128)} parameter(0)
+  %y = f32[4,2]{1,0} parameter(1)
+  %s = ((bf16[64]), bf16[8], u32[]) async-start(bf16[64]{0:T(256)(128)} %x), calls=%scatter
+  %g = (f32[4,2]{1,0}, f32[32,2]{1,0}) all-gather-start(f32[4,2]{1,0} %y), dimensions={0}
+  %h = f32[32,2]{1,0} all-gather-done((f32[4,2]{1,0}, f32[32,2]{1,0}) %g)
+  ROOT %d = bf16[8]{0} async-done(((bf16[64]), bf16[8], u32[]) %s), calls=%scatter
+}
+"""
+    found = [(one.kind, one.bytes, one.trips) for one in hlo.collectives(text)]
+    assert found == [("reduce-scatter", 128, 1), ("all-gather", 32, 1)]
+
+
+def test_a_release_counts_once_a_window_and_a_scan_once_a_microbatch():
+    class Program:
+        def __init__(self, *found):
+            self.found = found
+
+        def as_text(self):
+            return self
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(hlo, "collectives", lambda program: list(program.found))
+        one = hlo.Collective("all-reduce", 100, 1, False)
+        release = hlo.Collective("all-reduce", 900, 1, True)
+        window, hold = collectives.traffic([Program(one, release)] * 3, 3)
+        assert hold == [{"kind": "all-reduce", "bytes": 100, "times": 1}]
+        assert window == [{"kind": "all-reduce", "bytes": 900, "times": 1}, hold[0] | {"times": 3}]
+        window, hold = collectives.traffic([Program(hlo.Collective("all-gather", 5, 3, False))], 3)
+        assert hold == [{"kind": "all-gather", "bytes": 5, "times": 1}]
+        assert window == [hold[0] | {"times": 3}]
+
+
+def test_the_calculation_by_hand():
+    scale = collectives_tables.Scale(
+        chips=2,
+        parameters=1e9,
+        every_k=4,
+        tokens=1000,
+        peak=1e14,
+        utilization=0.5,
+        bandwidth=1e9,
+    )
+    # 6e12 operations at 5e13 a second, two thirds of them backward; 2 (n - 1) / n is 1 for two.
+    assert scale.compute_seconds == pytest.approx(0.12)
+    assert scale.window_tokens == 8000
+    assert scale.hiding_tokens(2) == pytest.approx(25_000)
+    rows = [tuple(row.values())[1:] for row in collectives_tables.at_scale(scale)]
+    assert rows == [
+        pytest.approx((8e9, 8, 8 / 8.48, 7.68)),
+        pytest.approx((16e9, 16, 16 / 16.48, 15.68)),
+        pytest.approx((4e9, 4, 4 / 4.48, 4)),
+    ]
+    fast = collectives_tables.Scale(chips=2, bandwidth=1e15)
+    assert [row["left_seconds"] > 0 for row in collectives_tables.at_scale(fast)] == [0, 0, 1]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--every-k", "1"), "must be at least 2"),
+        (("--microbatch", "0"), "must be at least 1"),
+        (("--parameters", "7b"), "invalid choice"),
+        (("--output", "no/such/folder.json"), "not a file in an existing folder"),
+    ],
+)
+def test_a_bad_argument_is_refused(arguments, message, capsys):
+    with pytest.raises(SystemExit) as exit_info:
+        collectives.parse_args(arguments)
+    assert exit_info.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+def test_a_single_device_is_refused(monkeypatch, capsys):
+    monkeypatch.setattr(jax, "device_count", lambda: 1)
+    with pytest.raises(SystemExit):
+        collectives.parse_args([])
+    assert "needs at least 2 devices, found 1 cpu" in capsys.readouterr().err
