@@ -26,7 +26,7 @@ from typing import Any, NamedTuple
 from digits import BATCH_SIZE, CNN
 from flax import nnx
 import jax
-from jax.experimental.multihost_utils import reached_preemption_sync_point
+from jax.experimental.multihost_utils import process_allgather, reached_preemption_sync_point
 import numpy as np
 import optax
 from orbax.checkpoint import v1 as ocp
@@ -142,11 +142,10 @@ def train(job: Job, args: argparse.Namespace, checkpoints: Any = None) -> State:
     processes, devices = jax.process_count(), jax.device_count()
     with Progress(disable=jax.process_index() > 0) as progress:
         task = progress.add_task(name_run(processes, devices), total=last, completed=start)
-        for number in range(start, last):
-            state = job.train_step(state, *read_microbatch(job, number, args.every_k))
+        for done in range(start + 1, last + 1):
+            state = job.train_step(state, *read_microbatch(job, done - 1, args.every_k))
             jax.block_until_ready(state)  # a dead process shows here, not in a save
             progress.update(task, advance=1)
-            done = number + 1
             # jax takes SIGTERM for a notice, and all processes agree on where to stop.
             stop = jax.distributed.is_initialized() and reached_preemption_sync_point(done)
             if checkpoints and (stop or done % args.save_every == 0 or done == last):
@@ -176,8 +175,7 @@ def print_table(job: Job, results: dict[str, State]) -> None:
         distance = max(np.abs(np.asarray(a) - np.asarray(b)).max() for a, b in leaves)
         compared = f"{distance:.2g}" if params is not exact.params else ""
         table.add_row(name, f"{loss:.6f}", f"{accuracy:.1%}", compared)
-    if jax.process_index() == 0:
-        Console().print(table)
+    Console(quiet=jax.process_index() > 0).print(table)
 
 
 def compare(args: argparse.Namespace) -> None:
@@ -191,6 +189,9 @@ def compare(args: argparse.Namespace) -> None:
 
 def work(args: argparse.Namespace) -> None:
     """Do one process's part of the training."""
+    given = process_allgather(np.array([args.steps, args.every_k, args.save_every]))
+    if (given != given[0]).any():  # they would wait for each other for ever
+        raise ValueError(f"processes differ in --steps, --every-k, --save-every: {given.tolist()}")
     job = make_job(args)
     with open_checkpoints(args.checkpoints) as checkpoints:
         state = train(job, args, checkpoints)
@@ -222,7 +223,7 @@ def launch(processes: int, devices: int, *options: str) -> None:
     flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={devices}"
     environment = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags.strip()}
     command = [sys.executable, __file__, *sys.argv[1:], *options, "--worker", address]
-    caught: list[int] = []
+    caught, deadline = [], float("inf")
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda number, frame: caught.append(number))
     # In a session of its own a process does not get the terminal's Ctrl-C, only what is relayed.
@@ -234,7 +235,6 @@ def launch(processes: int, devices: int, *options: str) -> None:
     try:
         pids = ", ".join(f"{i} (pid {child.pid})" for i, child in enumerate(children))
         print(f"Started process {pids}", flush=True)
-        deadline = float("inf")
         while None in (codes := [child.poll() for child in children]):
             if (any(codes) and not caught) or len(caught) > 1 or time.monotonic() > deadline:
                 break

@@ -45,7 +45,8 @@ def is_manual(axes: tuple[str, ...]) -> bool:
         if axis not in types:
             raise ValueError(
                 f"`reduce_axes` names {axis!r}, but the mesh here has the axes {list(types)}; call "
-                "`init` and `update` inside the same jax.shard_map or under jax.set_mesh"
+                "`init` and `update` inside the same jax.shard_map or under jax.set_mesh (and in "
+                "jax.pmap, which has no types of parts, reduce at the beginning of `inner`)"
             )
         if types[axis] == AxisType.Auto:
             raise ValueError(
@@ -131,9 +132,10 @@ def check_parts(grads: Any, axes: tuple[str, ...]) -> None:
         if manual and (missing := set(axes) - varying(g)):
             raise TypeError(
                 f"gradient leaf {_name(path)} does not vary over {sorted(missing)} of "
-                "`reduce_axes`: it has been summed already, or jax.shard_map was told "
-                "`check_vma=False`; differentiate with respect to `jax.lax.pcast(params, axes, "
-                "to='varying')` with `check_vma=True`, or leave `reduce_axes` out"
+                "`reduce_axes`: it has been summed already, or nothing here tells (jax.shard_map "
+                "with `check_vma=False`, jax.pmap); differentiate with respect to "
+                "`jax.lax.pcast(params, axes, to='varying')` in a jax.shard_map with "
+                "`check_vma=True`, or leave `reduce_axes` out"
             )
         seen |= unreduced(g) | set(jax.tree.leaves(_partitions(g)))
     if axes and not manual and (missing := set(axes) - seen) and jax.tree.leaves(grads):

@@ -168,6 +168,34 @@ def test_a_signal_saves_where_all_processes_agree(endless, tmp_path):
     assert max(saved) == int(done)
 
 
+def test_processes_that_were_started_differently_all_stop(tmp_path):
+    """Else the one would wait for the other, in a step that it does not take."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        address = f"127.0.0.1:{server.getsockname()[1]}"
+    workers = [
+        subprocess.Popen(
+            [*COMMAND, "--steps=1000", f"--every-k={5 + i}", "--worker", address, "2", str(i)],
+            cwd=tmp_path,
+            env=ENVIRONMENT,
+            encoding="utf-8",
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+        )
+        for i in range(2)
+    ]
+    try:
+        errors = [worker.communicate(timeout=90)[1] for worker in workers]
+    finally:
+        for worker in workers:
+            worker.kill()
+            worker.wait()
+    assert all(worker.returncode for worker in workers), errors
+    # One may die of the other's end before it has printed its own error.
+    message = "differ in --steps, --every-k, --save-every: [[1000, 5, 50], [1000, 6, 50]]"
+    assert any(message in error for error in errors), errors
+    assert not any(tmp_path.rglob("[0-9]*")), "trained and saved"
+
+
 @pytest.mark.parametrize(
     ("option", "value"),
     [

@@ -33,7 +33,8 @@ from optaccum import (
     value_and_grad,
 )
 
-pytestmark = pytest.mark.skipif(not hasattr(jax, "reshard"), reason="needs a newer JAX")
+needs_reshard = pytest.mark.skipif(not hasattr(jax, "reshard"), reason="needs a newer JAX")
+pytestmark = needs_reshard
 
 
 @pytest.fixture
