@@ -1,4 +1,4 @@
-"""What several test modules share: ways to take a step, and an inner that records."""
+"""What several test modules share: ways to take a step, an inner that records, parts of sums."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -70,3 +70,10 @@ def recording() -> optax.GradientTransformationExtraArgs:
         return updates, RecordingState(state.count + 1, jnp.asarray(value, jnp.float32))
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def vary(tree: Any) -> Any:
+    """Returns values that devices share as each device's own over the axis "data"."""
+    if hasattr(jax.lax, "pcast"):
+        return jax.tree.map(lambda x: jax.lax.pcast(x, "data", to="varying"), tree)
+    return jax.tree.map(lambda x: jax.lax.pvary(x, "data"), tree)

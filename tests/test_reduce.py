@@ -10,7 +10,7 @@ from jax.sharding import AxisType, PartitionSpec as P
 import numpy as np
 import optax
 import pytest
-from support import STEPS
+from support import STEPS, vary
 
 from optaccum import (
     AccumulateState,
@@ -65,15 +65,6 @@ def assert_close(actual, expected):
     jax.tree.map(
         lambda a, e: np.testing.assert_allclose(a, e, rtol=2e-5, atol=2e-5), actual, expected
     )
-
-
-def vary(tree):
-    cast = (
-        functools.partial(jax.lax.pcast, to="varying")
-        if hasattr(jax.lax, "pcast")
-        else jax.lax.pvary
-    )
-    return jax.tree.map(lambda x: cast(x, "data"), tree)
 
 
 @pytest.fixture
