@@ -1,4 +1,4 @@
-"""Settings of the whole suite: eight CPU devices, and the helper that switches to 64 bits."""
+"""Settings of the whole suite: eight CPU devices, meshes of them, and a switch to 64 bits."""
 
 import os
 
@@ -9,7 +9,9 @@ os.environ["XLA_FLAGS"] = (
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 import jax
+from jax.sharding import AxisType
 import pytest
+import support
 
 
 @pytest.fixture
@@ -18,3 +20,9 @@ def x64():
     jax.config.update("jax_enable_x64", True)
     yield
     jax.config.update("jax_enable_x64", False)
+
+
+@pytest.fixture(params=[AxisType.Auto, AxisType.Explicit], ids=["auto", "explicit"])
+def mesh(request):
+    """Eight devices along "data", sharded by the compiler or as part of the types."""
+    return support.make_mesh(request.param)

@@ -1,14 +1,19 @@
-"""What several test modules share: ways to take a step, an inner that records, parts of sums."""
+"""What several test modules share: steps, an inner that records, devices, scripts."""
 
 from collections.abc import Callable
+import importlib.util
+import pathlib
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import AxisType
 import optax
 import pytest
 
 import optaccum
+
+DEVICES = 8
 
 
 def update_and_apply(
@@ -77,3 +82,21 @@ def vary(tree: Any) -> Any:
     if hasattr(jax.lax, "pcast"):
         return jax.tree.map(lambda x: jax.lax.pcast(x, "data", to="varying"), tree)
     return jax.tree.map(lambda x: jax.lax.pvary(x, "data"), tree)
+
+
+def make_mesh(kind: AxisType, devices: int = DEVICES) -> jax.sharding.Mesh:
+    """Returns a mesh with one axis "data" over the first devices, or skips the test."""
+    if jax.device_count() < DEVICES:
+        pytest.skip(f"needs {DEVICES} devices")
+    shape, chosen = (devices,), jax.devices()[:devices]
+    return jax.make_mesh(shape, ("data",), axis_types=(kind,), devices=chosen)
+
+
+def load_script(path: pathlib.Path) -> Any:
+    """Returns the module that a script is."""
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module

@@ -1,6 +1,5 @@
 """The examples run, and show what they say they show."""
 
-import importlib.util
 import os
 from pathlib import Path
 import re
@@ -9,6 +8,7 @@ import sys
 
 import numpy as np
 import pytest
+import support
 
 for requirement in ("flax", "matplotlib", "rich", "sklearn"):
     pytest.importorskip(requirement)
@@ -22,12 +22,7 @@ TRAP = "chain(accumulate(k), adamw)"
 
 @pytest.fixture(scope="module")
 def digits():
-    spec = importlib.util.spec_from_file_location("digits", DIGITS)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return support.load_script(DIGITS)
 
 
 @pytest.fixture(scope="module")

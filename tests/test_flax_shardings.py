@@ -9,6 +9,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 import numpy as np
 import optax
 import pytest
+import support
 from test_flax import OWG, Fp8, input_history
 from test_sharded_sums import _bytes, _gathers
 
@@ -23,9 +24,7 @@ TX = accumulate(K, INNER)
 
 @pytest.fixture
 def mesh():
-    if jax.device_count() < DEVICES:
-        pytest.skip(f"needs {DEVICES} devices")
-    return jax.make_mesh((DEVICES,), ("data",), axis_types=(AxisType.Auto,))
+    return support.make_mesh(AxisType.Auto)
 
 
 class Plain(nn.Module):

@@ -1,7 +1,6 @@
 """The language model trains, is stopped and goes on, and weighs its microbatches rightly."""
 
 import argparse
-import importlib.util
 import os
 from pathlib import Path
 import re
@@ -13,6 +12,7 @@ import time
 import jax
 import numpy as np
 import pytest
+import support
 
 for requirement in ("matplotlib", "rich"):
     pytest.importorskip(requirement)
@@ -30,12 +30,7 @@ ENVIRONMENT = {**os.environ, "PYTHONPATH": str(REPOSITORY), "COLUMNS": "100"}
 
 @pytest.fixture(scope="module")
 def lm():
-    spec = importlib.util.spec_from_file_location("lm", LM)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return support.load_script(LM)
 
 
 @pytest.fixture(scope="module")

@@ -1,7 +1,6 @@
 """Real processes train like one, go on as one, and do not wait for the dead."""
 
 import argparse
-import importlib.util
 import os
 from pathlib import Path
 import re
@@ -15,6 +14,7 @@ import time
 import jax
 import numpy as np
 import pytest
+import support
 
 for requirement in ("flax", "matplotlib", "rich", "sklearn"):
     pytest.importorskip(requirement)
@@ -40,12 +40,7 @@ TOLERANCE = STEPS * 3e-3 * (8 * 2**-24 * 0.1) / 1e-6
 def multihost():
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(MULTIHOST.parent)
-        spec = importlib.util.spec_from_file_location("multihost", MULTIHOST)
-        assert spec is not None
-        assert spec.loader is not None
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-    return module
+        return support.load_script(MULTIHOST)
 
 
 @pytest.fixture(scope="module")

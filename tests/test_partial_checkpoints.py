@@ -6,6 +6,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
+from support import DEVICES, make_mesh
 from test_reduce import (
     INNER,
     MASK,
@@ -21,16 +22,8 @@ from test_reduce_explicit import explicit_step, needs_reshard
 
 from optaccum import accumulate, state_shardings
 
-DEVICES = 8
 HELD = K + 2  # microbatches before the save: one window, and two thirds of the next
 AVERAGING = accumulate(K, INNER, reduce_axes="data", average_args=("value",))
-
-
-def make_mesh(devices, kind):
-    if jax.device_count() < DEVICES:
-        pytest.skip(f"needs {DEVICES} devices")
-    devices = jax.devices()[:devices]
-    return jax.make_mesh((len(devices),), ("data",), axis_types=(kind,), devices=devices)
 
 
 def save(tree, folder):
@@ -64,7 +57,7 @@ def fold(state, devices):
 def stopped(tmp_path_factory):
     """A run in `jax.shard_map`: its step, where it stopped, the result, and the checkpoint."""
     folder = tmp_path_factory.mktemp("stopped")
-    init, step = make_programs(AVERAGING, make_mesh(DEVICES, AxisType.Auto))
+    init, step = make_programs(AVERAGING, make_mesh(AxisType.Auto))
     held = train(step, jax.tree.map(jnp.copy, PARAMS), init(PARAMS), end=HELD)
     save(held, folder)
     template = jax.tree.map(ocp.utils.to_shape_dtype_struct, held)
@@ -86,7 +79,7 @@ def test_parts_in_shard_map_go_on_bit_for_bit_on_as_many_devices(stopped):
 @pytest.mark.parametrize("devices", [4, 1])
 def test_parts_in_shard_map_go_on_on_other_devices(stopped, devices):
     _, template, (_, expected), folder = stopped
-    mesh = make_mesh(devices, AxisType.Auto)
+    mesh = make_mesh(AxisType.Auto, devices)
     everywhere = NamedSharding(mesh, P())
     template = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=everywhere), template
@@ -130,7 +123,7 @@ def start_explicit(mesh):
 def stopped_explicit(tmp_path_factory):
     """The checkpoint of a run under explicit sharding, and the sums in it."""
     folder = tmp_path_factory.mktemp("stopped")
-    mesh = make_mesh(DEVICES, AxisType.Explicit)
+    mesh = make_mesh(AxisType.Explicit)
     with jax.set_mesh(mesh):
         step, params, fresh, _ = start_explicit(mesh)
         params, state = train(step, params, fresh, end=HELD)
@@ -144,7 +137,7 @@ def stopped_explicit(tmp_path_factory):
 @pytest.mark.parametrize("devices", [DEVICES, 1])
 def test_unreduced_sums_are_saved_whole_and_go_on_on_any_devices(request, devices):
     folder = request.getfixturevalue("stopped_explicit")
-    mesh = make_mesh(devices, AxisType.Explicit)
+    mesh = make_mesh(AxisType.Explicit, devices)
     with jax.set_mesh(mesh):
         step, params, fresh, shardings = start_explicit(mesh)
         template = jax.tree.map(ocp.utils.to_shape_dtype_struct, (params, whole(fresh)))

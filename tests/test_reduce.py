@@ -10,7 +10,7 @@ from jax.sharding import AxisType, PartitionSpec as P
 import numpy as np
 import optax
 import pytest
-from support import STEPS, vary
+from support import DEVICES, STEPS, make_mesh, vary
 
 from optaccum import (
     AccumulateState,
@@ -22,7 +22,7 @@ from optaccum import (
     value_and_grad,
 )
 
-DEVICES, K, ROWS = 8, 3, 16
+K, ROWS = 3, 16
 SPECS = AccumulateState(
     mini_step=P(),
     gradient_step=P(),
@@ -69,7 +69,7 @@ def assert_close(actual, expected):
 
 @pytest.fixture
 def mesh():
-    return jax.make_mesh((DEVICES,), ("data",), axis_types=(AxisType.Auto,))
+    return make_mesh(AxisType.Auto)
 
 
 def make_programs(tx, mesh, step_name="apply_gradients", **extra_args):

@@ -9,8 +9,8 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 import numpy as np
 import optax
 import pytest
+from support import make_mesh
 from test_reduce import (
-    DEVICES,
     INNER,
     MASK,
     PARAMS,
@@ -39,8 +39,7 @@ pytestmark = needs_reshard
 
 @pytest.fixture
 def explicit():
-    mesh = jax.make_mesh((DEVICES,), ("data",), axis_types=(AxisType.Explicit,))
-    with jax.set_mesh(mesh):
+    with jax.set_mesh(mesh := make_mesh(AxisType.Explicit)):
         yield mesh
 
 

@@ -24,13 +24,6 @@ SPECS = {"w": P("data", None), "b": P("data")}
 BATCHES = jax.random.normal(jax.random.key(0), (2 * K, ROWS, 8))
 
 
-@pytest.fixture(params=[AxisType.Auto, AxisType.Explicit], ids=["auto", "explicit"])
-def mesh(request):
-    if jax.device_count() < DEVICES:
-        pytest.skip(f"needs {DEVICES} devices")
-    return jax.make_mesh((DEVICES,), ("data",), axis_types=(request.param,))
-
-
 only_auto = pytest.mark.parametrize("mesh", [AxisType.Auto], ids=["auto"], indirect=True)
 
 

@@ -18,13 +18,6 @@ SPECS = {"w": P("data", None), "b": P(None)}
 BATCH = jax.random.normal(jax.random.key(0), (4, 16, 8))
 
 
-@pytest.fixture(params=[AxisType.Auto, AxisType.Explicit], ids=["auto", "explicit"])
-def mesh(request):
-    if jax.device_count() < DEVICES:
-        pytest.skip(f"needs {DEVICES} devices")
-    return jax.make_mesh((DEVICES,), ("data",), axis_types=(request.param,))
-
-
 def _loss(params, x):
     return jnp.mean((x @ params["w"] + params["b"]) ** 2)
 

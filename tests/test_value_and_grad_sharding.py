@@ -20,13 +20,6 @@ BATCH = {
 COLLECTIVES = r"\b(all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute)(?:-start)?\("
 
 
-@pytest.fixture(params=[AxisType.Auto, AxisType.Explicit], ids=["auto", "explicit"])
-def mesh(request):
-    if jax.device_count() < DEVICES:
-        pytest.skip(f"needs {DEVICES} devices")
-    return jax.make_mesh((DEVICES,), ("data",), axis_types=(request.param,))
-
-
 def _loss(params, batch):
     errors = jnp.mean(jnp.tanh(batch["x"] @ params["w"] + params["b"]) ** 2, axis=1)
     return jnp.sum(batch["weight"] * errors) / jnp.maximum(jnp.sum(batch["weight"]), 1e-9)
