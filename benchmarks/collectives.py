@@ -31,6 +31,7 @@ import argparse
 import collections
 import dataclasses
 import functools
+import os
 from typing import Any
 
 import jax
@@ -47,6 +48,7 @@ from benchmarks.parallel import (
 )
 
 CPU_DEVICES = 8
+CPU_FLAG = "xla_force_host_platform_device_count"
 GROWING = (MULTI_STEPS, CALLS_DEFERRED, IN_STEP_DEFERRED)
 DEFAULTS = {  # quick, CPU, GPU
     "parameters": ("80k", "3m", "110m"),
@@ -175,13 +177,23 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     args = harness.parse_args(parser, DEFAULTS, argv)
     if jax.device_count() < 2:
         found = f"{jax.device_count()} {jax.devices()[0].device_kind}"
-        parser.error(f"needs at least 2 devices, found {found}; JAX_PLATFORMS=cpu makes 8 of a CPU")
+        parser.error(
+            f"needs at least 2 devices, found {found}; with JAX_PLATFORMS=cpu, and without "
+            f"--{CPU_FLAG} in XLA_FLAGS, a CPU becomes {CPU_DEVICES}"
+        )
     return args
+
+
+def make_cpu_devices() -> None:
+    """Makes several devices of a CPU, unless the user has said how many."""
+    told = CPU_FLAG in os.environ.get("XLA_FLAGS", "") or "JAX_NUM_CPU_DEVICES" in os.environ
+    if not told:
+        jax.config.update("jax_num_cpu_devices", CPU_DEVICES)
 
 
 def main() -> None:
     """Runs the benchmark."""
-    jax.config.update("jax_num_cpu_devices", CPU_DEVICES)  # before anything asks for a device
+    make_cpu_devices()  # before anything asks for one
     harness.run(parse_args(), measure, print_tables)
 
 

@@ -22,7 +22,7 @@ def setting(result: dict[str, Any]) -> str:
 def collectives_cell(found: list[dict[str, Any]] | None, parameter_bytes: int) -> str:
     """Returns how often collectives run, times their mean size in that of the parameters.
 
-    Those below a thousandth of it are counted apart, in bytes. An all-reduce goes without saying.
+    Those below a thousandth of it come apart, in bytes. An all-reduce goes without saying.
     """
     if not found:
         return "-" if found is None else "none"
@@ -45,7 +45,6 @@ def traffic_rows(result: dict[str, Any]) -> list[dict[str, str]]:
         {
             "contender": row["name"],
             "all-reduces a window": collectives_cell(row["window"], size),
-            "in all": f"{total(row['window']) / size:.2f}",
             "in a hold": collectives_cell(row["hold"], size),
         }
         for row in result["contenders"]
@@ -87,7 +86,7 @@ class Scale:
         tokens: of one chip in one microbatch.
         peak: operations per second of a chip.
         utilization: share of the peak that training reaches.
-        bandwidth: bytes per second that a chip sends during a reduction.
+        bandwidths: bytes per second that a chip sends during a reduction, a slow and a fast case.
     """
 
     chips: int = 1024
@@ -96,19 +95,19 @@ class Scale:
     tokens: int = 2048
     peak: float = 1e15
     utilization: float = 0.4
-    bandwidth: float = 100e9
+    bandwidths: tuple[float, ...] = (100e9, 400e9)
 
     def __str__(self) -> str:
+        free = " (float32: ".join(f"{self.free_bandwidth(b) / 1e9:,.0f}" for b in (2, 4))
         return (
             f"Calculated, not measured. Assumed: {self.chips:,} chips, each with all of "
             f"{self.parameters / 1e9:g} B parameters; k = {self.every_k} microbatches of "
             f"{self.tokens:,} tokens a chip, so {self.window_tokens / 1e6:,.1f} M a window; "
-            f"{self.utilization:.0%} of {self.peak / 1e12:,.0f} TFLOP/s; a chip sends "
-            f"{self.bandwidth / 1e9:,.0f} GB/s while it reduces. Then a microbatch computes for "
-            f"{self.compute_seconds:.3f} s; float32 sums take {4 * self.parameters / 1e9:,.0f} GB "
-            f"of each chip, beside {12 * self.parameters / 1e9:,.0f} GB of parameters and AdamW's "
-            f"moments; and from {self.hiding_tokens(2):,.0f} tokens on (float32: "
-            f"{self.hiding_tokens(4):,.0f}) a reduction fits into its own backward pass."
+            f"{self.utilization:.0%} of {self.peak / 1e12:,.0f} TFLOP/s, where attention's own "
+            "products and rematerialization are not counted. Then a microbatch computes for "
+            f"{self.compute_seconds:.3f} s, and its reduction fits into its backward pass from "
+            f"{free}) GB/s on. Beside the sums a chip holds {12 * self.parameters / 1e9:,.0f} GB "
+            "of float32 parameters and AdamW's moments, and gradients and activations."
         )
 
     @property
@@ -121,42 +120,55 @@ class Scale:
         """Time of one microbatch's forward and backward pass: 6 N T / (peak x utilization)."""
         return 6 * self.parameters * self.tokens / (self.peak * self.utilization)
 
-    def sent_bytes(self, bytes_each: int) -> float:
-        """Bytes that a chip sends for one ring all-reduce of all gradients: 2 (n - 1) / n of it."""
-        return 2 * (self.chips - 1) / self.chips * self.parameters * bytes_each
+    @property
+    def backward_seconds(self) -> float:
+        """Time of its backward pass alone."""
+        return 2 / 3 * self.compute_seconds
 
-    def hiding_tokens(self, bytes_each: int) -> float:
-        """Tokens of a chip in a microbatch whose backward pass is as long as one reduction."""
-        seconds = self.sent_bytes(bytes_each) / self.bandwidth
-        return seconds * self.peak * self.utilization / (4 * self.parameters)
+    def scatter_bytes(self, bytes_each: int) -> float:
+        """Bytes that a chip sends to reduce-scatter, or to gather, all parameters in a ring."""
+        return (self.chips - 1) / self.chips * self.parameters * bytes_each
+
+    def reduce_bytes(self, bytes_each: int) -> float:
+        """Bytes that a chip sends to all-reduce them: to scatter and to gather."""
+        return 2 * self.scatter_bytes(bytes_each)
+
+    def free_bandwidth(self, bytes_each: int) -> float:
+        """Bytes per second at which an all-reduce takes no longer than a backward pass."""
+        return self.reduce_bytes(bytes_each) / self.backward_seconds
 
 
 def at_scale(scale: Scale) -> list[dict[str, Any]]:
     """Returns what reducing in each microbatch and once a window would cost: nothing is measured.
 
-    Each microbatch's reduction could run during its backward pass, which is two thirds of its
-    time; that of a window begins after the last one, and nothing hides it.
+    Each microbatch's reduction could run during its backward pass. That of a window begins after
+    the last one, and so does the gathering of what was scattered: nothing hides them.
     """
+    sums = 4 * scale.parameters
+    # For each way: bytes sent in a microbatch, bytes sent in a release, bytes of a chip's sums.
     ways = {
-        "each microbatch, bfloat16": (scale.every_k, 2),
-        "each microbatch, float32": (scale.every_k, 4),
-        "once a window, float32": (1, 4),
+        "each microbatch, float32": (scale.reduce_bytes(4), 0.0, sums),
+        "each microbatch, bfloat16": (scale.reduce_bytes(2), 0.0, sums),
+        "each microbatch, bfloat16, scattered (ZeRO-2)": (
+            scale.scatter_bytes(2),
+            scale.scatter_bytes(4),
+            sums / scale.chips,
+        ),
+        "once a window, float32": (0.0, scale.reduce_bytes(4), sums),
     }
-    computing = scale.every_k * scale.compute_seconds
-    rows = []
-    for name, (times, size) in ways.items():
-        seconds = scale.sent_bytes(size) / scale.bandwidth
-        hidden = min(seconds, 2 / 3 * scale.compute_seconds) if times > 1 else 0.0
-        rows.append(
-            {
-                "name": name,
-                "sent_bytes": times * scale.sent_bytes(size),
-                "seconds": times * seconds,
-                "share": times * seconds / (times * seconds + computing),
-                "left_seconds": times * (seconds - hidden),
-            }
-        )
-    return rows
+    return [
+        {
+            "name": name,
+            "sent_bytes": scale.every_k * each + once,
+            "sum_bytes": held,
+            "seconds": [(scale.every_k * each + once) / b for b in scale.bandwidths],
+            "left_seconds": [
+                scale.every_k * max(0.0, each / b - scale.backward_seconds) + once / b
+                for b in scale.bandwidths
+            ],
+        }
+        for name, (each, once, held) in ways.items()
+    ]
 
 
 def scale_rows(scale: Scale) -> list[dict[str, str]]:
@@ -164,10 +176,14 @@ def scale_rows(scale: Scale) -> list[dict[str, str]]:
     return [
         {
             "reduction": row["name"],
+            "sums on a chip": f"{row['sum_bytes'] / 1e9:,.3g} GB",
             "a chip sends": f"{row['sent_bytes'] / 1e9:,.0f} GB",
-            "takes": f"{row['seconds']:.2f} s",
-            "of the window, nothing hidden": f"{row['share']:.0%}",
-            "left, hidden as far as can be": f"{row['left_seconds']:.2f} s",
+        }
+        | {
+            f"at {bandwidth / 1e9:,.0f} GB/s (not hidden)": f"{seconds:.2f} s ({left:.2f} s)"
+            for bandwidth, seconds, left in zip(
+                scale.bandwidths, row["seconds"], row["left_seconds"], strict=True
+            )
         }
         for row in at_scale(scale)
     ]

@@ -43,8 +43,14 @@ def make_parser(name: str, description: str | None) -> argparse.ArgumentParser:
 
 def check_output(parser: argparse.ArgumentParser, output: pathlib.Path | None) -> None:
     """Ends with a usage error if the figures could not be written, before they are measured."""
-    if output and (output.is_dir() or not output.parent.is_dir()):
+    if output is None:
+        return
+    if output.is_dir() or not output.parent.is_dir():
         parser.error(f"argument --output: {output} is not a file in an existing folder")
+    try:
+        output.open("a").close()
+    except OSError as error:
+        parser.error(f"argument --output: {error}")
 
 
 def parse_args(

@@ -6,12 +6,20 @@ import math
 import re
 from typing import NamedTuple
 
-KINDS = ("all-reduce", "reduce-scatter", "all-gather", "all-to-all", "collective-permute")
+KINDS = (
+    "all-reduce",
+    "reduce-scatter",
+    "all-gather",
+    "all-to-all",
+    "ragged-all-to-all",
+    "collective-permute",
+    "collective-broadcast",
+)
 _COMPUTATION = re.compile(r"(?P<entry>ENTRY )?%?(?P<name>[\w.\-]+)[^=]*\{$")
 _INSTRUCTION = re.compile(r"\s+(?:ROOT )?%?(?P<name>[\w.\-]+) = (?P<rest>.*)")
 _OPCODE = re.compile(r" ([a-z][\w\-]*)\(")  # a layout's parentheses follow no space
 _CALLEES = re.compile(
-    r"\b(body|to_apply|calls|called_computations|branch_computations|true_computation"
+    r"\b(body|condition|to_apply|calls|called_computations|branch_computations|true_computation"
     r"|false_computation)=(?:\{([^}]*)\}|(%?[\w.\-]+))"
 )
 _BRANCHES = ("branch_computations", "true_computation", "false_computation")
@@ -25,7 +33,8 @@ class Collective:
 
     Attributes:
         kind: one of `KINDS`.
-        bytes: of its operands on one device, of all of them where XLA merged several.
+        bytes: of its operands on one device, of all of them where XLA merged several. In a ring a
+            device sends 2 (n - 1) / n of that for an all-reduce, (n - 1) / n for a reduce-scatter.
         trips: times that a call of the program runs it.
         conditional: whether it stands in a branch, which not every call takes.
     """

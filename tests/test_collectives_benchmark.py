@@ -101,6 +101,10 @@ def in_unbounded_loop(x):
     return lax.while_loop(lambda c: c[0, 0] < 3, add_up, x)
 
 
+def in_condition(x):
+    return lax.while_loop(lambda c: lax.psum(c[0, 0], "data") < 3, lambda c: c + 1, x)
+
+
 def of_every_kind(x):
     rows = jnp.tile(jnp.sin(x), (DEVICES, 1))
     spread = lax.psum_scatter(rows, "data", tiled=True)
@@ -121,40 +125,43 @@ def found_in(function):
     mapped = jax.shard_map(function, mesh=mesh, in_specs=spec, out_specs=spec, check_vma=False)
     text = jax.jit(mapped).lower(jnp.ones((16, 3))).compile().as_text()
     assert text is not None
-    return {(one.kind, one.bytes, one.trips, one.conditional) for one in hlo.collectives(text)}
+    found = hlo.collectives(text)
+    return sorted((one.kind, one.bytes, one.trips, one.conditional) for one in found)
 
 
 @pytest.mark.parametrize(
     ("function", "expected"),
     [
-        (jnp.sin, set()),
-        (add_up, {("all-reduce", LOCAL_BYTES, 1, False)}),
-        (in_scan, {("all-reduce", LOCAL_BYTES, 16, False)}),
-        (in_branch, {("all-reduce", LOCAL_BYTES, 1, True)}),
+        (jnp.sin, []),
+        (add_up, [("all-reduce", LOCAL_BYTES, 1, False)]),
+        (in_scan, [("all-reduce", LOCAL_BYTES, 16, False)]),
+        (in_branch, [("all-reduce", LOCAL_BYTES, 1, True)]),
         (
             in_branch_of_scan,
-            {("all-reduce", LOCAL_BYTES, 5 * 16, False), ("all-reduce", LOCAL_BYTES, 5, True)},
+            [("all-reduce", LOCAL_BYTES, 5 * 16, False), ("all-reduce", LOCAL_BYTES, 5, True)],
         ),
         (
             of_every_kind,
-            {
+            [
                 ("reduce-scatter", DEVICES * LOCAL_BYTES, 1, False),
                 ("all-to-all", DEVICES * LOCAL_BYTES, 1, False),
                 ("collective-permute", LOCAL_BYTES, 1, False),
                 ("all-gather", LOCAL_BYTES, 1, False),
-            },
+            ],
         ),
-        (merged, {("all-reduce", LOCAL_BYTES + 7 * 4, 1, False)}),
+        (merged, [("all-reduce", LOCAL_BYTES + 7 * 4, 1, False)]),
     ],
     ids=lambda value: getattr(value, "__name__", ""),
 )
 def test_the_collectives_of_a_program(function, expected):
-    assert found_in(function) == expected
+    assert found_in(function) == sorted(expected)
 
 
 def test_what_cannot_be_counted_is_refused():
     with pytest.raises(ValueError, match=r"all-reduce .* in a loop whose number of trips"):
         found_in(in_unbounded_loop)
+    with pytest.raises(ValueError, match=r"all-reduce .* in a loop whose number of trips"):
+        found_in(in_condition)
     with pytest.raises(ValueError, match="no ENTRY computation"):
         hlo.collectives("module @jit_f {}")
 
@@ -215,20 +222,21 @@ def test_the_calculation_by_hand():
         tokens=1000,
         peak=1e14,
         utilization=0.5,
-        bandwidth=1e9,
+        bandwidths=(1e9, 1e11),
     )
     # 6e12 operations at 5e13 a second, two thirds of them backward; 2 (n - 1) / n is 1 for two.
     assert scale.compute_seconds == pytest.approx(0.12)
     assert scale.window_tokens == 8000
-    assert scale.hiding_tokens(2) == pytest.approx(25_000)
+    assert scale.free_bandwidth(2) == pytest.approx(25e9)
     rows = [tuple(row.values())[1:] for row in collectives_tables.at_scale(scale)]
-    assert rows == [
-        pytest.approx((8e9, 8, 8 / 8.48, 7.68)),
-        pytest.approx((16e9, 16, 16 / 16.48, 15.68)),
-        pytest.approx((4e9, 4, 4 / 4.48, 4)),
+    expected = [
+        (16e9, 4e9, [16, 0.16], [16 - 4 * 0.08, 0]),
+        (8e9, 4e9, [8, 0.08], [8 - 4 * 0.08, 0]),
+        (6e9, 2e9, [6, 0.06], [4 - 4 * 0.08 + 2, 0.02]),
+        (4e9, 4e9, [4, 0.04], [4, 0.04]),
     ]
-    fast = collectives_tables.Scale(chips=2, bandwidth=1e15)
-    assert [row["left_seconds"] > 0 for row in collectives_tables.at_scale(fast)] == [0, 0, 1]
+    assert rows == [tuple(map(pytest.approx, row)) for row in expected]
+    assert "from 25 (float32: 50) GB/s on" in str(scale)
 
 
 @pytest.mark.parametrize(
@@ -252,3 +260,27 @@ def test_a_single_device_is_refused(monkeypatch, capsys):
     with pytest.raises(SystemExit):
         collectives.parse_args([])
     assert "needs at least 2 devices, found 1 cpu" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("given", "devices"),
+    [
+        ({}, DEVICES),
+        ({"XLA_FLAGS": "--xla_force_host_platform_device_count=3"}, 3),
+        ({"JAX_NUM_CPU_DEVICES": "5"}, 5),
+    ],
+)
+def test_a_cpu_becomes_several_devices_or_what_was_asked_for(given, devices):
+    program = "; ".join(
+        [
+            "import jax",
+            "from benchmarks import collectives",
+            "collectives.make_cpu_devices()",
+            "print(jax.device_count())",
+        ]
+    )
+    others = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
+    found = subprocess.check_output(
+        [sys.executable, "-c", program], cwd=ROOT, env=others | given, text=True
+    )
+    assert int(found) == devices
