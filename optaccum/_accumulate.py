@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optaccum import _arguments, _reduce, _window
+from optaccum import _arguments, _parts, _reduce, _window
 from optaccum._branch import both, branch
 from optaccum._state import AccumulateState, cast_like, strongly_typed
 
@@ -140,11 +140,13 @@ def accumulate(
     _arguments.check_skip_fn(should_skip_update_fn)
     accumulator_dtype = _arguments.check_accumulator_dtype(accumulator_dtype)
     average_args = _arguments.check_average_args(average_args)
-    axes = _reduce.check_axes(reduce_axes)
+    axes = _parts.check_axes(reduce_axes)
     every_one = isinstance(every_k, int) and every_k == 1 and not axes
 
     def init_fn(params):
         trained = _trained(params)
+        local = _parts.manual_axes(axes)
+        _parts.check_shared(trained, local)
         skip_state = ()
         if should_skip_update_fn is not None:
             step = jax.ShapeDtypeStruct((), jnp.int32)
@@ -155,7 +157,7 @@ def accumulate(
             jnp.zeros([], jnp.float32),
             {name: jnp.zeros([], jnp.float32) for name in average_args},
         )
-        weight, arg_sums = _reduce.open_parts(scalars, _reduce.manual_axes(axes))
+        weight, arg_sums = _reduce.open_parts(scalars, local)
         return AccumulateState(
             mini_step=jnp.zeros([], jnp.int32),
             gradient_step=jnp.zeros([], jnp.int32),
@@ -178,26 +180,26 @@ def accumulate(
         _arguments.check_state(state, grads, needs_sums=not every_one)
         # A state that came from a longer window has sums, perhaps of an open one: keep them.
         alone = every_one and not jax.tree.leaves(state.grad_sum)
-        local = _reduce.manual_axes(axes)
+        local = _parts.manual_axes(axes)
         like = grads if params is None else _trained(params)
-        _reduce.check_state(state.weight, local)
+        _parts.check_state(state.weight, local)
         sums = _reduce.load(state.grad_sum, local)
         _window.check_fits(grads, like if alone else sums)
-        _reduce.check_parts(grads, axes)
+        _parts.check_parts(grads, axes)
         weight, release = _arguments.as_weight(weight), _arguments.as_release(release)
         args = _arguments.averaged(average_args, extra_args)
         certain = weight is None or (isinstance(weight, float) and weight > 0)
 
         accept, skip_state = True, state.skip_state
         if should_skip_update_fn is not None:
-            with _reduce.explain_judging(grads):
+            with _parts.explain_judging(grads):
                 verdict = judge(grads, state.gradient_step, params)
             skip, report = _reduce.agree(*verdict, local)
             accept, skip_state = ~skip, cast_like("should_skip_update_fn", report, skip_state)
         grads, weight = _reduce.as_parts(grads, weight, axes)
         if not alone:
-            _reduce.check_placed(grads, sums)
-        if isinstance(weight, jax.Array) and not _reduce.varying(weight):
+            _parts.check_placed(grads, sums)
+        if isinstance(weight, jax.Array) and not _parts.is_part(weight, local):
             accept = both(accept, jnp.isfinite(weight) & (weight >= 0))
         if weight is not None:
             weight = jnp.asarray(weight, jnp.float32)
@@ -209,7 +211,7 @@ def accumulate(
             first = state.mini_step == 0
             length = jnp.asarray(_arguments.window_length(every_k, state.gradient_step), jnp.int32)
             due = count >= length if release is None else release
-            _reduce.check_agreed(due, local)
+            _parts.check_agreed(due, local)
 
         add = functools.partial(_window.add, first=first, accept=accept)
         # In the shape that the state has: reshaped sums are not updated in place.
@@ -217,12 +219,7 @@ def accumulate(
         total, arg_sums = add(state.weight, total), add(state.arg_sums, arg_sums, weight)
         grad_sum = () if alone else add(state.grad_sum, _reduce.store(grads, local), weight)
         closes = both(accept, due)
-        everywhere = total
-        if local:
-            own = _reduce.load(total, local)
-            everywhere = branch(
-                due, closes, lambda: _reduce.whole(own, local), lambda: jnp.float32(0)
-            )
+        everywhere = _reduce.weight_where(closes, due, total, local)
         steps = closes if certain else both(closes, jnp.greater(everywhere, 0))
 
         def step():

@@ -9,7 +9,7 @@ from jax import lax
 import jax.numpy as jnp
 import numpy as np
 
-from optaccum import _arguments, _reduce
+from optaccum import _arguments, _parts
 
 
 def split(tree: Any, n: int) -> Any:
@@ -95,7 +95,7 @@ def check_keys(keys: dict, args: tuple, kwargs: dict, apart: tuple[int, ...]) ->
 def check_weight_is_shared(weight: jax.Array, grads: Any) -> None:
     """Raises if the weight differs between devices over which a gradient has been summed."""
     for path, g in jax.tree_util.tree_leaves_with_path(grads):
-        if axes := _reduce.varying(weight) - _reduce.varying(g):
+        if axes := _parts.varying(weight) - _parts.varying(g):
             raise TypeError(
                 f"`weight_fn(...)` differs between the devices of {sorted(axes)}, but gradient "
                 f"leaf {jax.tree_util.keystr(path) or '(the only leaf)'} has been summed over "

@@ -7,7 +7,7 @@ from jax.core import Tracer
 import jax.numpy as jnp
 import optax
 
-from optaccum import _window
+from optaccum import _parts, _reduce, _window
 from optaccum._state import AccumulateState, cast_like
 
 
@@ -77,9 +77,11 @@ def from_multi_steps(
         if not jax.tree.leaves(grad_sum):  # `every_k` 1, which closes this window
             grad_sum = _window.open_sums(params)
         count = held if use_grad_mean else 1
-        grad_sum = jax.tree.map(
-            lambda s, x: jnp.asarray(x, s.dtype) * count, grad_sum, state.acc_grads
-        )
+
+        def take_over(s, x):
+            return _reduce.unreduce(jnp.asarray(x, s.dtype) * count, tuple(_parts.unreduced(s)))
+
+        grad_sum = jax.tree.map(take_over, grad_sum, state.acc_grads)
     same = jax.tree.structure(state.skip_state) == jax.tree.structure(fresh.skip_state)
     return fresh._replace(
         mini_step=mini_step,

@@ -37,6 +37,12 @@ def take_in(
 ) -> tuple[Any, OverwriteState]:
     """Returns the collection after a microbatch that gave `new`, and the state with it."""
     window, advanced = get_state(state.opt_state), get_state(after)
+    if window.weight.ndim:
+        raise ValueError(
+            f"parameters with the collection {OVERWRITE_WITH_GRADIENT!r} cannot be trained with "
+            "`reduce_axes` in jax.shard_map, where each device would overwrite it with its own "
+            "values; leave `reduce_axes` out and use jax.jit"
+        )
     counts = advanced.skipped == window.skipped
     if weight is not None:
         counts &= jnp.asarray(weight) > 0

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 import optax
 
-from optaccum import _arguments, _reduce
+from optaccum import _arguments, _parts, _reduce
 
 
 def state_shardings(tx: optax.GradientTransformation, params: Any, shardings: Any = None) -> Any:
@@ -19,8 +19,9 @@ def state_shardings(tx: optax.GradientTransformation, params: Any, shardings: An
         (None, ..., *s)    with more axes before it: a history, as L-BFGS keeps one
         replicated         in any other shape (factored moments), as are counters and weights.
 
-    For `out_shardings` and `in_shardings` of `jax.jit`, the specs of `jax.shard_map`, and the
-    template that a checkpoint is restored into.
+    For `out_shardings` and `in_shardings` of `jax.jit`, and for the template that a checkpoint is
+    restored into, pass `NamedSharding`s; for `jax.shard_map` specs, and with `reduce_axes` do it
+    under `jax.set_mesh`: there the parts of a device get its axis in front.
 
     >>> import jax, jax.numpy as jnp, optax
     >>> from optaccum import accumulate, state_shardings
@@ -45,7 +46,8 @@ def state_shardings(tx: optax.GradientTransformation, params: Any, shardings: An
     the updates in `gather`, and of the gradients, to `divided.grad_sum`, before they are passed.
 
     Args:
-        tx: any Optax transformation, with or without an :func:`accumulate` in it.
+        tx: an Optax transformation, with or without an :func:`accumulate` in it, that
+            `optax.tree.map_params` can take apart.
         params: the parameters, or `jax.ShapeDtypeStruct`s of them.
         shardings: a tree like `params`, or a prefix of it such as one for all, of `NamedSharding`s
             over one mesh or of `PartitionSpec`s. None for the `.sharding` of each parameter.
@@ -55,7 +57,8 @@ def state_shardings(tx: optax.GradientTransformation, params: Any, shardings: An
 
     Raises:
         TypeError: if `tx` is no transformation, or a parameter's sharding is of another kind.
-        ValueError: if the trees, or the meshes of two parameters, differ.
+        ValueError: if the trees, or the meshes of two parameters, differ; if `reduce_axes` of an
+            :func:`accumulate` are not axes of the mesh, or are Auto ones of `NamedSharding`s.
     """
     _arguments.check_transformation("`tx`", tx)
     shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(jnp.shape(x), jnp.result_type(x)), params)
@@ -76,25 +79,34 @@ def state_shardings(tx: optax.GradientTransformation, params: Any, shardings: An
             return _reduce.place(everywhere, 0, x)
         return _reduce.place(s, extra, x)
 
-    placed = []
+    placed, waiting = [], []
 
     def trace(params):
-        tree = optax.tree.map_params(
-            tx,
-            lambda tree: jax.tree_util.tree_map_with_path(place, tree),
-            tx.init(params),
-            transform_non_params=lambda x: _reduce.place(everywhere, 0, x),
-            is_leaf=lambda _: True,  # a whole tree like the parameters at once
-        )
-        placed.append(tree)
+        state = tx.init(params)
+        waiting[:] = filter(_parts.unreduced, jax.tree.leaves(state))
+        placed[:] = [
+            optax.tree.map_params(
+                tx,
+                lambda tree: jax.tree_util.tree_map_with_path(place, tree),
+                state,
+                transform_non_params=lambda x: _reduce.place(everywhere, 0, x),
+                is_leaf=lambda _: True,  # a whole tree like the parameters at once
+            )
+        ]
         return ()
 
     if isinstance(everywhere, NamedSharding):
         with jax.sharding.use_abstract_mesh(everywhere.mesh.abstract_mesh):
             jax.eval_shape(trace, shapes)
-    elif jax.sharding.get_abstract_mesh().empty:
+        return placed[0]
+    # Specs are for `jax.shard_map`, where alone the types tell what a device has of its own.
+    try:
         jax.eval_shape(trace, shapes)
-    else:  # In `jax.shard_map`, where the types tell what a device has of its own.
+    except _parts.AxisError:
+        if jax.sharding.get_abstract_mesh().empty:
+            raise
+        waiting[:] = [tx]
+    if waiting:
         mapped = jax.shard_map(trace, in_specs=PartitionSpec(), out_specs=PartitionSpec())
         jax.eval_shape(mapped, shapes)
     return placed[0]

@@ -5,7 +5,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from optaccum import _reduce, _window
+from optaccum import _parts, _reduce, _window
 
 
 def skip_not_finite(updates: Any, gradient_step: Any, params: Any) -> tuple[jax.Array, Any]:
@@ -36,11 +36,14 @@ def skip_not_finite(updates: Any, gradient_step: Any, params: Any) -> tuple[jax.
     """
     del gradient_step, params
     sums: dict[frozenset[str], list] = {}  # by the axes over which they wait to be reduced
-    for g in map(jnp.asarray, jax.tree.leaves(updates)):
+    for g in jax.tree.leaves(updates):
+        if not jnp.issubdtype(jnp.result_type(g), jnp.inexact):
+            continue
+        g = jnp.asarray(g)
         # The dtype of the sum must not matter to it: a float64 may not fit into a float32.
         zeros = _window.times(g, jnp.zeros([], g.dtype))
         dtype = jnp.complex64 if jnp.iscomplexobj(g) else jnp.float32
-        sums.setdefault(_reduce.unreduced(g), []).append(jnp.sum(zeros, dtype=dtype))
+        sums.setdefault(_parts.unreduced(g), []).append(jnp.sum(zeros, dtype=dtype))
     whole = [
         _reduce.whole(sum(others, first), tuple(axes)) for axes, (first, *others) in sums.items()
     ]

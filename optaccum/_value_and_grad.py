@@ -8,7 +8,7 @@ import jax
 from jax import lax
 import jax.numpy as jnp
 
-from optaccum import _arguments, _microbatches, _reduce, _window
+from optaccum import _arguments, _microbatches, _parts, _reduce, _window
 from optaccum._state import cast_like, strongly_typed
 
 
@@ -136,7 +136,7 @@ def value_and_grad(
         _arguments.check_function("`weight_fn`", weight_fn)
     n = _arguments.check_count("`num_microbatches`", num_microbatches)
     accumulator_dtype = _arguments.check_accumulator_dtype(accumulator_dtype)
-    axes = _reduce.check_axes(reduce_axes)
+    axes = _parts.check_axes(reduce_axes)
     dtype = jax.dtypes.canonicalize_dtype(float)  # of weights: float64 with `jax_enable_x64`
     given = {
         "`argnums`": argnums,
@@ -161,10 +161,13 @@ def value_and_grad(
             {j: args[j] for j in rngs}, args, kwargs, apart=(*batch, *rngs, *carries)
         )
         at = trained if isinstance(argnums, tuple | list) else trained[0]
-        local = _reduce.manual_axes(axes)
+        local = _parts.manual_axes(axes)
         if local:  # else JAX would sum the gradients of what all devices share, each time
             args = list(args)
             for j in trained:
+                _parts.check_shared(args[j], local)
+                args[j] = _reduce.vary(args[j], local)
+            for j in carries:
                 args[j] = _reduce.vary(args[j], local)
         params = args[at] if isinstance(at, int) else tuple(args[j] for j in at)
         split = {j: _microbatches.split(args[j], n) for j in batch if n > 1}
@@ -182,8 +185,8 @@ def value_and_grad(
             value, grads = differentiate(*own, **kwargs)
             loss, aux = value if has_aux else (value, None)
             if axes:
-                _reduce.check_loss(loss, local)
-                _reduce.check_parts(grads, axes)
+                _parts.check_loss(loss, grads, local)
+                _parts.check_parts(grads, axes)
             weight = None
             if weight_fn is not None:
                 weight = weight_fn(*own, **kwargs)
@@ -194,7 +197,7 @@ def value_and_grad(
             if carries:
                 new, aux = _arguments.as_carry_and_aux(aux)
                 _microbatches.check_carry(new, carry)
-                new = cast_like("fun", new, carry)
+                new = _reduce.vary(cast_like("fun", new, carry), local)
                 carry = new if weight is None else _where(weight > 0, new, carry)
             return loss, aux, carry, grads, weight
 
