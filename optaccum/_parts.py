@@ -125,9 +125,9 @@ def check_shared(params: Any, axes: tuple[str, ...]) -> None:
         if axes and (parts := set(axes) & varying(p)):
             raise TypeError(
                 f"parameter leaf {name(path)} varies over {sorted(parts)} of `reduce_axes`, so "
-                "that its gradients belong to different pieces: give pieces an `accumulate` of "
-                "their own without these axes (optax.partition), and pass what all devices share "
-                "as it came in, before jax.lax.pcast"
+                "that its gradients belong to different pieces: train pieces by an `accumulate` "
+                "of their own, without these axes, on gradients and weights that you have reduced; "
+                "and pass what all devices share as it came in, before jax.lax.pcast"
             )
 
 
