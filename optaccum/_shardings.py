@@ -82,7 +82,7 @@ def state_shardings(tx: optax.GradientTransformation, params: Any, shardings: An
     placed, waiting = [], []
 
     def trace(params):
-        state = tx.init(params)
+        state = jax.tree.map(jnp.asarray, tx.init(params))
         waiting[:] = filter(_parts.unreduced, jax.tree.leaves(state))
         placed[:] = [
             optax.tree.map_params(
@@ -102,11 +102,12 @@ def state_shardings(tx: optax.GradientTransformation, params: Any, shardings: An
     # Specs are for `jax.shard_map`, where alone the types tell what a device has of its own.
     try:
         jax.eval_shape(trace, shapes)
+        has_parts = bool(waiting)
     except _parts.AxisError:
         if jax.sharding.get_abstract_mesh().empty:
             raise
-        waiting[:] = [tx]
-    if waiting:
+        has_parts = True
+    if has_parts:
         mapped = jax.shard_map(trace, in_specs=PartitionSpec(), out_specs=PartitionSpec())
         jax.eval_shape(mapped, shapes)
     return placed[0]

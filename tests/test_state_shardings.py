@@ -166,6 +166,14 @@ def _meshes():
     return (jax.sharding.Mesh(np.asarray(d), ("data",)) for d in (devices[:4], devices[4:8]))
 
 
+def test_a_state_of_python_numbers():
+    counting = optax.GradientTransformation(
+        lambda params: {"count": 0, "rate": 0.5},
+        lambda updates, state, params=None: (updates, state),
+    )
+    assert state_shardings(counting, PARAMS, SPECS) == {"count": P(), "rate": P()}
+
+
 def test_what_is_no_sharding():
     tx, spec = accumulate(K, optax.adam(0.1)), P()
     missing = {"w": spec}
