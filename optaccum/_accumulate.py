@@ -101,8 +101,7 @@ def accumulate(
         use_grad_mean: whether G is the weighted mean or the weighted sum.
         should_skip_update_fn: `(grads, gradient_step, params) -> (bool[], report)`, Optax's
             protocol: `optax.skip_not_finite`, `functools.partial(optax.skip_large_updates,
-            max_squared_norm=...)`. The report is kept in `skip_state`. In `jax.shard_map` with
-            `reduce_axes` what one device rejects is rejected on all.
+            max_squared_norm=...)`. The report is kept in `skip_state`.
         accumulator_dtype: dtype of the sums. A narrower one saves memory, loses bits and may
             overflow (a float16 sum with token weights). Pass a wider one where gradients are
             wider than their parameters: they are cast to the sum's dtype.
@@ -111,7 +110,9 @@ def accumulate(
             summed in float32.
         reduce_axes: mesh axes over which gradients arrive as parts of a sum, one a device, to be
             reduced once a window: in `jax.shard_map` they vary over them by their type, under
-            explicit sharding they are unreduced. How to get such: docs/many_devices.md.
+            explicit sharding they are unreduced. In `jax.shard_map` each device gives its own
+            `weight`, one that is none counts 0 there, and what `should_skip_update_fn` rejects on
+            one is rejected on all. Programs for each: docs/many_devices.md.
 
     Returns:
         An `optax.GradientTransformationExtraArgs` with state :class:`AccumulateState`, whose
@@ -124,12 +125,14 @@ def accumulate(
 
     Raises:
         TypeError: (here) for an `every_k`, `inner` or `accumulator_dtype` of another kind; (when
-            `update` is traced) for integer, boolean or float0 gradients and for a `weight`,
-            `release` or averaged argument that is not a scalar of its kind.
+            `update` is traced) for integer, boolean or float0 gradients, for a `weight`,
+            `release` or averaged argument that is not a scalar of its kind, and for gradients
+            that are reduced over `reduce_axes` already, or unreduced over others.
         ValueError: (here) for an `every_k` below 1; (in `init`) for a real `accumulator_dtype` on
             a complex parameter; (when `update` is traced) for gradients that do not fit the
             state, a Python number `weight` that is negative or not finite, a missing averaged
-            argument, a `release` but None or True at `every_k` 1. No error touches the state.
+            argument, a `release` but None or True at `every_k` 1, `reduce_axes` that the mesh
+            has not. No error touches the state.
 
     References: `optax.MultiSteps`; github.com/google-deepmind/optax issues 320 and 472.
     """

@@ -22,7 +22,7 @@ from typing import Any
 import jax
 from jax import lax
 import jax.numpy as jnp
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import PartitionSpec
 
 from optaccum import _parts
 from optaccum._branch import branch
@@ -121,27 +121,6 @@ def whole(tree: Any, axes: tuple[str, ...], like: Any = None) -> Any:
         )
 
     return jax.tree.map(reduce, tree, tree if like is None else like)
-
-
-def place(sharding: Any, extra: int, x: Any) -> Any:
-    """Returns where the leaf `x` of a state lies, with `extra` axes before those of `sharding`."""
-    spec = sharding if isinstance(sharding, PartitionSpec) else sharding.spec
-    entries: list[Any] = [None] * extra + list(getattr(spec, "partitions", spec))
-    used = set(jax.tree.leaves(tuple(entries)))
-    mesh = jax.sharding.get_abstract_mesh()
-    if parts := [axis for axis in mesh.axis_names if axis in _parts.varying(x)]:
-        if used & set(parts):
-            raise ValueError(
-                f"a parameter is sharded as {spec}, over {sorted(used & set(parts))} of "
-                "`reduce_axes`; in jax.shard_map all its devices must have it whole"
-            )
-        entries[:1] = [parts[0] if len(parts) == 1 else tuple(parts)]  # the axis of a device's own
-    waiting = _parts.unreduced(x) - used
-    kinds = {"unreduced": waiting, "reduced": getattr(spec, "reduced", frozenset()) - waiting}
-    spec = PartitionSpec(*entries, **{kind: axes for kind, axes in kinds.items() if axes})
-    if isinstance(sharding, PartitionSpec):
-        return spec
-    return NamedSharding(sharding.mesh, spec, memory_kind=sharding.memory_kind)
 
 
 def unreduce(x: jax.Array, axes: tuple[str, ...]) -> jax.Array:

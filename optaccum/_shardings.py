@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 import optax
 
-from optaccum import _arguments, _parts, _reduce
+from optaccum import _arguments, _parts
 
 
 def state_shardings(tx: optax.GradientTransformation, params: Any, shardings: Any = None) -> Any:
@@ -76,8 +76,8 @@ def state_shardings(tx: optax.GradientTransformation, params: Any, shardings: An
         p, s = next(filter(None, owners), (x, everywhere))
         extra = x.ndim - p.ndim
         if extra < 0 or x.shape[extra:] != p.shape:
-            return _reduce.place(everywhere, 0, x)
-        return _reduce.place(s, extra, x)
+            return _place(everywhere, 0, x)
+        return _place(s, extra, x)
 
     placed, waiting = [], []
 
@@ -89,7 +89,7 @@ def state_shardings(tx: optax.GradientTransformation, params: Any, shardings: An
                 tx,
                 lambda tree: jax.tree_util.tree_map_with_path(place, tree),
                 state,
-                transform_non_params=lambda x: _reduce.place(everywhere, 0, x),
+                transform_non_params=lambda x: _place(everywhere, 0, x),
                 is_leaf=lambda _: True,  # a whole tree like the parameters at once
             )
         ]
@@ -111,6 +111,27 @@ def state_shardings(tx: optax.GradientTransformation, params: Any, shardings: An
         mapped = jax.shard_map(trace, in_specs=PartitionSpec(), out_specs=PartitionSpec())
         jax.eval_shape(mapped, shapes)
     return placed[0]
+
+
+def _place(sharding: Any, extra: int, x: Any) -> Any:
+    """Returns where the leaf `x` of a state lies, with `extra` axes before those of `sharding`."""
+    spec = sharding if isinstance(sharding, PartitionSpec) else sharding.spec
+    entries: list[Any] = [None] * extra + list(getattr(spec, "partitions", spec))
+    used = set(jax.tree.leaves(tuple(entries)))
+    mesh = jax.sharding.get_abstract_mesh()
+    if parts := [axis for axis in mesh.axis_names if axis in _parts.varying(x)]:
+        if used & set(parts):
+            raise ValueError(
+                f"a parameter is sharded as {spec}, over {sorted(used & set(parts))} of "
+                "`reduce_axes`; in jax.shard_map all its devices must have it whole"
+            )
+        entries[:1] = [parts[0] if len(parts) == 1 else tuple(parts)]  # the axis of a device's own
+    waiting = _parts.unreduced(x) - used
+    kinds = {"unreduced": waiting, "reduced": getattr(spec, "reduced", frozenset()) - waiting}
+    spec = PartitionSpec(*entries, **{kind: axes for kind, axes in kinds.items() if axes})
+    if isinstance(sharding, PartitionSpec):
+        return spec
+    return NamedSharding(sharding.mesh, spec, memory_kind=sharding.memory_kind)
 
 
 def _checked(params: Any, shardings: Any) -> tuple[dict[Any, tuple[Any, Any]], Any]:
