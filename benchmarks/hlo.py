@@ -1,4 +1,4 @@
-"""What a compiled program sends from device to device, read from its optimized HLO."""
+"""What a compiled program moves in memory and sends to other devices, read from optimized HLO."""
 
 from collections.abc import Iterator
 import dataclasses
@@ -21,6 +21,22 @@ _OPCODE = re.compile(r" ([a-z][\w\-]*)\(")  # a layout's parentheses follow no s
 _CALLEES = re.compile(
     r"\b(body|condition|to_apply|calls|called_computations|branch_computations|true_computation"
     r"|false_computation)=(?:\{([^}]*)\}|(%?[\w.\-]+))"
+)
+# Names of what another instruction made: nothing runs.
+_FREE = frozenset(
+    {
+        "parameter",
+        "constant",
+        "tuple",
+        "get-tuple-element",
+        "bitcast",
+        "after-all",
+        "add-dependency",
+        "partition-id",
+        "replica-id",
+        "opt-barrier",
+        "domain",
+    }
 )
 _BRANCHES = ("branch_computations", "true_computation", "false_computation")
 _TRIPS = re.compile(r'"known_trip_count":\s*\{"n":\s*"?(\d+)')
@@ -65,6 +81,87 @@ def collectives(text: str) -> list[Collective]:
         ValueError: if `text` is no program, or has a collective in a loop of which the compiler
             does not say how many trips it has.
     """
+    computations, entry = _read(text)
+    return list(_walk(computations, entry, 1, False))
+
+
+@dataclasses.dataclass(frozen=True)
+class Moved:
+    """What a call of a program with one conditional step reads from memory and writes to it.
+
+    Attributes:
+        hold: bytes of a call that does not take the step.
+        release: bytes of a call that does.
+        kernels_of_hold: instructions that move a thousandth of `release` or more, in a hold.
+        kernels_of_release: the same in a release.
+    """
+
+    hold: int
+    release: int
+    kernels_of_hold: int
+    kernels_of_release: int
+
+
+def moved(text: str) -> Moved:
+    """Returns the bytes that a call moves: operands and results of all that is not in a fusion.
+
+    A step is what stands in a branch, the largest of a conditional, or in a loop of which the
+    compiler does not know the trips, taken to have one. Arrays that the program keeps on the chip
+    (the memory space 1 of a TPU) move nothing.
+
+    Args:
+        text: `compiled.as_text()`.
+
+    Raises:
+        ValueError: if `text` is no program.
+    """
+    computations, entry = _read(text)
+    always, step = _sizes(computations, entry)
+    hold, release = sum(always), sum(always) + sum(step)
+    kernels, more = (sum(size >= release / 1000 for size in sizes) for sizes in (always, step))
+    return Moved(hold, release, kernels, kernels + more)
+
+
+def _sizes(
+    computations: dict[str, dict[str, _Instruction]], name: str
+) -> tuple[list[int], list[int]]:
+    """Returns the bytes of each instruction that always runs, and of each that a step runs."""
+    instructions = computations[name]
+    always, step = [], []
+    for shape, opcode, operands, attributes in instructions.values():
+        if opcode in _FREE or opcode.endswith(("-done", "-update")):
+            continue
+        callees = {}
+        for attribute, several, single in _CALLEES.findall(attributes):
+            callees.setdefault(attribute, []).extend(_NAMES.findall(several or single))
+        if opcode == "conditional":
+            branches = [b for names in callees.values() for b in names]
+            sizes = [sum(_sizes(computations, branch), []) for branch in branches]
+            step += max(sizes, key=sum)
+        elif opcode == "while":
+            (body,), (condition,) = callees["body"], callees["condition"]
+            trips = _TRIPS.search(attributes)
+            always += sum(_sizes(computations, condition), [])
+            inside = _sizes(computations, body)
+            if trips:
+                always += inside[0] * int(trips[1])
+                step += inside[1] * int(trips[1])
+            else:
+                step += sum(inside, [])
+        elif opcode == "call":
+            for names in callees.values():
+                inside = _sizes(computations, names[0])
+                always, step = always + inside[0], step + inside[1]
+        else:
+            reads = [_bytes(instructions[x].shape) for x in _NAMES.findall(operands)]
+            # What starts a copy names its source and its target; it reads one and writes one.
+            writes = reads[0] if opcode in ("copy-start", "slice-start") else _bytes(shape)
+            always.append(sum(reads) + writes)
+    return always, step
+
+
+def _read(text: str) -> tuple[dict[str, dict[str, _Instruction]], str]:
+    """Returns the instructions of each computation by name, and the computation that is called."""
     computations: dict[str, dict[str, _Instruction]] = {}
     entry, body = None, {}
     for line in re.sub(r"/\*.*?\*/", "", text).splitlines():  # `/*index=5*/` in long tuples
@@ -75,7 +172,7 @@ def collectives(text: str) -> list[Collective]:
             entry = found["name"] if found["entry"] else entry
     if entry is None:
         raise ValueError("`text` has no ENTRY computation; pass `compiled.as_text()`")
-    return list(_walk(computations, entry, 1, False))
+    return computations, entry
 
 
 def _parse(text: str) -> _Instruction:
@@ -120,9 +217,14 @@ def _walk(
 
 
 def _bytes(shape: str) -> int:
-    """Returns the bytes of an array, or of all in a tuple, from a text such as `f32[4,2]{1,0}`."""
+    """Returns the bytes of an array, or of all in a tuple, from a text such as `f32[4,2]{1,0}`.
+
+    Without those that a TPU keeps on the chip, in its memory space 1.
+    """
     total = 0
-    for dtype, dims in re.findall(r"\b([a-z]\w*)\[([\d,]*)\]", shape):
+    for dtype, dims, layout in re.findall(r"\b([a-z]\w*)\[([\d,]*)\](\{[^}]*\})?", shape):
+        if "S(1)" in layout:
+            continue
         bits = re.search(r"\d+", dtype)
         size = 1 if dtype == "pred" else math.ceil(int(bits[0]) / 8) if bits else 0
         total += size * math.prod(int(n) for n in dims.split(",") if n)

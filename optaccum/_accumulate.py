@@ -178,8 +178,8 @@ def accumulate(
         assert should_skip_update_fn is not None
         return _arguments.as_verdict(should_skip_update_fn(grads, gradient_step, params))
 
-    def advance(grads, state, params, weight, release, extra_args, finish, idle):
-        """Takes in one microbatch; returns what `finish` or `idle` made of it, and the state."""
+    def advance(grads, state, params, weight, release, extra_args, apply):
+        """Takes in one microbatch; returns updates, or new parameters to `apply`, and the state."""
         _arguments.check_state(state, grads, needs_sums=not every_one)
         # A state that came from a longer window has sums, perhaps of an open one: keep them.
         alone = every_one and not jax.tree.leaves(state.grad_sum)
@@ -225,7 +225,7 @@ def accumulate(
         everywhere = _reduce.weight_where(closes, due, total, local)
         steps = closes if certain else both(closes, jnp.greater(everywhere, 0))
 
-        def step():
+        def step(params, inner_state):
             if not alone:
                 place = None if params is None else _trained(params)
                 whole = _reduce.whole(_reduce.load(grad_sum, local), axes, place)
@@ -237,15 +237,22 @@ def accumulate(
                 mean = _window.mean(sums, None, like=grads)
             arg_totals = _reduce.whole(_reduce.load(arg_sums, local), local)
             means = _window.mean(arg_totals, everywhere, like=args)
-            updates, inner_state = inner.update(
-                mean, state.inner_state, params, **{**extra_args, **means}
-            )
-            return finish(updates), cast_like("inner", inner_state, state.inner_state)
+            updates, new = inner.update(mean, inner_state, params, **{**extra_args, **means})
+            result = apply_updates(params, updates) if apply else updates
+            return result, cast_like("inner", new, inner_state)
 
         def hold():
-            return idle(step), state.inner_state
+            if apply:
+                return params, state.inner_state
+            if steps is True:
+                return None, state.inner_state
+            shapes = jax.eval_shape(step, params, state.inner_state)[0]
+            return optax.tree.zeros_like(shapes), state.inner_state
 
-        result, inner_state = branch(due, steps, step, hold)
+        def update(_, inner_state):
+            return step(params, inner_state)
+
+        result, inner_state = branch(due, steps, step if apply else update, hold)
         return result, AccumulateState(
             mini_step=jnp.where(closes, 0, jnp.where(accept, count, state.mini_step)),
             gradient_step=jnp.where(
@@ -261,14 +268,10 @@ def accumulate(
         )
 
     def update_fn(updates, state, params=None, *, weight=None, release=None, **extra_args):
-        def zeros(step):
-            return optax.tree.zeros_like(jax.eval_shape(step)[0])
-
-        return advance(updates, state, params, weight, release, extra_args, lambda u: u, zeros)
+        return advance(updates, state, params, weight, release, extra_args, apply=False)
 
     def apply_fn(grads, state, params, *, weight=None, release=None, **extra_args):
-        finish = functools.partial(apply_updates, params)
-        return advance(grads, state, params, weight, release, extra_args, finish, lambda _: params)
+        return advance(grads, state, params, weight, release, extra_args, apply=True)
 
     vars(update_fn)["_apply"] = update_fn, apply_fn
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)

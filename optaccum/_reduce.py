@@ -102,7 +102,7 @@ def weight_where(closes: Any, due: Any, total: jax.Array, axes: tuple[str, ...])
         return total
     own = load(total, axes)
     nothing = vary(jnp.zeros([], own.dtype), tuple(_parts.varying(own) - set(axes)))
-    return branch(due, closes, lambda: whole(own, axes), lambda: nothing)
+    return branch(due, closes, lambda _: (whole(own, axes),), lambda: (nothing,))[0]
 
 
 def whole(tree: Any, axes: tuple[str, ...], like: Any = None) -> Any:
