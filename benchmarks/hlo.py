@@ -72,14 +72,14 @@ def collectives(text: str) -> list[Collective]:
     """Returns the collectives that a call of a program runs.
 
     Fusions and calls run their computations once, and a loop its body as often as it has trips. Of
-    a conditional all branches are listed, and what is in them is marked.
+    a conditional all branches are listed, and what is in them is marked; so is the body of a loop
+    of which the compiler does not know the trips, taken to have no or one.
 
     Args:
         text: `compiled.as_text()`.
 
     Raises:
-        ValueError: if `text` is no program, or has a collective in a loop of which the compiler
-            does not say how many trips it has.
+        ValueError: if `text` is no program.
     """
     computations, entry = _read(text)
     return list(_walk(computations, entry, 1, False))
@@ -136,28 +136,32 @@ def _sizes(
             callees.setdefault(attribute, []).extend(_NAMES.findall(several or single))
         if opcode == "conditional":
             branches = [b for names in callees.values() for b in names]
-            sizes = [sum(_sizes(computations, branch), []) for branch in branches]
-            step += max(sizes, key=sum)
+            step += max((_all(computations, branch) for branch in branches), key=sum)
         elif opcode == "while":
             (body,), (condition,) = callees["body"], callees["condition"]
             trips = _TRIPS.search(attributes)
-            always += sum(_sizes(computations, condition), [])
-            inside = _sizes(computations, body)
+            always += _all(computations, condition)
             if trips:
+                inside = _sizes(computations, body)
                 always += inside[0] * int(trips[1])
                 step += inside[1] * int(trips[1])
             else:
-                step += sum(inside, [])
+                step += _all(computations, body)
         elif opcode == "call":
             for names in callees.values():
                 inside = _sizes(computations, names[0])
                 always, step = always + inside[0], step + inside[1]
         else:
-            reads = [_bytes(instructions[x].shape) for x in _NAMES.findall(operands)]
+            reads = [_bytes(instructions[x].shape, True) for x in _NAMES.findall(operands)]
             # What starts a copy names its source and its target; it reads one and writes one.
-            writes = reads[0] if opcode in ("copy-start", "slice-start") else _bytes(shape)
+            writes = reads[0] if opcode in ("copy-start", "slice-start") else _bytes(shape, True)
             always.append(sum(reads) + writes)
     return always, step
+
+
+def _all(computations: dict[str, dict[str, _Instruction]], name: str) -> list[int]:
+    always, step = _sizes(computations, name)
+    return always + step
 
 
 def _read(text: str) -> tuple[dict[str, dict[str, _Instruction]], str]:
@@ -190,40 +194,35 @@ def _parse(text: str) -> _Instruction:
 def _walk(
     computations: dict[str, dict[str, _Instruction]],
     name: str,
-    trips: int | None,
+    trips: int,
     conditional: bool,
 ) -> Iterator[Collective]:
     instructions = computations[name]
-    for shape, opcode, operands, attributes in instructions.values():
+    for _, opcode, operands, attributes in instructions.values():
         kind = opcode.removesuffix("-start")
         if kind in KINDS:
-            if trips is None:
-                raise ValueError(
-                    f"{kind} of {shape} stands in a loop whose number of trips is unknown; count "
-                    "programs whose loops are scans"
-                )
             size = sum(_bytes(instructions[name].shape) for name in _NAMES.findall(operands))
             yield Collective(kind, size, trips, conditional)
         if opcode.endswith(("-done", "-update")):
             continue  # its start names the same computation
-        times = trips
+        times, step = trips, False
         if opcode == "while":
             known = _TRIPS.search(attributes)
-            times = trips * int(known[1]) if known and trips is not None else None
+            times, step = trips * int(known[1]) if known else trips, not known
         for attribute, several, single in _CALLEES.findall(attributes):
             for callee in _NAMES.findall(several or single):
-                branch = conditional or attribute in _BRANCHES
+                branch = conditional or step or attribute in _BRANCHES
                 yield from _walk(computations, callee, times, branch)
 
 
-def _bytes(shape: str) -> int:
+def _bytes(shape: str, memory_only: bool = False) -> int:
     """Returns the bytes of an array, or of all in a tuple, from a text such as `f32[4,2]{1,0}`.
 
-    Without those that a TPU keeps on the chip, in its memory space 1.
+    With `memory_only` without those that a TPU keeps on the chip, in its memory space 1.
     """
     total = 0
     for dtype, dims, layout in re.findall(r"\b([a-z]\w*)\[([\d,]*)\](\{[^}]*\})?", shape):
-        if "S(1)" in layout:
+        if memory_only and "S(1)" in layout:
             continue
         bits = re.search(r"\d+", dtype)
         size = 1 if dtype == "pred" else math.ceil(int(bits[0]) / 8) if bits else 0

@@ -24,7 +24,7 @@ from jax import lax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
-from optaccum import _parts
+from optaccum import _parts, _window
 from optaccum._branch import branch
 
 
@@ -75,7 +75,7 @@ def as_parts(grads: Any, weight: Any, axes: tuple[str, ...]) -> tuple[Any, Any]:
         return jax.tree.map(lambda g: unreduce(g, axes), grads), weight
     if isinstance(weight, jax.Array) and _parts.is_part(weight, axes):
         # Only this device sees it: what is no weight counts nothing, and nobody has to agree.
-        weight = jnp.where(jnp.isfinite(weight) & (weight > 0), weight, 0)
+        weight = jnp.where(_window.counts(weight), weight, 0)
     return grads, weight
 
 

@@ -192,13 +192,12 @@ def value_and_grad(
                 weight = weight_fn(*own, **kwargs)
                 weight = _arguments.check_weight("`weight_fn(...)`", weight, dtype)
                 weight = jnp.asarray(weight, dtype)
-                weight = jnp.where(jnp.isfinite(weight) & (weight > 0), weight, 0)
                 _microbatches.check_weight_is_shared(weight, grads)
             if carries:
                 new, aux = _arguments.as_carry_and_aux(aux)
                 _microbatches.check_carry(new, carry)
                 new = _reduce.vary(cast_like("fun", new, carry), local)
-                carry = new if weight is None else _where(weight > 0, new, carry)
+                carry = new if weight is None else _where(_window.counts(weight), new, carry)
             return loss, aux, carry, grads, weight
 
         carry = jax.tree.map(strongly_typed, args[carries[0]]) if carries else None
@@ -206,7 +205,7 @@ def value_and_grad(
             loss, aux, carry, grads, weight = run(0, carry)
             if weight is not None:
                 zeros = jax.tree.map(jnp.zeros_like, (loss, grads))
-                loss, grads = _where(weight > 0, (loss, grads), zeros)
+                loss, grads = _where(_window.counts(weight), (loss, grads), zeros)
             aux = jax.tree.map(lambda x: jnp.asarray(x)[None], aux)
         else:
 
@@ -220,7 +219,9 @@ def value_and_grad(
             zeros = jax.grad(lambda _: 0.0)(params)
             sums = _window.open_sums(zeros, accumulator_dtype)
             (sums, carry), (losses, aux, weights) = lax.scan(body, (sums, carry), jnp.arange(n))
-            total = jnp.asarray(n, dtype) if weights is None else weights.sum()
+            total = jnp.asarray(n, dtype)
+            if weights is not None:
+                total = jnp.where(_window.counts(weights), weights, 0).sum()
             terms = _window.add(_window.open_sums(losses), losses, weights, first=True).sum()
             total, terms = _reduce.whole((total, terms), local)
             loss = _window.mean(terms, total, like=losses)

@@ -167,7 +167,9 @@ def add(
         sums: a pytree of sums; its dtypes are kept. Narrower than float32, they are added to in
             float32 and rounded once.
         values: a pytree like `sums`; a None adds nothing.
-        weight: f32[] >= 0, or None for 1 without a multiplication.
+        weight: f32[], or None for 1 without a multiplication. Pass it as it came: XLA for GPUs and
+            TPUs moves the reduction of `weight * values` over devices out of a loop, but only where
+            nothing was done to the factor.
         first: bool[], whether this microbatch opens the window: then the old sums are
             overwritten, not read.
         accept: bool[], whether this microbatch counts: if not, the sums stay as they are.
@@ -180,7 +182,10 @@ def add(
         dtype = _at_least_float32(s.dtype)
         old, term = s.astype(dtype), jnp.asarray(x).astype(dtype)
         if weight is not None:
-            term = lax.select(weight > 0, times(term, weight), jnp.zeros_like(term))
+            # x + -0.0 is x for every x; and of 0.0 XLA:GPU would share, and keep, one large array
+            # with the loop of a gradient that is scanned over layers.
+            nothing = jnp.full_like(term, -0.0)
+            term = lax.select(counts(weight), times(term, weight), nothing)
         new = _select(first, term, old + term)
         return _select(accept, new.astype(s.dtype), s)
 
@@ -191,6 +196,11 @@ def add(
         return _select(accept, _select(first, jnp.zeros_like(s), s), s)
 
     return jax.tree.map(leaf, values, sums, is_leaf=_is_none)
+
+
+def counts(weight: jax.Array) -> jax.Array:
+    """Returns whether a weight counts: positive and finite."""
+    return (weight > 0) & jnp.isfinite(weight)
 
 
 def mean(sums: Any, weight: jax.Array | None, like: Any) -> Any:

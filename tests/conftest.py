@@ -8,6 +8,10 @@ os.environ["XLA_FLAGS"] = (
 ).strip()
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
+from benchmarks import targets
+
+targets.prepare()
+
 import jax
 from jax.sharding import AxisType
 import pytest

@@ -1,0 +1,235 @@
+"""What programs do on the chips that people train on: compiled for them, without having them.
+
+Needs the packages that `benchmarks.targets.missing` names; without them the tests skip and say so,
+or fail where the environment sets OPTACCUM_REQUIRE_ACCELERATORS.
+"""
+
+import functools
+import os
+
+from flax import nnx
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
+import numpy as np
+import optax
+import pytest
+from support import update_and_apply
+
+from benchmarks import hlo, targets
+from optaccum import accumulate, apply_gradients, skip_not_finite, state_shardings, value_and_grad
+from optaccum.flax import Optimizer, TrainState
+
+# Leaves of 128 MB: TPUs stage smaller ones through the chip's own memory.
+PARAMS = {f"w{i}": jax.ShapeDtypeStruct((4096, 8192), jnp.float32) for i in range(2)}
+SIZE = sum(4 * p.size for p in PARAMS.values())
+ADAMW = optax.adamw(1e-3)
+REQUIRED = os.environ.get("OPTACCUM_REQUIRE_ACCELERATORS") == "1"
+
+
+def _need(target):
+    """Returns `target`, or skips the test where its packages are missing."""
+    if remedy := targets.missing(target):
+        assert not REQUIRED, remedy
+        pytest.skip(f"compiling for {target} needs packages: {remedy}")
+    return target
+
+
+@pytest.fixture(params=[targets.H100, targets.V5E, targets.V6E])
+def target(request):
+    return _need(request.param)
+
+
+def _place(tree, sharding):
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), tree)
+
+
+def _compile(target, step, init, params=PARAMS):
+    """Compiles a donated `step(params, opt_state, grads)` for one device."""
+    (device,) = targets.devices(target, 1)
+    place = functools.partial(_place, sharding=jax.sharding.SingleDeviceSharding(device))
+    state = jax.eval_shape(init, params)
+    step = jax.jit(step, donate_argnums=(0, 1))
+    return step.lower(place(params), place(state), place(params)).compile()
+
+
+def _figures(compiled):
+    """Returns bytes of a hold, bytes of a release and temporaries, in sizes of the parameters."""
+    found = hlo.moved(compiled.as_text())
+    temporaries = compiled.memory_analysis().temp_size_in_bytes
+    return found.hold / SIZE, found.release / SIZE, temporaries / SIZE
+
+
+def _apply_gradients(tx, **extra):
+    def step(params, opt_state, grads):
+        return apply_gradients(tx, grads, opt_state, params, **extra)
+
+    return step, tx.init
+
+
+def _update(tx):
+    def step(params, opt_state, grads):
+        return update_and_apply(tx, grads, opt_state, params)
+
+    return step, tx.init
+
+
+def _linen(tx):
+    def make(params):
+        return TrainState.create(apply_fn=lambda: None, params=params, tx=tx)
+
+    def step(params, opt_state, grads):
+        count, opt_state = opt_state
+        state = make(params).replace(step=count, opt_state=opt_state).apply_gradients(grads=grads)
+        return state.params, (state.step, state.opt_state)
+
+    return step, lambda params: (jnp.zeros([], jnp.int32), tx.init(params))
+
+
+def _nnx(tx):
+    def init(params):
+        return nnx.split(Optimizer(params, tx, wrt=nnx.Param))[1]
+
+    def step(params, opt_state, grads):
+        graph = nnx.split(nnx.eval_shape(lambda: Optimizer(params, tx, wrt=nnx.Param)))
+        optimizer = nnx.merge(graph[0], opt_state)
+        optimizer.update(params, grads)
+        return params, nnx.state(optimizer)
+
+    return step, init
+
+
+@pytest.mark.parametrize("step", [_apply_gradients, _linen], ids=["apply_gradients", "TrainState"])
+def test_a_hold_moves_three_sizes_and_a_release_ten(target, step):
+    """A hold reads g and sum and writes sum; then AdamW reads sum, p, m, v and writes p, m, v."""
+    hold, release, temporaries = _figures(_compile(target, *step(accumulate(8, ADAMW))))
+    assert (hold, release) == (pytest.approx(3, abs=0.05), pytest.approx(10, abs=0.05))
+    assert temporaries < 0.005
+
+
+def test_an_nnx_optimizer_moves_as_much(target):
+    params = nnx.State({name: nnx.Param(p) for name, p in PARAMS.items()})
+    hold, release, temporaries = _figures(_compile(target, *_nnx(accumulate(8, ADAMW)), params))
+    assert (hold, release) == (pytest.approx(3, abs=0.05), pytest.approx(10, abs=0.05))
+    assert temporaries < 0.005
+
+
+def test_a_static_release_moves_what_the_hand_written_loop_does(target):
+    tx = accumulate(8, ADAMW)
+    hold, _, hold_temporaries = _figures(_compile(target, *_apply_gradients(tx, release=False)))
+    release, _, temporaries = _figures(_compile(target, *_apply_gradients(tx, release=True)))
+    assert (hold, release) == (pytest.approx(3, abs=0.05), pytest.approx(9, abs=0.05))
+    assert max(hold_temporaries, temporaries) < 0.005
+
+
+def test_update_moves_less_than_multi_steps(target):
+    hold, release, temporaries = _figures(_compile(target, *_update(accumulate(8, ADAMW))))
+    theirs, theirs_too, _ = _figures(_compile(target, *_update(optax.MultiSteps(ADAMW, 8))))
+    assert hold <= 7.05
+    assert 7 * hold + release < 7 * theirs + theirs_too
+    assert temporaries <= 1.005
+
+
+INNERS = {
+    "sgd": optax.sgd(0.1),
+    "momentum": optax.sgd(0.1, momentum=0.9),
+    "clipped adamw": optax.chain(optax.clip_by_global_norm(1.0), ADAMW),
+    "lion": optax.lion(1e-3),
+    "adafactor": optax.adafactor(1e-3),
+    "schedule-free": optax.contrib.schedule_free_adamw(1e-3),
+    "prodigy": optax.contrib.prodigy(),
+}
+
+
+@pytest.mark.parametrize("inner", INNERS.values(), ids=INNERS)
+def test_the_inner_optimizer_is_not_on_the_path_of_a_hold(target, inner):
+    hold, _, _ = _figures(_compile(target, *_apply_gradients(accumulate(8, inner))))
+    assert hold == pytest.approx(3, abs=0.05)
+
+
+def test_nor_are_the_products_of_muon():
+    """On the H100 alone: TPUs' compiler takes half a minute for them."""
+    tx = accumulate(8, optax.contrib.muon(1e-3))
+    hold, _, _ = _figures(_compile(_need(targets.H100), *_apply_gradients(tx)))
+    assert hold == pytest.approx(3, abs=0.05)
+
+
+@pytest.mark.parametrize("use_grad_mean", [True, False])
+def test_a_weight_costs_a_hold_nothing_and_a_verdict_one_reading(target, use_grad_mean):
+    def step(params, opt_state, grads):
+        return apply_gradients(tx, grads, opt_state, params, weight=opt_state.weight + 1)
+
+    tx = accumulate(8, ADAMW, use_grad_mean=use_grad_mean)
+    hold, _, temporaries = _figures(_compile(target, step, tx.init))
+    assert hold <= 3.1
+    assert temporaries < 0.005
+    tx = accumulate(8, ADAMW, should_skip_update_fn=skip_not_finite)
+    hold, _, _ = _figures(_compile(target, step, tx.init))
+    assert hold <= 4.1
+
+
+WIDTH, ROWS = 8192, 64
+LAYERS = {name: jax.ShapeDtypeStruct((WIDTH, WIDTH), jnp.float32) for name in ("a", "b")}
+LAYER_BYTES = 4 * WIDTH**2
+
+
+def _loss(params, batch):
+    """The mean over the tokens that count, of a model whose matrices are used once each."""
+    error = (jnp.tanh(batch["x"] @ params["a"]) @ params["b"] - 1) ** 2
+    return jnp.sum(jnp.mean(error, axis=1) * batch["mask"]) / jnp.sum(batch["mask"])
+
+
+def _on_eight_chips(target, step, opt_state, places, rows=ROWS):
+    """Compiles `step(params, opt_state, batch)`; returns its collectives of parameter size."""
+    mesh = Mesh(np.array(targets.devices(target, 8)), ("data",))
+    batch = {
+        "x": jax.ShapeDtypeStruct((rows, WIDTH), jnp.float32),
+        "mask": jax.ShapeDtypeStruct((rows,), jnp.float32),
+    }
+    args = LAYERS, opt_state, batch
+    wanted = (*places, jax.tree.map(lambda _: P("data"), batch))
+    shardings = jax.tree.map(functools.partial(NamedSharding, mesh), wanted)
+    shapes = jax.tree.map(
+        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), args, shardings
+    )
+    step = jax.jit(step, donate_argnums=(0, 1), out_shardings=shardings[:2])
+    found = hlo.collectives(step.lower(*shapes).compile().as_text())
+    return [one for one in found if one.bytes > LAYER_BYTES / 100]
+
+
+@pytest.mark.parametrize("gather", [True, False], ids=["gathered by inner", "as it is"])
+def test_a_hold_gathers_nothing_where_sums_and_moments_are_divided(target, gather):
+    """ZeRO-2. Shardings must not leave the release: parameters like the moments that move them."""
+
+    def step(params, opt_state, batch):
+        grads = jax.grad(_loss)(params, batch)
+        return apply_gradients(tx, grads, opt_state, params, weight=jnp.sum(batch["mask"]))
+
+    mesh = Mesh(np.array(targets.devices(target, 8)), ("data",))
+    everywhere = jax.tree.map(lambda _: NamedSharding(mesh, P()), LAYERS)
+    gathering = optax.stateless(lambda u, _: jax.lax.with_sharding_constraint(u, everywhere))
+    tx = accumulate(4, optax.chain(ADAMW, gathering) if gather else ADAMW)
+    whole = jax.tree.map(lambda _: P(), LAYERS)
+    divided = state_shardings(tx, LAYERS, jax.tree.map(lambda _: P("data"), LAYERS))
+    found = _on_eight_chips(target, step, jax.eval_shape(tx.init, LAYERS), (whole, divided))
+    gathers = [one for one in found if one.kind == "all-gather"]
+    assert all(one.conditional for one in gathers)
+    assert sum(8 * one.bytes for one in gathers) == pytest.approx(2 * LAYER_BYTES, rel=0.01)
+
+
+@pytest.mark.parametrize("weighted", [True, False])
+def test_the_compiler_reduces_once_per_batch(target, weighted):
+    """It moves the reduction out of the loop, if it can see what the weight is."""
+
+    def step(params, opt_state, batch):
+        loss, grads = differentiate(params, batch)
+        return optax.apply_updates(params, grads), loss
+
+    weight_fn = (lambda _, batch: jnp.sum(batch["mask"])) if weighted else None
+    differentiate = value_and_grad(_loss, num_microbatches=4, weight_fn=weight_fn)
+    whole = jax.tree.map(lambda _: P(), LAYERS)
+    loss = jax.ShapeDtypeStruct((), jnp.float32)
+    found = _on_eight_chips(target, step, loss, (whole, P()), rows=4 * ROWS)
+    assert not [one for one in found if one.conditional or one.trips > 1]
+    reduced = sum(one.bytes for one in found if one.kind in ("all-reduce", "reduce-scatter"))
+    assert reduced == pytest.approx(2 * LAYER_BYTES, rel=0.01)
