@@ -4,9 +4,9 @@ from optaccum._accumulate import accumulate
 from optaccum._apply import apply_gradients
 from optaccum._fit import Fit, fit_num_microbatches
 from optaccum._migrate import from_multi_steps
-from optaccum._shardings import state_shardings
 from optaccum._skip import skip_not_finite
 from optaccum._state import AccumulateState, get_state, has_released
+from optaccum._state_shardings import state_shardings
 from optaccum._value_and_grad import grad, value_and_grad
 
 __all__ = (

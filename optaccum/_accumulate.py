@@ -6,11 +6,15 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
-from optaccum import _arguments, _parts, _reduce, _window
-from optaccum._branch import both, branch
-from optaccum._state import AccumulateState, cast_like, strongly_typed
+from optaccum._check import arguments, devices as check_devices
+from optaccum._check.gradients import Options, check_microbatch, check_parameters
+from optaccum._core import window
+from optaccum._core.traced import both, branch, cast_like, strongly_typed
+from optaccum._core.window import Sums
+from optaccum._state import AccumulateState
 
 
 def accumulate(
@@ -136,123 +140,99 @@ def accumulate(
 
     References: `optax.MultiSteps`; github.com/google-deepmind/optax issues 320 and 472.
     """
-    every_k = _arguments.check_every_k(every_k)
-    inner = optax.identity() if inner is None else inner
-    _arguments.check_transformation("`inner`", inner)
-    inner = _arguments.with_extra_args(inner)
-    _arguments.check_skip_fn(should_skip_update_fn)
-    accumulator_dtype = _arguments.check_accumulator_dtype(accumulator_dtype)
-    average_args = _arguments.check_average_args(average_args)
-    axes = _parts.check_axes(reduce_axes)
-    every_one = isinstance(every_k, int) and every_k == 1 and not axes
+    options = Options(
+        arguments.check_every_k(every_k),
+        arguments.check_average_args(average_args),
+        check_devices.check_axes(reduce_axes),
+    )
+    inner = arguments.as_inner(optax.identity() if inner is None else inner)
+    judge = arguments.as_judge(should_skip_update_fn)
+    accumulator_dtype = arguments.check_accumulator_dtype(accumulator_dtype)
 
     def init_fn(params):
-        trained = _trained(params)
-        local = _parts.manual_axes(axes)
-        _parts.check_shared(trained, local)
-        skip_state = ()
-        if should_skip_update_fn is not None:
-            step = jax.ShapeDtypeStruct((), jnp.int32)
+        trained, i32 = _trained(params), jnp.int32
+        check_parameters(trained, accumulator_dtype)
+        over = check_devices.check_sums(trained, options.reduce_axes)
+        report = ()
+        if judge is not None:
+            step = jax.ShapeDtypeStruct((), i32)
             _, report = jax.eval_shape(judge, trained, step, params)
-            skip_state = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), report)
-        grad_sum = () if every_one else _window.open_sums(trained, accumulator_dtype)
-        scalars = (
+        zeros = Sums(
             jnp.zeros([], jnp.float32),
-            {name: jnp.zeros([], jnp.float32) for name in average_args},
+            window.open_sums(trained, accumulator_dtype) if options.keeps_sums else (),
+            {name: jnp.zeros([], jnp.float32) for name in options.average_args},
         )
-        weight, arg_sums = _reduce.open_parts(scalars, local)
+        weight, grad_sum, arg_sums = over.open(zeros)
         return AccumulateState(
-            mini_step=jnp.zeros([], jnp.int32),
-            gradient_step=jnp.zeros([], jnp.int32),
+            mini_step=jnp.zeros([], i32),
+            gradient_step=jnp.zeros([], i32),
             released=jnp.zeros([], jnp.bool_),
-            skipped=jnp.zeros([], jnp.int32),
+            skipped=jnp.zeros([], i32),
             weight=weight,
-            grad_sum=_reduce.open_parts(grad_sum, axes),
+            grad_sum=grad_sum,
             arg_sums=arg_sums,
-            skip_state=skip_state,
+            skip_state=jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), report),
             inner_state=jax.tree.map(strongly_typed, inner.init(params)),
         )
 
-    def judge(grads, gradient_step, params):
-        """Returns whether to skip the microbatch, and the report on it."""
-        assert should_skip_update_fn is not None
-        return _arguments.as_verdict(should_skip_update_fn(grads, gradient_step, params))
+    def advance(grads, state, params, weight, release, extra_args, *, apply):
+        """Takes in one microbatch; returns updates, or with `apply` parameters, and the state."""
+        trained = None if params is None else _trained(params)
+        given = check_microbatch(options, grads, state, trained, weight, release, extra_args)
+        weight, over, alone = given.weight, given.devices, given.alone
 
-    def advance(grads, state, params, weight, release, extra_args, apply):
-        """Takes in one microbatch; returns updates, or new parameters to `apply`, and the state."""
-        _arguments.check_state(state, grads, needs_sums=not every_one)
-        # A state that came from a longer window has sums, perhaps of an open one: keep them.
-        alone = every_one and not jax.tree.leaves(state.grad_sum)
-        local = _parts.manual_axes(axes)
-        like = grads if params is None else _trained(params)
-        _parts.check_state(state.weight, local)
-        sums = _reduce.load(state.grad_sum, local)
-        _window.check_fits(grads, like if alone else sums)
-        _parts.check_parts(grads, axes)
-        weight, release = _arguments.as_weight(weight), _arguments.as_release(release)
-        args = _arguments.averaged(average_args, extra_args)
-        certain = weight is None or (isinstance(weight, float) and weight > 0)
-
+        # Does it count?
         accept, skip_state = True, state.skip_state
-        if should_skip_update_fn is not None:
-            with _parts.explain_judging(grads):
-                verdict = judge(grads, state.gradient_step, params)
-            skip, report = _reduce.agree(*verdict, local)
-            accept, skip_state = ~skip, cast_like("should_skip_update_fn", report, skip_state)
-        grads, weight = _reduce.as_parts(grads, weight, axes)
-        if not alone:
-            _parts.check_placed(grads, sums)
-        if isinstance(weight, jax.Array) and not _parts.is_part(weight, local):
+        if judge is not None:
+            verdict = judge(grads, state.gradient_step, params, skip_state)
+            skip, report = over.agree(*verdict)
+            accept, skip_state = ~skip, cast_like(report, skip_state)
+        grads, weight = over.as_parts(grads, weight)
+        if isinstance(weight, jax.Array) and not over.owns(weight):
             accept = both(accept, jnp.isfinite(weight) & (weight >= 0))
-        if weight is not None:
-            weight = jnp.asarray(weight, jnp.float32)
 
+        # Does the window close?
         count = jnp.asarray(optax.safe_increment(state.mini_step))
-        if alone:
-            first, due = True, _arguments.check_release_alone(release)
-        else:
-            first = state.mini_step == 0
-            length = jnp.asarray(_arguments.window_length(every_k, state.gradient_step), jnp.int32)
-            due = count >= length if release is None else release
-            _parts.check_agreed(due, local)
-
-        add = functools.partial(_window.add, first=first, accept=accept)
-        # In the shape that the state has: reshaped sums are not updated in place.
-        total, arg_sums = _reduce.store((jnp.float32(1) if weight is None else weight, args), local)
-        total, arg_sums = add(state.weight, total), add(state.arg_sums, arg_sums, weight)
-        grad_sum = () if alone else add(state.grad_sum, _reduce.store(grads, local), weight)
+        first = alone or state.mini_step == 0
+        due = count >= given.length if given.due is None else given.due
         closes = both(accept, due)
-        everywhere = _reduce.weight_where(closes, due, total, local)
-        steps = closes if certain else both(closes, jnp.greater(everywhere, 0))
 
-        def step(params, inner_state):
-            if not alone:
-                place = None if params is None else _trained(params)
-                whole = _reduce.whole(_reduce.load(grad_sum, local), axes, place)
-                mean = _window.mean(whole, everywhere if use_grad_mean else None, like=grads)
-            elif use_grad_mean or weight is None:
-                mean = grads
-            else:
-                sums = _window.add(_window.open_sums(grads), grads, weight, first=True)
-                mean = _window.mean(sums, None, like=grads)
-            arg_totals = _reduce.whole(_reduce.load(arg_sums, local), local)
-            means = _window.mean(arg_totals, everywhere, like=args)
-            updates, new = inner.update(mean, inner_state, params, **{**extra_args, **means})
-            result = apply_updates(params, updates) if apply else updates
-            return result, cast_like("inner", new, inner_state)
+        # Add it.
+        certain = weight is None or (isinstance(weight, float) and weight > 0)
+        factor = None if weight is None else jnp.asarray(weight, jnp.float32)
+        values = Sums(jnp.float32(1), () if alone else grads, given.args)
+        sums = window.add(
+            Sums(state.weight, state.grad_sum, state.arg_sums),
+            over.store(values),
+            factor,
+            first=first,
+            accept=accept,
+        )
+        total = over.total(sums, due, closes)
+        steps = closes if certain else both(closes, total > 0)
 
-        def hold():
+        # Step, or hold.
+        def step(held, inner_state):
+            kept = over.load(sums)
+            grad_sum, args = over.reduce(kept.grads, kept.scalars, trained)
+            mean, args = window.mean(Sums(total, grad_sum, args), values, of_grads=use_grad_mean)
+            if alone:
+                mean = grads if use_grad_mean else window.weighted(grads, factor)
+            now = held if apply else params
+            updates, new = inner.update(mean, inner_state, now, **{**extra_args, **args})
+            result = apply_updates(now, updates) if apply else updates
+            return result, cast_like(new, inner_state)
+
+        def hold(step):
             if apply:
                 return params, state.inner_state
-            if steps is True:
-                return None, state.inner_state
-            shapes = jax.eval_shape(step, params, state.inner_state)[0]
+            if step is None:
+                shapes = _shapes_of_updates(inner, grads, state.inner_state, params, extra_args)
+            else:
+                shapes = jax.eval_shape(step, params, state.inner_state)[0]
             return optax.tree.zeros_like(shapes), state.inner_state
 
-        def update(_, inner_state):
-            return step(params, inner_state)
-
-        result, inner_state = branch(due, steps, step if apply else update, hold)
+        result, inner_state = branch(due, steps, step, (params, state.inner_state), hold)
         return result, AccumulateState(
             mini_step=jnp.where(closes, 0, jnp.where(accept, count, state.mini_step)),
             gradient_step=jnp.where(
@@ -260,9 +240,9 @@ def accumulate(
             ),
             released=jnp.asarray(steps),
             skipped=jnp.where(accept, state.skipped, optax.safe_increment(state.skipped)),
-            weight=total,
-            grad_sum=grad_sum,
-            arg_sums=arg_sums,
+            weight=sums.weight,
+            grad_sum=sums.grads,
+            arg_sums=sums.scalars,
             skip_state=skip_state,
             inner_state=inner_state,
         )
@@ -287,12 +267,7 @@ def find_apply(update: Any) -> Callable[..., tuple[Any, AccumulateState]] | None
     return apply if owner is update else None
 
 
-def _trained(params: Any) -> Any:
-    """Returns what gradients are taken of: lookahead's slow copy has none."""
-    return params.fast if isinstance(params, optax.LookaheadParams) else params
-
-
-def apply_updates(params: Any, updates: Any) -> Any:
+def apply_updates(params: Any, updates: optax.Updates) -> Any:
     """Returns `optax.apply_updates`, and the parameter itself where an update is None."""
     return jax.tree.map(
         lambda u, p: p if u is None else optax.apply_updates(p, u),
@@ -300,3 +275,23 @@ def apply_updates(params: Any, updates: Any) -> Any:
         params,
         is_leaf=lambda u: u is None,
     )
+
+
+def _trained(params: Any) -> Any:
+    """Returns the tree that gradients are taken of: lookahead's slow copy has none."""
+    return params.fast if isinstance(params, optax.LookaheadParams) else params
+
+
+def _shapes_of_updates(
+    inner: Any, grads: Any, inner_state: Any, params: Any, extra_args: dict[str, Any]
+) -> Any:
+    """Returns shapes and dtypes of the updates of `inner`, whose trace JAX remembers by its types.
+
+    So a loop without `jax.jit` traces `inner` once and not on every hold.
+    """
+    known = (jax.Array, np.ndarray, np.generic, int, float, complex)
+    arrays = {name: x for name, x in extra_args.items() if isinstance(x, known)}
+    update, others = inner.update, {k: x for k, x in extra_args.items() if k not in arrays}
+    if others:  # functions and trees of them are no arguments of a traced function
+        update = functools.partial(update, **others)
+    return jax.eval_shape(update, grads, inner_state, params, **arrays)[0]

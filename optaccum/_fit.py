@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import jax
 
-from optaccum import _arguments
+from optaccum._check.arguments import check_count, check_function
 
 
 class Fit(NamedTuple):
@@ -71,10 +71,10 @@ def fit_num_microbatches(
             number above 0 and the device does not say how much memory it has.
         Exception: what `make_step` and the tracing of its step raise.
     """
-    _arguments.check_function("`make_step`", make_step)
+    check_function("`make_step`", make_step)
     if not isinstance(candidates, Iterable):
         raise TypeError(f"`candidates` must be several integers, got {candidates!r}")
-    counts = sorted({_arguments.check_count("each of `candidates`", n) for n in candidates})
+    counts = sorted({check_count("each of `candidates`", n) for n in candidates})
     if not counts:
         raise ValueError("`candidates` must hold at least one number of microbatches, got none")
     limit = _device_limit() if memory_limit is None else memory_limit
@@ -84,7 +84,7 @@ def fit_num_microbatches(
     for n in counts:
         step: Any = make_step(n)
         if not hasattr(step, "lower"):
-            _arguments.check_function("what `make_step` returns", step)
+            check_function("what `make_step` returns", step)
             step = jax.jit(step)
         try:
             compiled = step.lower(*args).compile()

@@ -7,8 +7,10 @@ from jax.core import Tracer
 import jax.numpy as jnp
 import optax
 
-from optaccum import _parts, _reduce, _window
-from optaccum._state import AccumulateState, cast_like
+from optaccum._check.arguments import leaf_name
+from optaccum._core import devices, window
+from optaccum._core.traced import cast_like
+from optaccum._state import AccumulateState
 
 
 def from_multi_steps(
@@ -75,11 +77,11 @@ def from_multi_steps(
     grad_sum = fresh.grad_sum
     if held:
         if not jax.tree.leaves(grad_sum):  # `every_k` 1, which closes this window
-            grad_sum = _window.open_sums(params)
+            grad_sum = window.open_sums(params)
         count = held if use_grad_mean else 1
 
         def take_over(s, x):
-            return _reduce.unreduce(jnp.asarray(x, s.dtype) * count, tuple(_parts.unreduced(s)))
+            return devices.unreduce(jnp.asarray(x, s.dtype) * count, tuple(devices.unreduced(s)))
 
         grad_sum = jax.tree.map(take_over, grad_sum, state.acc_grads)
     same = jax.tree.structure(state.skip_state) == jax.tree.structure(fresh.skip_state)
@@ -89,7 +91,7 @@ def from_multi_steps(
         weight=mini_step.astype(jnp.float32),
         grad_sum=grad_sum,
         skip_state=state.skip_state if same else fresh.skip_state,
-        inner_state=cast_like("inner", state.inner_opt_state, fresh.inner_state),
+        inner_state=cast_like(state.inner_opt_state, fresh.inner_state),
     )
 
 
@@ -98,7 +100,7 @@ def _check_same(name: str, tree: Any, other: str, like: Any) -> None:
 
     def shapes(tree):
         leaves = jax.tree_util.tree_leaves_with_path(tree)
-        return {jax.tree_util.keystr(path) or "(the only leaf)": jnp.shape(x) for path, x in leaves}
+        return {leaf_name(path): jnp.shape(x) for path, x in leaves}
 
     remedy = (
         "build `tx` with the inner optimizer of optax.MultiSteps, for the same parameters, and "

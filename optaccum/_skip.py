@@ -5,7 +5,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from optaccum import _parts, _reduce, _window
+from optaccum._core import devices, window
 
 
 def skip_not_finite(updates: Any, gradient_step: Any, params: Any) -> tuple[jax.Array, Any]:
@@ -41,11 +41,12 @@ def skip_not_finite(updates: Any, gradient_step: Any, params: Any) -> tuple[jax.
             continue
         g = jnp.asarray(g)
         # The dtype of the sum must not matter to it: a float64 may not fit into a float32.
-        zeros = _window.times(g, jnp.zeros([], g.dtype))
+        zeros = window.times(g, jnp.zeros([], g.dtype))
         dtype = jnp.complex64 if jnp.iscomplexobj(g) else jnp.float32
-        sums.setdefault(_parts.unreduced(g), []).append(jnp.sum(zeros, dtype=dtype))
+        sums.setdefault(devices.unreduced(g), []).append(jnp.sum(zeros, dtype=dtype))
     whole = [
-        _reduce.whole(sum(others, first), tuple(axes)) for axes, (first, *others) in sums.items()
+        devices.over(tuple(axes)).reduce(sum(others, first), ())[0]
+        for axes, (first, *others) in sums.items()
     ]
     skip = ~jnp.isfinite(jnp.asarray(sum(whole)))
     return skip, {"should_skip": skip}

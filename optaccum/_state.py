@@ -3,7 +3,6 @@
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import optax
 
 
@@ -80,26 +79,3 @@ def has_released(opt_state: Any) -> jax.Array:
     # Containers of arrays, such as the variables of flax.nnx, are leaves here that hold a leaf.
     (released,) = jax.tree.leaves(get_state(opt_state).released)
     return released
-
-
-def strongly_typed(x: Any) -> Any:
-    """Returns a leaf of a fresh state as an array that keeps its dtype in every operation."""
-    if isinstance(x, jax.Array | float | int | complex) or hasattr(x, "__array__"):
-        x = jnp.asarray(x)
-        return x.astype(x.dtype) if jax.typeof(x).weak_type else x
-    return x
-
-
-def cast_like(name: str, tree: Any, like: Any) -> Any:
-    """Returns `tree` in the dtypes of `like`, strongly typed."""
-    if jax.tree.structure(tree) != jax.tree.structure(like):
-        raise ValueError(
-            f"`{name}` returned a state of the tree structure {jax.tree.structure(tree)}, but "
-            f"began with {jax.tree.structure(like)}; the structure of a state cannot change"
-        )
-
-    def cast(x, y):
-        x, dtype = jnp.asarray(x), jnp.result_type(y)
-        return x if x.dtype == dtype and not jax.typeof(x).weak_type else x.astype(dtype)
-
-    return jax.tree.map(cast, tree, like)

@@ -8,8 +8,10 @@ import jax
 from jax import lax
 import jax.numpy as jnp
 
-from optaccum import _arguments, _microbatches, _parts, _reduce, _window
-from optaccum._state import cast_like, strongly_typed
+from optaccum._check import arguments, batch as check_batch, devices as check_devices
+from optaccum._core import batch, window
+from optaccum._core.traced import cast_like, strongly_typed, where
+from optaccum._core.window import Sums
 
 
 def value_and_grad(
@@ -131,73 +133,55 @@ def value_and_grad(
 
     References: `optax.microbatch`; github.com/google-research/t5x `trainer.py`.
     """
-    _arguments.check_function("`fun`", fun)
+    arguments.check_function("`fun`", fun)
     if weight_fn is not None:
-        _arguments.check_function("`weight_fn`", weight_fn)
-    n = _arguments.check_count("`num_microbatches`", num_microbatches)
-    accumulator_dtype = _arguments.check_accumulator_dtype(accumulator_dtype)
-    axes = _parts.check_axes(reduce_axes)
+        arguments.check_function("`weight_fn`", weight_fn)
+    n = arguments.check_count("`num_microbatches`", num_microbatches)
+    accumulator_dtype = arguments.check_accumulator_dtype(accumulator_dtype)
+    axes = check_devices.check_axes(reduce_axes)
+    roles = check_batch.check_roles(
+        {
+            "`argnums`": argnums,
+            "`batch_argnums`": batch_argnums,
+            "`rng_argnums`": rng_argnums,
+            "`carry_argnum`": () if carry_argnum is None else (carry_argnum,),
+        },
+        has_aux,
+    )
     dtype = jax.dtypes.canonicalize_dtype(float)  # of weights: float64 with `jax_enable_x64`
-    given = {
-        "`argnums`": argnums,
-        "`batch_argnums`": batch_argnums,
-        "`rng_argnums`": rng_argnums,
-        "`carry_argnum`": () if carry_argnum is None else (carry_argnum,),
-    }
-    roles = {name: _arguments.check_argnums(name, value) for name, value in given.items()}
-    for name, use in {"`argnums`": "differentiate", "`batch_argnums`": "split"}.items():
-        if not roles[name]:
-            raise ValueError(f"{name} must name at least one argument to {use}, got ()")
-    if roles["`carry_argnum`"] and not has_aux:
-        raise ValueError(
-            "`carry_argnum` needs `has_aux=True`: `fun` returns `(loss, (carry, aux))` with it"
-        )
 
     @functools.wraps(fun)
     def value_and_grad_fn(*args, **kwargs):
-        trained, batch, rngs, carries = _arguments.positions(roles, len(args))
-        _microbatches.check_batch({j: args[j] for j in batch}, n)
-        _microbatches.check_keys(
-            {j: args[j] for j in rngs}, args, kwargs, apart=(*batch, *rngs, *carries)
-        )
+        trained, rows, rngs, carries = check_batch.check_call(roles, args, kwargs, n)
+        over = check_devices.check_sums([args[j] for j in trained], axes)
+        # Of parameters that all devices share JAX would sum the gradients, each time.
+        args = [over.share(x) if j in (*trained, *carries) else x for j, x in enumerate(args)]
         at = trained if isinstance(argnums, tuple | list) else trained[0]
-        local = _parts.manual_axes(axes)
-        if local:  # else JAX would sum the gradients of what all devices share, each time
-            args = list(args)
-            for j in trained:
-                _parts.check_shared(args[j], local)
-                args[j] = _reduce.vary(args[j], local)
-            for j in carries:
-                args[j] = _reduce.vary(args[j], local)
         params = args[at] if isinstance(at, int) else tuple(args[j] for j in at)
-        split = {j: _microbatches.split(args[j], n) for j in batch if n > 1}
+        split = {j: batch.split(args[j], n) for j in rows if n > 1}
         differentiate = jax.value_and_grad(fun, at, has_aux)
 
         def run(i, carry):
             """Returns loss, aux, carry, gradients and weight of microbatch i, or of them all."""
             own = list(args)
             for j, leaves in split.items():
-                own[j] = _microbatches.take(leaves, i)
+                own[j] = batch.take(leaves, i)
             for j in rngs if n > 1 else ():
-                own[j] = _microbatches.own_keys(args[j], i)
+                own[j] = batch.own_keys(args[j], i)
             for j in carries:
                 own[j] = carry
             value, grads = differentiate(*own, **kwargs)
             loss, aux = value if has_aux else (value, None)
-            if axes:
-                _parts.check_loss(loss, grads, local)
-                _parts.check_parts(grads, axes)
             weight = None
             if weight_fn is not None:
                 weight = weight_fn(*own, **kwargs)
-                weight = _arguments.check_weight("`weight_fn(...)`", weight, dtype)
-                weight = jnp.asarray(weight, dtype)
-                _microbatches.check_weight_is_shared(weight, grads)
+                weight = jnp.asarray(arguments.as_weight("`weight_fn(...)`", weight, dtype), dtype)
+            check_devices.check_gradients(loss, grads, weight, over)
             if carries:
-                new, aux = _arguments.as_carry_and_aux(aux)
-                _microbatches.check_carry(new, carry)
-                new = _reduce.vary(cast_like("fun", new, carry), local)
-                carry = new if weight is None else _where(_window.counts(weight), new, carry)
+                new, aux = arguments.as_carry_and_aux(aux)
+                check_batch.check_carry(new, carry)
+                new = over.share(cast_like(new, carry))
+                carry = new if weight is None else where(window.counts(weight), new, carry)
             return loss, aux, carry, grads, weight
 
         carry = jax.tree.map(strongly_typed, args[carries[0]]) if carries else None
@@ -205,7 +189,7 @@ def value_and_grad(
             loss, aux, carry, grads, weight = run(0, carry)
             if weight is not None:
                 zeros = jax.tree.map(jnp.zeros_like, (loss, grads))
-                loss, grads = _where(_window.counts(weight), (loss, grads), zeros)
+                loss, grads = where(window.counts(weight), (loss, grads), zeros)
             aux = jax.tree.map(lambda x: jnp.asarray(x)[None], aux)
         else:
 
@@ -213,19 +197,18 @@ def value_and_grad(
                 sums, carry = sums_and_carry
                 loss, aux, carry, grads, weight = run(i, carry)
                 # The sums begin as zeros in this program, so nothing is there to overwrite.
-                return (_window.add(sums, grads, weight, first=False), carry), (loss, aux, weight)
+                return (window.add(sums, grads, weight), carry), (loss, aux, weight)
 
             # Zeros of the gradients' type: where it is `unreduced`, that of `params` is not.
             zeros = jax.grad(lambda _: 0.0)(params)
-            sums = _window.open_sums(zeros, accumulator_dtype)
+            sums = window.open_sums(zeros, accumulator_dtype)
             (sums, carry), (losses, aux, weights) = lax.scan(body, (sums, carry), jnp.arange(n))
             total = jnp.asarray(n, dtype)
             if weights is not None:
-                total = jnp.where(_window.counts(weights), weights, 0).sum()
-            terms = _window.add(_window.open_sums(losses), losses, weights, first=True).sum()
-            total, terms = _reduce.whole((total, terms), local)
-            loss = _window.mean(terms, total, like=losses)
-            grads = _window.mean(_reduce.whole(sums, axes), total, like=params)
+                total = jnp.where(window.counts(weights), weights, 0).sum()
+            terms = window.add(window.open_sums(losses), losses, weights, first=True).sum()
+            sums, (total, terms) = over.reduce(sums, (total, terms))
+            grads, loss = window.mean(Sums(total, sums, terms), Sums(None, params, losses))
         aux = (carry, aux) if carries else aux
         return ((loss, aux) if has_aux else loss), grads
 
@@ -261,7 +244,3 @@ def grad(
         return (grads, value[1]) if has_aux else grads
 
     return grad_fn
-
-
-def _where(predicate: jax.Array, on_true: Any, on_false: Any) -> Any:
-    return jax.tree.map(functools.partial(jnp.where, predicate), on_true, on_false)

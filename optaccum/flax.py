@@ -53,9 +53,9 @@ except ModuleNotFoundError as error:
         "`pip install 'optaccum[flax]'`"
     ) from error
 
-from optaccum import _overwrite
+from optaccum import _flax_fp8
 from optaccum._apply import apply_gradients
-from optaccum._overwrite import OVERWRITE_WITH_GRADIENT, OverwriteState
+from optaccum._flax_fp8 import OVERWRITE_WITH_GRADIENT, OverwriteState
 from optaccum._state import AccumulateState, get_state, has_released
 
 __all__ = ("Optimizer", "OverwriteState", "TrainState")
@@ -125,7 +125,7 @@ class TrainState(train_state.TrainState):
         given = {"weight": weight, "release": release}
         extra_args |= {name: value for name, value in given.items() if value is not None}
 
-        if not _overwrite.holds(grads):
+        if not _flax_fp8.holds(grads):
             params, opt_state = apply_gradients(
                 self.tx, grads, self.opt_state, self.params, **extra_args
             )
@@ -145,7 +145,7 @@ class TrainState(train_state.TrainState):
         )
         overwritten = grads[OVERWRITE_WITH_GRADIENT]
         if wrapped:
-            overwritten, opt_state = _overwrite.take_in(
+            overwritten, opt_state = _flax_fp8.take_in(
                 self.params[OVERWRITE_WITH_GRADIENT], overwritten, weight, state, opt_state
             )
         return self.replace(
@@ -166,7 +166,7 @@ class TrainState(train_state.TrainState):
             **kwargs: the fields that a subclass adds.
         """
         state = super().create(apply_fn=apply_fn, params=params, tx=tx, **kwargs)
-        if _overwrite.holds(params) and _accumulates(state.opt_state):
+        if _flax_fp8.holds(params) and _accumulates(state.opt_state):
             get_state(state.opt_state)  # of several windows, none could say when to overwrite
             # A copy: one buffer cannot be donated as a parameter and as a state.
             largest = jax.tree.map(jnp.copy, params[OVERWRITE_WITH_GRADIENT])

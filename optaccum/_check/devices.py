@@ -1,12 +1,13 @@
-"""What is a part of a sum over devices, by its type, and what is refused because it is none."""
+"""Devices: whether gradients, by their types, are the parts of a sum that they are taken for."""
 
-from collections.abc import Iterator
-import contextlib
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import AxisType
+
+from optaccum._check.arguments import check_names, leaf_name
+from optaccum._core.devices import PerDevice, Unreduced, Whole, over, partitions, unreduced, varying
 
 
 class AxisError(ValueError):
@@ -16,13 +17,13 @@ class AxisError(ValueError):
 def check_axes(axes: Any) -> tuple[str, ...]:
     """Returns the names of `reduce_axes` as a tuple."""
     names = (axes,) if isinstance(axes, str) else axes
-    if not isinstance(names, tuple | list) or not all(isinstance(name, str) for name in names):
-        raise TypeError(f"`reduce_axes` must be names of mesh axes, got {axes!r}")
-    return tuple(names)
+    return check_names("`reduce_axes`", names, "names of mesh axes")
 
 
-def is_manual(axes: tuple[str, ...]) -> bool:
-    """Returns whether the axes are those of a `jax.shard_map`; raises if they have no parts."""
+def check_mesh(axes: tuple[str, ...]) -> None:
+    """Raises unless gradients can be parts over the axes in the mesh that is set here."""
+    if not axes:
+        return
     mesh = jax.sharding.get_abstract_mesh()
     types = dict(zip(mesh.axis_names, mesh.axis_types, strict=True))
     for axis in axes:
@@ -46,58 +47,39 @@ def is_manual(axes: tuple[str, ...]) -> bool:
     manual = [types[axis] == AxisType.Manual for axis in axes]
     if any(manual) != all(manual):
         raise AxisError(f"`reduce_axes` {axes} mix axes of jax.shard_map with Explicit ones")
-    return any(manual)
 
 
-def manual_axes(axes: tuple[str, ...]) -> tuple[str, ...]:
-    """Returns the axes if they are those of a `jax.shard_map`, where scalars are parts too."""
-    return axes if axes and is_manual(axes) else ()
+def check_sums(params: Any, axes: tuple[str, ...]) -> Whole:
+    """Returns where sums of gradients are, or raises if they cannot be there."""
+    check_mesh(axes)
+    kept = over(axes)
+    check_shared(params, kept)
+    _check_complex(params, kept)
+    return kept
 
 
-def varying(x: Any) -> frozenset[str]:
-    """Returns the axes of a `jax.shard_map` over which `x` differs by its type."""
-    aval = jax.typeof(x)
-    new = getattr(getattr(aval, "manual_axis_type", None), "varying", frozenset())
-    return getattr(aval, "vma", new)
-
-
-def is_part(x: Any, axes: tuple[str, ...]) -> bool:
-    """Returns whether `x` differs between the devices of a `jax.shard_map` that reduce."""
-    return bool(set(axes) & varying(x))
-
-
-def unreduced(x: Any) -> frozenset[str]:
-    """Returns the explicit axes over which `x` waits to be reduced."""
-    return getattr(jax.typeof(x).sharding.spec, "unreduced", frozenset())
-
-
-def partitions(x: jax.Array) -> tuple:
-    """Returns by which axes each dimension of `x` is sharded."""
-    spec = jax.typeof(x).sharding.spec
-    return tuple(getattr(spec, "partitions", spec))
-
-
-def check_parts(grads: Any, axes: tuple[str, ...]) -> None:
+def check_parts(grads: Any, kept: Whole) -> None:
     """Raises where a gradient is no part though it has to be, or a part though nobody asked."""
-    manual, seen = manual_axes(axes), set()
+    axes, seen = kept.axes, set()
     for path, g in jax.tree_util.tree_leaves_with_path(grads):
         if not axes and unreduced(g):
             raise TypeError(
-                f"gradient leaf {name(path)} waits to be reduced over {sorted(unreduced(g))}; "
+                f"gradient leaf {leaf_name(path)} waits to be reduced over {sorted(unreduced(g))}; "
                 "name these axes in `reduce_axes`"
             )
-        if manual and (missing := set(axes) - varying(g)):
+        if isinstance(kept, PerDevice) and (missing := set(axes) - varying(g)):
             raise TypeError(
-                f"gradient leaf {name(path)} does not vary over {sorted(missing)} of "
+                f"gradient leaf {leaf_name(path)} does not vary over {sorted(missing)} of "
                 "`reduce_axes`: it has been summed already, or nothing here tells (jax.shard_map "
                 "with `check_vma=False`, jax.pmap); differentiate with respect to "
                 "`jax.lax.pcast(params, axes, to='varying')` in a jax.shard_map with "
                 "`check_vma=True`, or leave `reduce_axes` out"
             )
         seen |= unreduced(g) | set(jax.tree.leaves(partitions(g)))
-    if axes and not manual and (missing := set(axes) - seen) and jax.tree.leaves(grads):
+    unseen = set(axes) - seen if isinstance(kept, Unreduced) else ()
+    if unseen and jax.tree.leaves(grads):
         raise TypeError(
-            f"no gradient leaf waits to be reduced over {sorted(missing)} of `reduce_axes`: all "
+            f"no gradient leaf waits to be reduced over {sorted(unseen)} of `reduce_axes`: all "
             "have been reduced already; differentiate with respect to `jax.reshard(p, "
             "P(..., reduced={axis}))` of parameters in matrix products, or leave `reduce_axes` out"
         )
@@ -111,82 +93,94 @@ def check_placed(grads: Any, sums: Any) -> None:
             return
         if (partitions(g), unreduced(g)) != (partitions(s), unreduced(s)):
             raise ValueError(
-                f"gradient leaf {name(path)} is sharded as {jax.typeof(g)}, but its sum in the "
-                f"optimizer state as {jax.typeof(s)}; reshard the gradient, or begin with a state "
-                "whose `grad_sum` is sharded like it"
+                f"gradient leaf {leaf_name(path)} is sharded as {jax.typeof(g)}, but its sum in "
+                f"the optimizer state as {jax.typeof(s)}; reshard the gradient, or begin with a "
+                "state whose `grad_sum` is sharded like it"
             )
 
     jax.tree_util.tree_map_with_path(check, grads, sums, is_leaf=lambda g: g is None)
 
 
-def check_shared(params: Any, axes: tuple[str, ...]) -> None:
+def check_shared(params: Any, kept: Whole) -> None:
     """Raises where a parameter is no device's whole one: gradients of pieces are no parts."""
     for path, p in jax.tree_util.tree_leaves_with_path(params):
-        if axes and (parts := set(axes) & varying(p)):
+        if isinstance(kept, PerDevice) and (parts := set(kept.axes) & varying(p)):
             raise TypeError(
-                f"parameter leaf {name(path)} varies over {sorted(parts)} of `reduce_axes`, so "
-                "that its gradients belong to different pieces: train pieces by an `accumulate` "
+                f"parameter leaf {leaf_name(path)} varies over {sorted(parts)} of `reduce_axes`, "
+                "so that its gradients belong to different pieces: train pieces by an `accumulate` "
                 "of their own, without these axes, on gradients and weights that you have reduced; "
                 "and pass what all devices share as it came in, before jax.lax.pcast"
             )
 
 
-def check_loss(loss: jax.Array, grads: Any, axes: tuple[str, ...]) -> None:
+def _check_complex(params: Any, kept: Whole) -> None:
+    """Raises where sums of gradients cannot be unreduced."""
+    for path, x in jax.tree_util.tree_leaves_with_path(params):
+        if isinstance(kept, Unreduced) and jnp.iscomplexobj(x):
+            raise TypeError(
+                f"parameter leaf {leaf_name(path)} is complex, and JAX cannot make unreduced "
+                "complex arrays; use jax.shard_map, or leave `reduce_axes` out"
+            )
+
+
+def check_gradients(loss: jax.Array, grads: Any, weight: Any, kept: Whole) -> None:
+    """Raises unless loss, gradients and weight of a microbatch are of the same rows."""
+    if kept.axes:
+        _check_loss(loss, grads, kept)
+        check_parts(grads, kept)
+    if weight is not None:
+        _check_weight_is_shared(weight, grads)
+
+
+def _check_loss(loss: jax.Array, grads: Any, kept: Whole) -> None:
     """Raises unless loss and gradients are of the same rows: those of one device.
 
     A loss that is a mean over devices would be divided twice, and a gradient that JAX has summed
     over an axis of the rows that was not named would be as many times too large.
     """
-    if missing := set(axes) - varying(loss):
+    if not isinstance(kept, PerDevice):
+        return
+    if missing := set(kept.axes) - varying(loss):
         raise TypeError(
             f"`fun` returned a loss that does not vary over {sorted(missing)} of `reduce_axes`: "
             "`fun` has reduced it, or jax.shard_map was told `check_vma=False`; return the loss "
             "of this device's rows, with `check_vma=True`, or leave `reduce_axes` out"
         )
     for path, g in jax.tree_util.tree_leaves_with_path(grads):
-        if axes and (summed := varying(loss) - varying(g)):
+        if summed := varying(loss) - varying(g):
             raise TypeError(
                 f"`fun` returned a loss that varies over {sorted(summed)}, over which gradient "
-                f"leaf {name(path)} has been summed; name these axes in `reduce_axes` too, or "
+                f"leaf {leaf_name(path)} has been summed; name these axes in `reduce_axes` too, or "
                 "reduce the loss over them in `fun`"
             )
 
 
-def check_state(weight: jax.Array, axes: tuple[str, ...]) -> None:
+def _check_weight_is_shared(weight: jax.Array, grads: Any) -> None:
+    """Raises if the weight differs between devices over which a gradient has been summed."""
+    for path, g in jax.tree_util.tree_leaves_with_path(grads):
+        if axes := varying(weight) - varying(g):
+            raise TypeError(
+                f"`weight_fn(...)` differs between the devices of {sorted(axes)}, but gradient "
+                f"leaf {leaf_name(path)} has been summed over them; differentiate with respect to "
+                "`jax.lax.pcast(params, axes, to='varying')` and reduce weighted sums yourself, or "
+                "return one weight for all devices"
+            )
+
+
+def check_state(weight: jax.Array, kept: Whole) -> None:
     """Raises unless a state has one part for each device, known by its `weight`."""
-    if axes and jnp.shape(weight) != (1,):
+    if isinstance(kept, PerDevice) and jnp.shape(weight) != (1,):
         raise ValueError(
             "the optimizer state must have one `weight`, and one of each sum, on a device, got "
             f"`weight` of shape {jnp.shape(weight)} there; make it with `init` in a jax.shard_map "
-            f"with the axes {axes}, and pass it with the specs of optaccum.state_shardings"
+            f"with the axes {kept.axes}, and pass it with the specs of optaccum.state_shardings"
         )
 
 
-def check_agreed(due: Any, axes: tuple[str, ...]) -> None:
+def check_agreed(due: Any, kept: Whole) -> None:
     """Raises if a window may close on some devices only: they would wait for the others."""
-    if parts := set(axes) & varying(due):
+    if isinstance(kept, PerDevice) and (parts := set(kept.axes) & varying(due)):
         raise TypeError(
             f"`release` or `every_k` differs between the devices of {sorted(parts)}, which must "
             "close a window together; let them agree first (jax.lax.pmax)"
         )
-
-
-@contextlib.contextmanager
-def explain_judging(grads: Any) -> Iterator[None]:
-    """Says why `should_skip_update_fn` failed, where no device has the gradients whole."""
-    try:
-        yield
-    except Exception as error:
-        for path, g in jax.tree_util.tree_leaves_with_path(grads):
-            if axes := unreduced(g):
-                raise TypeError(
-                    f"`should_skip_update_fn` failed on gradients such as leaf {name(path)}, "
-                    f"which wait to be reduced over {sorted(axes)}: of these only sums and "
-                    "multiples can be taken, as optaccum.skip_not_finite does"
-                ) from error
-        raise
-
-
-def name(path: Any) -> str:
-    """Returns what an error calls the leaf at `path`."""
-    return jax.tree_util.keystr(path) or "(the only leaf)"

@@ -7,7 +7,9 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 import optax
 
-from optaccum import _arguments, _parts
+from optaccum._check.arguments import check_transformation, leaf_name
+from optaccum._check.devices import AxisError
+from optaccum._core.devices import unreduced, varying
 
 
 def state_shardings(tx: optax.GradientTransformation, params: Any, shardings: Any = None) -> Any:
@@ -60,7 +62,7 @@ def state_shardings(tx: optax.GradientTransformation, params: Any, shardings: An
         ValueError: if the trees, or the meshes of two parameters, differ; if `reduce_axes` of an
             :func:`accumulate` are not axes of the mesh, or are Auto ones of `NamedSharding`s.
     """
-    _arguments.check_transformation("`tx`", tx)
+    check_transformation("`tx`", tx)
     shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(jnp.shape(x), jnp.result_type(x)), params)
     if shardings is None:
         shardings = jax.tree.map(lambda x: getattr(x, "sharding", None), params)
@@ -83,7 +85,7 @@ def state_shardings(tx: optax.GradientTransformation, params: Any, shardings: An
 
     def trace(params):
         state = jax.tree.map(jnp.asarray, tx.init(params))
-        waiting[:] = filter(_parts.unreduced, jax.tree.leaves(state))
+        waiting[:] = filter(unreduced, jax.tree.leaves(state))
         placed[:] = [
             optax.tree.map_params(
                 tx,
@@ -103,7 +105,7 @@ def state_shardings(tx: optax.GradientTransformation, params: Any, shardings: An
     try:
         jax.eval_shape(trace, shapes)
         has_parts = bool(waiting)
-    except _parts.AxisError:
+    except AxisError:
         if jax.sharding.get_abstract_mesh().empty:
             raise
         has_parts = True
@@ -119,14 +121,14 @@ def _place(sharding: Any, extra: int, x: Any) -> Any:
     entries: list[Any] = [None] * extra + list(getattr(spec, "partitions", spec))
     used = set(jax.tree.leaves(tuple(entries)))
     mesh = jax.sharding.get_abstract_mesh()
-    if parts := [axis for axis in mesh.axis_names if axis in _parts.varying(x)]:
+    if parts := [axis for axis in mesh.axis_names if axis in varying(x)]:
         if used & set(parts):
             raise ValueError(
                 f"a parameter is sharded as {spec}, over {sorted(used & set(parts))} of "
                 "`reduce_axes`; in jax.shard_map all its devices must have it whole"
             )
         entries[:1] = [parts[0] if len(parts) == 1 else tuple(parts)]  # the axis of a device's own
-    waiting = _parts.unreduced(x) - used
+    waiting = unreduced(x) - used
     kinds = {"unreduced": waiting, "reduced": getattr(spec, "reduced", frozenset()) - waiting}
     spec = PartitionSpec(*entries, **{kind: axes for kind, axes in kinds.items() if axes})
     if isinstance(sharding, PartitionSpec):
@@ -146,7 +148,7 @@ def _checked(params: Any, shardings: Any) -> tuple[dict[Any, tuple[Any, Any]], A
         ) from error
     checked, mesh = {}, None
     for (path, x), s in zip(leaves, structure.flatten_up_to(wanted), strict=True):
-        name = f"the sharding of parameter leaf {jax.tree_util.keystr(path) or '(the only leaf)'}"
+        name = f"the sharding of parameter leaf {leaf_name(path)}"
         if not isinstance(s, NamedSharding | PartitionSpec):
             raise TypeError(
                 f"{name} must be a NamedSharding or a PartitionSpec, got {s!r}; pass `shardings`"

@@ -1,0 +1,1 @@
+"""Every refusal: what may be passed, and what the errors say."""

@@ -1,0 +1,278 @@
+"""Arguments: what may be passed to a factory or as an extra argument, brought into one form.
+
+Static arguments are checked when a transformation is built, extra arguments when an update is
+traced. What is known at trace time stays a Python value, so that the program need not ask.
+"""
+
+from collections.abc import Callable, Iterable
+import contextlib
+import inspect
+import operator
+from typing import Any
+
+import jax
+from jax.core import Tracer
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from optaccum._core.devices import unreduced
+
+INT32_MAX = np.iinfo(np.int32).max
+FLOAT32_MAX = float(np.finfo(np.float32).max)
+
+
+def leaf_name(path: Any) -> str:
+    """Returns what an error calls the leaf at `path`."""
+    return jax.tree_util.keystr(path) or "(the only leaf)"
+
+
+def describe(value: Any) -> str:
+    """Returns what an error says of a value: dtype and shape, or the value and its type."""
+    if isinstance(value, jax.Array | np.ndarray | np.generic):
+        return f"{value.dtype}{list(value.shape)}"
+    return f"{value!r} of type {type(value).__name__}"
+
+
+def check_function(name: str, function: Any, example: str = "") -> None:
+    """Raises unless `function` can be called."""
+    if not callable(function):
+        raise TypeError(f"{name} must be a function{example}, got {describe(function)}")
+
+
+def check_scalar(name: str, value: Any, *kinds: Any, remedy: str = "") -> None:
+    """Raises unless `value` is a scalar of one of the kinds of dtypes."""
+    known = isinstance(value, jax.Array | np.ndarray | np.generic | int | float | complex)
+    fits = known and jnp.shape(value) == ()
+    if not (fits and any(jnp.issubdtype(jnp.result_type(value), kind) for kind in kinds)):
+        wanted = " or ".join(getattr(kind, "__name__", str(kind)) for kind in kinds)
+        raise TypeError(f"{name} must be a scalar ({wanted}), got {describe(value)}{remedy}")
+
+
+def check_count(name: str, count: Any, others: str = "") -> int:
+    """Returns `count` as a Python int in 1..2**31 - 1; `others` says what else it may be."""
+    try:
+        if isinstance(count, bool | np.bool_):
+            raise TypeError
+        count = operator.index(count)
+    except TypeError:
+        raise TypeError(
+            f"{name} must be an integer >= 1{others}, got {count!r} of type {type(count).__name__}"
+        ) from None
+    if not 1 <= count <= INT32_MAX:
+        bound = ">= 1" if count < 1 else f"<= {INT32_MAX}"
+        raise ValueError(f"{name} must be {bound}, got {count}")
+    return count
+
+
+def check_names(name: str, names: Any, wanted: str) -> tuple[str, ...]:
+    """Returns `names` as a tuple of strings."""
+    if not isinstance(names, tuple | list) or not all(isinstance(x, str) for x in names):
+        raise TypeError(f"{name} must be {wanted}, got {names!r}")
+    return tuple(dict.fromkeys(names))
+
+
+def check_argnums(name: str, argnums: Any) -> tuple[int, ...]:
+    """Returns `argnums`, an integer or a sequence of them, as a tuple of Python ints."""
+    several = argnums if isinstance(argnums, tuple | list) else (argnums,)
+    try:
+        if any(isinstance(argnum, bool | np.bool_) for argnum in several):
+            raise TypeError
+        return tuple(map(operator.index, several))
+    except TypeError:
+        raise TypeError(
+            f"{name} must be an integer or a tuple of integers, got {argnums!r}"
+        ) from None
+
+
+def check_every_k(every_k: Any) -> int | jax.Array | Callable[[jax.Array], Any]:
+    """Returns `every_k` as a Python int >= 1, an integer `jax.Array` of shape [], or a callable."""
+    if callable(every_k):
+        return every_k
+    if isinstance(every_k, jax.Array):
+        check_scalar("`every_k`", every_k, jnp.integer)
+        if not isinstance(every_k, Tracer):
+            check_count("`every_k`", int(every_k))
+        return every_k
+    others = ", an integer scalar array or a function of the gradient step"
+    return check_count("`every_k`", every_k, others)
+
+
+def window_length(
+    every_k: int | jax.Array | Callable[[jax.Array], Any], gradient_step: jax.Array
+) -> jax.Array:
+    """Returns the length of the window that follows `gradient_step` releases, i32[]."""
+    if callable(every_k):
+        name, length = "`every_k(gradient_step)`", every_k(gradient_step)
+        remedy = "; cast a float schedule with `.astype(int)`"
+        check_scalar(name, length, jnp.integer, remedy=remedy)
+        every_k = length if isinstance(length, jax.Array) else check_count(name, int(length))
+    return jnp.asarray(every_k, jnp.int32)
+
+
+def check_transformation(name: str, tx: Any) -> None:
+    """Raises unless `tx` has the `init` and `update` of a transformation."""
+    if not (callable(getattr(tx, "init", None)) and callable(getattr(tx, "update", None))):
+        hint = "; call it to build the transformation" if callable(tx) else ""
+        raise TypeError(
+            f"{name} must be an optax.GradientTransformation such as optax.adam(1e-3), got "
+            f"{tx!r} of type {type(tx).__name__}{hint}"
+        )
+
+
+def as_inner(tx: Any) -> optax.GradientTransformationExtraArgs:
+    """Returns the inner optimizer, with extra arguments, and with its states checked.
+
+    `optax.with_extra_args_support` drops extra arguments for all but one class, `optax.MultiSteps`
+    included.
+    """
+    check_transformation("`inner`", tx)
+    parameters = inspect.signature(tx.update).parameters.values()
+    if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
+        tx = optax.with_extra_args_support(tx)
+
+    def update_fn(updates, state, params=None, **extra_args):
+        updates, new = tx.update(updates, state, params, **extra_args)
+        check_same_state("inner", new, state)
+        return updates, new
+
+    return optax.GradientTransformationExtraArgs(tx.init, update_fn)
+
+
+def as_judge(should_skip_update_fn: Any) -> Callable[..., tuple[jax.Array, Any]] | None:
+    """Returns a function that judges a microbatch: whether to skip it, bool[], and the report."""
+    if should_skip_update_fn is None:
+        return None
+    check_function(
+        "`should_skip_update_fn`", should_skip_update_fn, " such as optax.skip_not_finite"
+    )
+
+    def judge(grads, gradient_step, params, last_report=None):
+        with _explain_judging(grads):
+            result = should_skip_update_fn(grads, gradient_step, params)
+        if not isinstance(result, tuple) or len(result) != 2:
+            raise TypeError(
+                "`should_skip_update_fn` must return a pair (bool[], report), such as "
+                f"`(jnp.any(bad), ())`, got {result!r}"
+            )
+        should_skip, report = result
+        check_scalar("the first result of `should_skip_update_fn`", should_skip, jnp.bool_)
+        if last_report is not None:
+            check_same_state("should_skip_update_fn", report, last_report)
+        return jnp.asarray(should_skip), report
+
+    return judge
+
+
+@contextlib.contextmanager
+def _explain_judging(grads: Any) -> Any:
+    """Says why `should_skip_update_fn` failed, where no device has the gradients whole."""
+    try:
+        yield
+    except Exception as error:
+        for path, g in jax.tree_util.tree_leaves_with_path(grads):
+            if axes := unreduced(g):
+                raise TypeError(
+                    f"`should_skip_update_fn` failed on gradients such as leaf {leaf_name(path)}, "
+                    f"which wait to be reduced over {sorted(axes)}: of these only sums and "
+                    "multiples can be taken, as optaccum.skip_not_finite does"
+                ) from error
+        raise
+
+
+def check_same_state(name: str, tree: Any, like: Any) -> None:
+    """Raises unless a state that `name` returned has the structure that it began with."""
+    if jax.tree.structure(tree) != jax.tree.structure(like):
+        raise ValueError(
+            f"`{name}` returned a state of the tree structure {jax.tree.structure(tree)}, but "
+            f"began with {jax.tree.structure(like)}; the structure of a state cannot change"
+        )
+
+
+def check_accumulator_dtype(dtype: Any) -> jnp.dtype | None:
+    """Returns `dtype` as a floating or complex `jnp.dtype`, or None."""
+    if dtype is None:
+        return None
+    try:
+        result = jnp.dtype(dtype)
+    except TypeError as error:
+        raise TypeError(f"`accumulator_dtype` {dtype!r} is not a dtype: {error}") from None
+    if not jnp.issubdtype(result, jnp.inexact):
+        raise TypeError(
+            f"`accumulator_dtype` must be floating-point or complex, got {result}; leave it None "
+            "for each gradient's own dtype promoted to at least float32"
+        )
+    if jax.dtypes.canonicalize_dtype(result) != result:
+        raise ValueError(
+            f"`accumulator_dtype` {result} needs 64-bit types; enable them with "
+            "jax.config.update('jax_enable_x64', True)"
+        )
+    return result
+
+
+def check_average_args(names: Any) -> tuple[str, ...]:
+    """Returns the names of the averaged extra arguments as a tuple."""
+    names = check_names("`average_args`", names, "a tuple of names like ('value',)")
+    reserved = {"weight", "release"}.intersection(names)
+    if reserved:
+        raise ValueError(
+            f"`average_args` cannot name {min(reserved)!r}: `accumulate` uses that argument itself"
+        )
+    return names
+
+
+def averaged(names: Iterable[str], extra_args: dict[str, Any]) -> dict[str, jax.Array]:
+    """Returns the extra arguments to average, as floating scalars."""
+    values = {}
+    for name in names:
+        if name not in extra_args:
+            raise ValueError(
+                f"`average_args` names {name!r}, but the update was called without it; pass "
+                f"`{name}=` with every microbatch"
+            )
+        value = extra_args[name]
+        check_scalar(f"`{name}` (one of `average_args`)", value, jnp.floating, jnp.integer)
+        dtype = jnp.result_type(value)
+        floating = jnp.issubdtype(dtype, jnp.floating)
+        values[name] = jnp.asarray(value, dtype if floating else jnp.float32)
+    return values
+
+
+def as_weight(name: str, weight: Any, dtype: Any = jnp.float32) -> float | jax.Array:
+    """Returns a Python float (known now, finite and >= 0), or a `dtype`[] to judge later."""
+    check_scalar(name, weight, jnp.floating, jnp.integer, jnp.bool_)
+    if isinstance(weight, jax.Array):
+        return weight.astype(dtype)
+    if not 0 <= weight <= FLOAT32_MAX:
+        raise ValueError(f"{name} must be finite in float32 and >= 0, got {weight!r}")
+    return float(np.dtype(dtype).type(weight))
+
+
+def as_release(release: Any, *, alone: bool) -> bool | jax.Array | None:
+    """Returns None, a Python bool (known now) or a bool[].
+
+    Args:
+        release: what was passed.
+        alone: whether every window has one microbatch, which cannot be held open.
+    """
+    if release is None:
+        return None
+    check_scalar("`release`", release, jnp.bool_)
+    release = release if isinstance(release, jax.Array) else bool(release)
+    if alone and release is not True:
+        raise ValueError(
+            "`release` must be None or True where `every_k` is 1, which has no accumulator to hold "
+            f"a gradient in, got {release}; build with every_k >= 2 (`release` then overrides the "
+            "count)"
+        )
+    return release
+
+
+def as_carry_and_aux(aux: Any) -> tuple[Any, Any]:
+    """Returns what `fun` returned beside its loss, where it hands on a carry, as a pair."""
+    if not isinstance(aux, tuple) or len(aux) != 2:
+        raise TypeError(
+            "`fun` must return `(loss, (carry, aux))` with `carry_argnum`, where aux may be (), "
+            f"got {describe(aux)} for `(carry, aux)`"
+        )
+    return aux

@@ -1,0 +1,1 @@
+"""The algorithm: what happens to a microbatch that has passed every check."""

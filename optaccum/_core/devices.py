@@ -1,0 +1,191 @@
+"""Where sums are: whole, one part on each device, or unreduced.
+
+Gradients of data-parallel training are parts of a sum, one on each device. Reduced as they come,
+they cost one reduction per microbatch. Accumulated as parts they cost one per window, inside the
+release branch. A part is known by its type; docs/many_devices.md shows how users get one.
+
+Auto axes have no parts: `jax.jit` reduces before anyone sees the gradient.
+"""
+
+from typing import Any
+
+import jax
+from jax import lax
+import jax.numpy as jnp
+from jax.sharding import AxisType, PartitionSpec
+
+from optaccum._core import window
+from optaccum._core.traced import branch
+from optaccum._core.window import Sums
+
+
+class Whole:
+    """Sums that need no reduction: every method returns what it is given."""
+
+    axes: tuple[str, ...] = ()
+
+    def share(self, tree: Any) -> Any:
+        """Returns values that all devices have alike, as each device's own."""
+        return tree
+
+    def open(self, sums: Sums) -> Sums:
+        """Returns zeros as a state keeps them."""
+        return sums
+
+    def store(self, values: Sums) -> Sums:
+        """Returns a microbatch in the shapes that a state keeps."""
+        return values
+
+    def load(self, sums: Sums) -> Sums:
+        """Returns sums that a state keeps, in the shapes of a microbatch."""
+        return sums
+
+    def as_parts(self, grads: Any, weight: Any) -> tuple[Any, Any]:
+        """Returns gradients, of which some may be reduced, as parts, and a weight that fits."""
+        return grads, weight
+
+    def owns(self, weight: Any) -> bool:
+        """Returns whether the weight is each device's own, so that nobody has to agree on it."""
+        return False
+
+    def agree(self, skip: jax.Array, report: Any) -> tuple[jax.Array, Any]:
+        """Returns whether any device would skip, and the largest of the reports."""
+        return skip, report
+
+    def total(self, sums: Sums, due: Any, closes: Any) -> jax.Array:
+        """Returns the weight of all devices, where a window closes."""
+        return sums.weight
+
+    def reduce(self, grads: Any, scalars: Any, like: Any = None) -> tuple[Any, Any]:
+        """Returns both summed over all devices, gradients sharded like `like`, if it is given."""
+        return grads, scalars
+
+
+class PerDevice(Whole):
+    """In `jax.shard_map`: parts *vary* over the axes.
+
+    A device keeps its sums, weights and scalars too, with a leading axis of 1, so that a state made
+    by `tx.init` inside of it passes from call to call; all else is the same on all devices. The
+    mean is that over all devices' tokens, `psum(sum of w g) / psum(sum of w)`, where each gave its
+    own `weight`. A weight that does not count is 0 on its device.
+    """
+
+    def __init__(self, axes: tuple[str, ...]):
+        self.axes = axes
+
+    def share(self, tree):
+        return vary(tree, self.axes)
+
+    def open(self, sums):
+        return self.store(self.share(sums))
+
+    def store(self, values):
+        return jax.tree.map(lambda x: x[None], values)
+
+    def load(self, sums):
+        return jax.tree.map(lambda x: x[0], sums)
+
+    def as_parts(self, grads, weight):
+        if self.owns(weight):
+            weight = jnp.where(window.counts(weight), weight, 0)
+        return grads, weight
+
+    def owns(self, weight):
+        return isinstance(weight, jax.Array) and bool(set(self.axes) & varying(weight))
+
+    def agree(self, skip, report):
+        def largest(x):
+            # Devices that have different pieces of the gradients, over other axes, agree too.
+            x = jnp.asarray(x)
+            over = (*self.axes, *sorted((varying(x) | varying(skip)) - set(self.axes)))
+            wide = x.astype(jnp.int32) if x.dtype == jnp.bool_ else x
+            return lax.pmax(vary(wide, over), over).astype(x.dtype)
+
+        return largest(skip), jax.tree.map(largest, report)
+
+    def total(self, sums, due, closes):
+        own = self.load(sums.weight)
+        nothing = vary(jnp.zeros([], own.dtype), tuple(varying(own) - set(self.axes)))
+        start = (nothing,)
+        return branch(due, closes, lambda _: (self._psum(own),), start, lambda _: start)[0]
+
+    def reduce(self, grads, scalars, like=None):
+        return self._psum((grads, scalars))
+
+    def _psum(self, tree):
+        return lax.psum(self.share(tree), self.axes)
+
+
+class Unreduced(Whole):
+    """Under explicit sharding: gradients are *unreduced* over the axes, scalars are whole.
+
+    A gradient that arrives reduced is made a part that is zero on all devices but one, which costs
+    no communication. Sums of parameters that are sharded over an axis stay sharded.
+    """
+
+    def __init__(self, axes: tuple[str, ...]):
+        self.axes = axes
+
+    def open(self, sums):
+        return sums._replace(grads=self.as_parts(sums.grads, None)[0])
+
+    def as_parts(self, grads, weight):
+        return jax.tree.map(lambda x: unreduce(x, self.axes), grads), weight
+
+    def reduce(self, grads, scalars, like=None):
+        def whole(x, place):
+            if not unreduced(x):
+                return x
+            return jax.reshard(x, PartitionSpec(*partitions(place)))
+
+        return jax.tree.map(whole, grads, grads if like is None else like), scalars
+
+
+def over(axes: tuple[str, ...]) -> Whole:
+    """Returns how sums are kept over these axes of the mesh that is set here."""
+    if not axes:
+        return Whole()
+    mesh = jax.sharding.get_abstract_mesh()
+    types = dict(zip(mesh.axis_names, mesh.axis_types, strict=True))
+    return PerDevice(axes) if types[axes[0]] == AxisType.Manual else Unreduced(axes)
+
+
+def vary(tree: Any, axes: tuple[str, ...]) -> Any:
+    """Returns values that the devices of a `jax.shard_map` share as each device's own."""
+
+    def cast(x):
+        missing = tuple(axis for axis in axes if axis not in varying(x))
+        if not missing:
+            return x
+        if hasattr(lax, "pcast"):
+            return lax.pcast(x, missing, to="varying")
+        return getattr(lax, "pvary")(x, missing)  # noqa: B009  (jax 0.7.2)
+
+    return jax.tree.map(cast, tree)
+
+
+def varying(x: Any) -> frozenset[str]:
+    """Returns the axes of a `jax.shard_map` over which `x` differs by its type."""
+    aval = jax.typeof(x)
+    new = getattr(getattr(aval, "manual_axis_type", None), "varying", frozenset())
+    return getattr(aval, "vma", new)
+
+
+def unreduced(x: Any) -> frozenset[str]:
+    """Returns the explicit axes over which `x` waits to be reduced."""
+    return getattr(jax.typeof(x).sharding.spec, "unreduced", frozenset())
+
+
+def partitions(x: Any) -> tuple:
+    """Returns by which axes each dimension of `x` is sharded."""
+    spec = jax.typeof(x).sharding.spec
+    return tuple(getattr(spec, "partitions", spec))
+
+
+def unreduce(x: jax.Array, axes: tuple[str, ...]) -> jax.Array:
+    """Returns `x`, unreduced over the axes but those that it is sharded over: no communication."""
+    placed = partitions(x)
+    waiting = unreduced(x) | (set(axes) - set(jax.tree.leaves(placed)))
+    if waiting == unreduced(x):
+        return x
+    return jax.reshard(x, PartitionSpec(*placed, unreduced=waiting))

@@ -1,0 +1,152 @@
+"""Conditionals: what is known when a program is traced is not asked when it runs."""
+
+from collections.abc import Callable
+import functools
+from typing import Any
+
+import jax
+from jax import lax
+from jax.core import Tracer
+from jax.extend.core import Primitive
+from jax.extend.mlir.dialects import sdy
+from jax.interpreters import ad, batching, mlir
+import jax.numpy as jnp
+
+
+def both(a: jax.Array | bool, b: jax.Array | bool) -> jax.Array | bool:
+    """`a & b` that keeps what is known at trace time a Python bool."""
+    if isinstance(a, bool):
+        return b if a else False
+    if isinstance(b, bool):
+        return a if b else False
+    return a & b
+
+
+def select(predicate: jax.Array | bool, on_true: jax.Array, on_false: jax.Array) -> jax.Array:
+    """`lax.select` that keeps what is known at trace time out of the program."""
+    if isinstance(predicate, bool):
+        return on_true if predicate else on_false
+    return lax.select(predicate, on_true, on_false)
+
+
+def where(predicate: jax.Array, on_true: Any, on_false: Any) -> Any:
+    """`jnp.where` of two trees."""
+    return jax.tree.map(functools.partial(jnp.where, predicate), on_true, on_false)
+
+
+def strongly_typed(x: Any) -> Any:
+    """Returns a leaf of a fresh state as an array that keeps its dtype in every operation."""
+    if isinstance(x, jax.Array | float | int | complex) or hasattr(x, "__array__"):
+        x = jnp.asarray(x)
+        return x.astype(x.dtype) if jax.typeof(x).weak_type else x
+    return x
+
+
+def cast_like(tree: Any, like: Any) -> Any:
+    """Returns `tree` in the dtypes of `like`, strongly typed."""
+
+    def cast(x, y):
+        x, dtype = jnp.asarray(x), jnp.result_type(y)
+        return x if x.dtype == dtype and not jax.typeof(x).weak_type else x.astype(dtype)
+
+    return jax.tree.map(cast, tree, like)
+
+
+def branch(
+    due: jax.Array | bool,
+    steps: jax.Array | bool,
+    step: Callable[..., Any],
+    start: tuple[Any, ...],
+    hold: Callable[..., Any],
+) -> Any:
+    """Returns `step(*start)` where `steps`, else `hold(step)`.
+
+    A Python bool `due` leaves no conditional: where it is True and the window may yet be dropped,
+    the step is taken and selected. Outside `jax.jit` the predicate is a number, and a conditional
+    would be compiled anew in every call.
+
+    Args:
+        due: whether the window closes, as far as it is known.
+        steps: whether it is released.
+        step: from a tuple to a tuple of the types that `hold` returns.
+        start: arguments of `step`.
+        hold: `hold(step)` returns the tuple that replaces a step, which are arguments of `step`
+            too; outside of `jax.jit` it is `hold(None)`.
+    """
+    if isinstance(steps, bool):
+        return step(*start) if steps else hold(step)
+    if not isinstance(steps, Tracer):
+        return step(*start) if steps else hold(None)
+    step = jax.jit(step)  # traced once, however often it is called
+    if due is True:
+        return where(steps, step(*start), hold(step))
+    return conditional(steps, step, hold(step))
+
+
+def conditional(predicate: jax.Array, step: Callable[..., Any], carry: tuple[Any, ...]) -> Any:
+    """Returns `step(*carry)` where the predicate holds, else the carry, updated in place.
+
+    Which form keeps the carry in its buffers depends on the compiler, so the form is chosen when
+    the program is lowered:
+
+    * CPU and TPU: `lax.cond`. A CPU copies the carry of a loop several times.
+    * GPU: a loop of no or one trip. XLA:GPU copies everything that enters a conditional, and turns
+      one with a cheap branch into a select, so that the branch runs in every call. A loop updates
+      its carry in place, if its body reads it from the carry and closes over nothing of it.
+
+    A loop has no reverse mode, so both forms are differentiated as `lax.cond`.
+
+    Args:
+        predicate: bool[].
+        step: a jitted function from a carry to a carry of the same types; it may close over
+            tracers.
+        carry: a tuple of pytrees.
+    """
+    step, closed_over = jax.closure_convert(step, *carry)
+
+    def by_cond(predicate, carry, closed_over):
+        def release():
+            return _fence(step(*carry, *closed_over), inwards=False)
+
+        return lax.cond(predicate, release, lambda: carry)
+
+    def by_loop(predicate, carry, closed_over):
+        def body(_, carry):
+            return _fence(step(*_fence(carry, inwards=True), *closed_over), inwards=False)
+
+        return lax.fori_loop(0, predicate.astype(jnp.int32), body, carry)
+
+    @jax.custom_jvp
+    def run(*args):
+        return lax.platform_dependent(*args, cuda=by_loop, rocm=by_loop, default=by_cond)
+
+    run.defjvp(functools.partial(jax.jvp, by_cond))
+    return run(predicate, carry, closed_over)
+
+
+def _fence(tree: Any, *, inwards: bool) -> Any:
+    """Returns `tree`, behind a fence that lets shardings into a branch but not out of it.
+
+    Under automatic sharding the carry would lie where the step likes it best: parameters like the
+    divided moments that update them, so that every hold would gather them. Behind fences the carry
+    lies where it comes from and goes to.
+    """
+    return jax.tree.map(lambda x: _fence_p.bind(x, inwards=inwards), tree)
+
+
+def _lower_fence(context: mlir.LoweringRuleContext, x: Any, *, inwards: bool) -> list[Any]:
+    aval: Any = context.avals_in[0]
+    mesh = aval.sharding.mesh
+    typed = not mesh.empty and not mesh.auto_axes  # nothing is left to the compiler
+    if typed or not getattr(jax.config, "jax_use_shardy_partitioner", True):
+        return [x]
+    direction = sdy.PropagationDirection
+    return [sdy.propagation_barrier(x, direction.FORWARD if inwards else direction.BACKWARD)]
+
+
+_fence_p = Primitive("shardings_fence")
+_fence_p.def_impl(lambda x, **_: x)
+_fence_p.def_abstract_eval(lambda x, **_: x)
+ad.deflinear2(_fence_p, lambda cotangent, _, **__: [cotangent])
+batching.defvectorized(_fence_p)
+mlir.register_lowering(_fence_p, _lower_fence)
