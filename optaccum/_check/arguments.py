@@ -103,10 +103,9 @@ def window_length(
 ) -> jax.Array:
     """Returns the length of the window that follows `gradient_step` releases, i32[]."""
     if callable(every_k):
-        name, length = "`every_k(gradient_step)`", every_k(gradient_step)
-        remedy = "; cast a float schedule with `.astype(int)`"
-        check_scalar(name, length, jnp.integer, remedy=remedy)
-        every_k = length if isinstance(length, jax.Array) else check_count(name, int(length))
+        length, remedy = every_k(gradient_step), "; cast a float schedule with `.astype(int)`"
+        check_scalar("`every_k(gradient_step)`", length, jnp.integer, remedy=remedy)
+        every_k = length if isinstance(length, jax.Array) else check_count("`every_k`", int(length))
     return jnp.asarray(every_k, jnp.int32)
 
 
