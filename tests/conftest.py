@@ -8,10 +8,10 @@ os.environ["XLA_FLAGS"] = (
 ).strip()
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
+from helpers import meshes
 import jax
 from jax.sharding import AxisType
 import pytest
-import support
 
 
 @pytest.fixture
@@ -25,4 +25,4 @@ def x64():
 @pytest.fixture(params=[AxisType.Auto, AxisType.Explicit], ids=["auto", "explicit"])
 def mesh(request):
     """Eight devices along "data", sharded by the compiler or as part of the types."""
-    return support.make_mesh(request.param)
+    return meshes.make_mesh(request.param)

@@ -8,13 +8,13 @@ import sys
 
 from flax import nnx, serialization
 from flax.training import train_state
+from helpers.steps import every_step
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import orbax.checkpoint as ocp
 import pytest
-from support import every_step
 
 from optaccum import accumulate, from_multi_steps
 import optaccum.flax

@@ -2,12 +2,12 @@
 
 import functools
 
+from helpers.steps import every_step, update_and_apply
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from support import every_step, update_and_apply
 
 from optaccum import accumulate, get_state, has_released
 

@@ -4,12 +4,12 @@ import functools
 import warnings
 
 import equinox as eqx
+from helpers.steps import every_step, update_and_apply
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from support import every_step, update_and_apply
 
 from optaccum import accumulate, apply_gradients, get_state
 

@@ -6,9 +6,9 @@ import re
 import subprocess
 import sys
 
+from helpers import scripts
 import numpy as np
 import pytest
-import support
 
 for requirement in ("flax", "matplotlib", "rich", "sklearn"):
     pytest.importorskip(requirement)
@@ -22,7 +22,7 @@ TRAP = "chain(accumulate(k), adamw)"
 
 @pytest.fixture(scope="module")
 def digits():
-    return support.load_script(DIGITS)
+    return scripts.load(DIGITS)
 
 
 @pytest.fixture(scope="module")

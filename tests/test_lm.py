@@ -9,10 +9,10 @@ import subprocess
 import sys
 import time
 
+from helpers import scripts
 import jax
 import numpy as np
 import pytest
-import support
 
 for requirement in ("matplotlib", "rich"):
     pytest.importorskip(requirement)
@@ -30,7 +30,7 @@ ENVIRONMENT = {**os.environ, "PYTHONPATH": str(REPOSITORY), "COLUMNS": "100"}
 
 @pytest.fixture(scope="module")
 def lm():
-    return support.load_script(LM)
+    return scripts.load(LM)
 
 
 @pytest.fixture(scope="module")

@@ -4,12 +4,12 @@ import functools
 
 from flax import nnx
 from flax.training.train_state import TrainState
+from helpers.steps import every_step
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from support import every_step
 
 from optaccum import accumulate, apply_gradients, get_state, has_released
 

@@ -2,17 +2,17 @@
 
 import functools
 
+from helpers.meshes import DEVICES
+from helpers.steps import every_step, update_and_apply
 import jax
 import jax.numpy as jnp
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 import numpy as np
 import optax
 import pytest
-from support import every_step, update_and_apply
 
 from optaccum import accumulate
 
-DEVICES = 8
 PARAMS = {"w": np.arange(32, dtype=np.float32).reshape(8, 4) / 32, "b": np.ones(4, np.float32)}
 SPECS = {"w": P("data", None), "b": P(None)}
 BATCH = jax.random.normal(jax.random.key(0), (4, 16, 8))

@@ -1,9 +1,9 @@
 """Accumulating inside one step gives what `jax.value_and_grad` of the full batch gives."""
 
 import functools
-from typing import Any
 import warnings
 
+from helpers.hlo import temporaries
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -287,8 +287,7 @@ def test_one_microbatch_is_jax_own_program(n, loops):
 
 
 def _temporaries(fun, *args):
-    sizes: Any = jax.jit(fun).lower(*args).compile().memory_analysis()
-    return sizes.temp_size_in_bytes
+    return temporaries(jax.jit(fun).lower(*args).compile())
 
 
 def test_memory_is_that_of_one_microbatch_and_the_batch_is_not_copied():
