@@ -141,6 +141,7 @@ def run(folder, kill_after=None):
     return lines
 
 
+@pytest.mark.slow
 def test_a_run_that_is_killed_in_mid_window_goes_on_bit_for_bit(tmp_path):
     for name in ("whole", "killed"):
         (tmp_path / name).mkdir()

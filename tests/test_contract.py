@@ -197,20 +197,6 @@ def test_optax_tree_get_and_set():
     assert get_state(state).released
 
 
-@every_step
-def test_extra_arguments_reach_the_inner_optimizer_through_chain(step):
-    seen = []
-
-    def update(updates, state, params=None, **extra_args):
-        seen.append(extra_args)
-        return updates, state
-
-    recorder = optax.GradientTransformationExtraArgs(optax.init_empty_state, update)
-    tx = optax.chain(optax.clip(1.0), accumulate(1, recorder))
-    step(tx, _gradients(0), tx.init(PARAMS), PARAMS, value=3.0, tag="x", weight=2.0, release=True)
-    assert seen == [{"value": 3.0, "tag": "x"}]
-
-
 def test_is_an_optax_transformation():
     tx = accumulate(4, optax.adam(0.1))
     init, update = tx
@@ -231,20 +217,6 @@ def test_none_and_masked_leaves_pass_through(step):
     assert new["none"] is None
     assert new["masked"] == optax.MaskedNode()
     np.testing.assert_array_equal(new["a"], np.zeros(2))
-
-
-def test_a_none_gradient_leaves_its_sum_and_parameter_alone():
-    params = {"a": jnp.ones(2), "frozen": jnp.ones(3), "steps": jnp.arange(2)}
-    grads = {"a": jnp.ones(2), "frozen": None, "steps": None}
-    tx = accumulate(2)
-    state = tx.init(params)
-    for _ in range(2):
-        updates, state = tx.update(grads, state, params)
-    assert updates["frozen"] is None
-    assert updates["steps"] is None
-    np.testing.assert_array_equal(updates["a"], np.ones(2))
-    np.testing.assert_array_equal(state.grad_sum["frozen"], np.zeros(3))
-    assert state.grad_sum["steps"].dtype == params["steps"].dtype
 
 
 @every_step

@@ -10,6 +10,8 @@ from helpers import scripts
 import numpy as np
 import pytest
 
+pytestmark = pytest.mark.slow
+
 for requirement in ("flax", "matplotlib", "rich", "sklearn"):
     pytest.importorskip(requirement)
 

@@ -14,6 +14,8 @@ import jax
 import numpy as np
 import pytest
 
+pytestmark = pytest.mark.slow
+
 for requirement in ("matplotlib", "rich"):
     pytest.importorskip(requirement)
 nnx = pytest.importorskip("flax.nnx")

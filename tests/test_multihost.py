@@ -15,6 +15,8 @@ import jax
 import numpy as np
 import pytest
 
+pytestmark = pytest.mark.slow
+
 for requirement in ("flax", "matplotlib", "rich", "sklearn"):
     pytest.importorskip(requirement)
 pytest.importorskip("orbax.checkpoint")

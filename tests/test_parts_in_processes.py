@@ -13,6 +13,8 @@ import optax
 import parts_program
 import pytest
 
+pytestmark = pytest.mark.slow
+
 
 def one_batch_a_window():
     """Returns the parameters after the windows as full batches, without what is rejected."""

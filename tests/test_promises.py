@@ -441,6 +441,10 @@ def loss_fn(w, batch):
     return jnp.mean(w * batch["x"])
 
 
+def loss_fn_with_rest(w, batch, rest):
+    return loss_fn(w, batch)
+
+
 def weigh(first, second):
     """Returns a `weight_fn` for the two microbatches of `ROWS`."""
     return lambda w, batch: jnp.where(batch["x"][0] == 1, first, second)
@@ -501,7 +505,11 @@ def test_aux_is_stacked_with_a_leading_axis_of_n(n):
     def with_aux(w, batch):
         return loss_fn(w, batch), {"rows": batch["x"], "count": len(batch["x"]), "none": None}
 
-    _, aux = optaccum.value_and_grad(with_aux, has_aux=True, num_microbatches=n)(W, ROWS)[0]
+    options = {"has_aux": True, "num_microbatches": n}
+    (loss, aux), grad = optaccum.value_and_grad(with_aux, **options)(W, ROWS)
+    alone, same = optaccum.grad(with_aux, **options)(W, ROWS)
+    assert (float(loss), float(grad), float(alone)) == (7.5, 3.75, 3.75)
+    np.testing.assert_array_equal(aux["rows"], same["rows"])
     rows = {1: [[1, 2, 3, 9]], 2: [[1, 3], [2, 9]], 4: [[1], [2], [3], [9]]}
     np.testing.assert_array_equal(aux["rows"], rows[n])
     np.testing.assert_array_equal(aux["count"], [4 // n] * n)
@@ -528,6 +536,8 @@ def test_num_microbatches_1_has_the_callers_keys_and_others_fold_in_their_number
         for batch in (ROWS, {"x": -ROWS["x"]}):  # keys do not depend on data
             (_, drawn), _ = step(W, batch, key)
             np.testing.assert_array_equal(drawn, [jax.random.uniform(k) for k in keys])
+    no_keys = optaccum.value_and_grad(loss_fn_with_rest, num_microbatches=2, rng_argnums=2)
+    assert float(no_keys(W, ROWS, {})[1]) == 3.75
 
 
 @pytest.mark.parametrize(
@@ -540,7 +550,7 @@ def test_num_microbatches_1_has_the_callers_keys_and_others_fold_in_their_number
     ],
 )
 def test_value_and_grad_refuses(rows, n, error, message):
-    step = optaccum.value_and_grad(lambda w, batch, key: loss_fn(w, batch), num_microbatches=n)
+    step = optaccum.value_and_grad(loss_fn_with_rest, num_microbatches=n)
     with pytest.raises(error, match=message):
         step(W, {"x": jnp.ones(rows)}, jax.random.key(0) if rows == 4 else 0)
 

@@ -113,27 +113,3 @@ def test_shard_map(mesh, step, check_vma):
             x = jax.device_put(x, NamedSharding(mesh, P("data")))
             params, state = jax.jit(mapped)(params, state, x)
     _assert_close(params, _expected())
-
-
-@every_step
-def test_shard_map_over_a_population(mesh, step):
-    """One member a device: parameters and sums vary over the mesh."""
-    tx = accumulate(2, optax.sgd(1.0))
-    params = jnp.zeros((DEVICES, 3))
-    grads = jnp.arange(DEVICES * 3.0).reshape(DEVICES, 3)
-    state = tx.init(params)
-    specs = jax.tree.map(lambda x: P("data") if x.ndim else P(), state)
-    mapped = jax.shard_map(
-        functools.partial(step, tx),
-        mesh=mesh,
-        in_specs=(P("data"), specs, P("data")),
-        out_specs=(P("data"), specs),
-    )
-    with jax.set_mesh(mesh):
-        split = NamedSharding(mesh, P("data"))
-        params, grads = jax.device_put((params, grads), split)
-        shardings = jax.tree.map(lambda s: NamedSharding(mesh, s), specs)
-        state = jax.device_put(state, shardings)
-        for _ in range(2):
-            params, state = jax.jit(mapped)(grads, state, params)
-    np.testing.assert_array_equal(params, -grads)
