@@ -148,7 +148,7 @@ def _run(tree, calls, tx, every_k, *, api, seed, skip_nan, use_grad_mean, static
         _check(record, params, state)
 
 
-@hypothesis.settings(STABLE, max_examples=40)
+@hypothesis.settings(STABLE, max_examples=24)
 @hypothesis.given(
     tree=trees,
     calls=st.lists(microbatches(weights), min_size=4, max_size=16),
@@ -184,7 +184,7 @@ def test_any_window_matches_the_oracle(
     )
 
 
-@hypothesis.settings(STABLE, max_examples=8)
+@hypothesis.settings(STABLE, max_examples=5)
 @hypothesis.given(
     tree=trees,
     calls=st.lists(microbatches(st.just(0.0) | st.floats(2**-10, 2**10)), min_size=3, max_size=6),
@@ -213,7 +213,7 @@ def test_weights_known_at_trace_time_match_the_oracle(
     )
 
 
-@hypothesis.settings(STABLE, max_examples=12)
+@hypothesis.settings(STABLE, max_examples=6)
 @hypothesis.given(
     tree=trees,
     calls=st.lists(microbatches(weights), min_size=2, max_size=6),

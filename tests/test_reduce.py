@@ -85,7 +85,7 @@ def test_the_sum_and_a_window_of_one(mesh):
     assert_close(params, full_batches(optax.sgd(0.01), use_grad_mean=False))
     one = accumulate(1, INNER, reduce_axes=("data",))
     params, _ = train(make_programs(one, mesh))
-    assert_close(params, full_batches(windows=[(i, i + 1) for i in range(2 * K)]))
+    assert_close(params, full_batches(windows=tuple((i, i + 1) for i in range(2 * K))))
 
 
 def test_unweighted_microbatches_of_devices_count_alike(mesh):

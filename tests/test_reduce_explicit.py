@@ -131,8 +131,9 @@ def test_a_transformer_with_explicit_sharding(explicit):
         new = jax.device_put(jax.tree.map(jnp.copy, params), NamedSharding(explicit, P()))
         state = tx.init(new)
         if len(batches) == 1:
-            grads = jax.grad(loss)(new, place(batches[0]), place(jnp.tile(mask, (K, 1))))
-            new, state = apply_gradients(tx, grads, state, new)
+            whole = place(batches[0]), place(jnp.tile(mask, (K, 1)))
+            grads = jax.jit(jax.grad(loss))(new, *whole)
+            new, state = jax.jit(functools.partial(apply_gradients, tx))(grads, state, new)
         else:
             step = jax.jit(functools.partial(train_step, tx), donate_argnums=(0, 1))
             for batch in batches:

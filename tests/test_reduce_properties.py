@@ -52,7 +52,7 @@ def programs(use_grad_mean):
     return jax.jit(init), jax.jit(step)
 
 
-@hypothesis.settings(STABLE, max_examples=60)
+@hypothesis.settings(STABLE, max_examples=40)
 @hypothesis.given(
     every_k=st.integers(1, 4),
     microbatches=st.integers(4, 12),

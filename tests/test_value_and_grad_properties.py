@@ -27,7 +27,7 @@ def _loss(params, batch):
     return sum(terms, jnp.float32(0)) + jnp.mean(batch["loss"])
 
 
-@hypothesis.settings(STABLE, max_examples=30)
+@hypothesis.settings(STABLE, max_examples=20)
 @hypothesis.given(
     tree=trees,
     weights=st.lists(weights, min_size=1, max_size=5),
