@@ -12,10 +12,10 @@ from benchmarks import targets
 
 targets.prepare()
 
+from helpers import meshes
 import jax
 from jax.sharding import AxisType
 import pytest
-import support
 
 
 @pytest.fixture
@@ -29,4 +29,4 @@ def x64():
 @pytest.fixture(params=[AxisType.Auto, AxisType.Explicit], ids=["auto", "explicit"])
 def mesh(request):
     """Eight devices along "data", sharded by the compiler or as part of the types."""
-    return support.make_mesh(request.param)
+    return meshes.make_mesh(request.param)

@@ -7,12 +7,12 @@ that this process has at the end to FILE. One device sees a NaN, some see no tok
 import functools
 import sys
 
+from helpers.meshes import vary
 import jax
 import jax.numpy as jnp
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec as P
 import numpy as np
 import optax
-import support
 
 import optaccum
 
@@ -43,7 +43,7 @@ def train(devices):
         specs = optaccum.state_shardings(tx, params, P())
 
     def train_step(params, state, x, mask):
-        grads = jax.grad(loss_fn)(support.vary(params), x, mask)
+        grads = jax.grad(loss_fn)(vary(params), x, mask)
         return optaccum.apply_gradients(tx, grads, state, params, weight=mask.sum())
 
     def place(x, spec):

@@ -8,13 +8,13 @@ import functools
 import os
 
 from flax import nnx
+from helpers.steps import update_and_apply
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
 import numpy as np
 import optax
 import pytest
-from support import update_and_apply
 
 from benchmarks import hlo, targets
 from optaccum import accumulate, apply_gradients, skip_not_finite, state_shardings, value_and_grad

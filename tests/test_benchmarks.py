@@ -16,6 +16,8 @@ pytest.importorskip("optax", "0.2.7", reason="aggregating.process came with opta
 from benchmarks import floor, overhead, peers
 from benchmarks.inners import INNERS
 
+pytestmark = pytest.mark.slow
+
 ROOT = pathlib.Path(__file__).parent.parent
 CONTENDERS = {
     "optaccum.apply_gradients",

@@ -1,5 +1,6 @@
 """A run that is stopped at any microbatch goes on bit for bit, whatever it was saved with."""
 
+import functools
 import os
 import pathlib
 import signal
@@ -8,13 +9,13 @@ import sys
 
 from flax import nnx, serialization
 from flax.training import train_state
+from helpers.steps import every_step
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import orbax.checkpoint as ocp
 import pytest
-from support import every_step
 
 from optaccum import accumulate, from_multi_steps
 import optaccum.flax
@@ -141,6 +142,7 @@ def run(folder, kill_after=None):
     return lines
 
 
+@pytest.mark.slow
 def test_a_run_that_is_killed_in_mid_window_goes_on_bit_for_bit(tmp_path):
     for name in ("whole", "killed"):
         (tmp_path / name).mkdir()
@@ -186,40 +188,53 @@ def test_resuming_with_another_k(step, before, after, tmp_path):
 MODES = pytest.mark.parametrize("use_grad_mean", [True, False], ids=["mean", "sum"])
 
 
+INNER = optax.adam(0.1, eps=0.1)
+
+
+def float_grads(i):
+    return grads(i) | {"b": grads(i)["b"].astype(jnp.float32)}
+
+
+@functools.cache
+def run_of_multi_steps(use_grad_mean):
+    """Returns parameters and state before each of eight microbatches."""
+    tx = optax.MultiSteps(
+        INNER, 4, use_grad_mean=use_grad_mean, should_skip_update_fn=optax.skip_not_finite
+    )
+    params = PARAMS | {"b": jnp.zeros(2)}
+    state, update, seen = tx.init(params), jax.jit(tx.update), []
+    for i in range(8):
+        seen.append((params, state))
+        updates, state = update(float_grads(i), state, params)
+        params = optax.apply_updates(params, updates)
+    return seen
+
+
 @MODES
 @pytest.mark.parametrize("held", [0, 1, 3])
 @pytest.mark.parametrize("k", [1, 2, 4, 6])
 def test_coming_from_multi_steps(use_grad_mean, held, k):
     """The open window of 4 goes on as one of k, with all that it held."""
-    inner = optax.adam(0.1, eps=0.1)
-    old = optax.MultiSteps(
-        inner, 4, use_grad_mean=use_grad_mean, should_skip_update_fn=optax.skip_not_finite
-    )
     tx = accumulate(
-        k, inner, use_grad_mean=use_grad_mean, should_skip_update_fn=optax.skip_not_finite
+        k, INNER, use_grad_mean=use_grad_mean, should_skip_update_fn=optax.skip_not_finite
     )
-    params, state = PARAMS | {"b": jnp.zeros(2)}, None
-    take = jax.tree_util.Partial(lambda i: grads(i) | {"b": grads(i)["b"].astype(jnp.float32)})
-    state = old.init(params)
-    for i in range(4 + held):
-        updates, state = old.update(take(i), state, params)
-        params = optax.apply_updates(params, updates)
+    params, state = run_of_multi_steps(use_grad_mean)[4 + held]
     ours = from_multi_steps(tx, state, params, use_grad_mean=use_grad_mean)
     assert (int(ours.mini_step), int(ours.gradient_step)) == (held, 1)
     assert jax.tree.structure(ours.skip_state) == jax.tree.structure(state.skip_state)
     assert not any(jax.typeof(x).weak_type for x in jax.tree.leaves(ours))
 
     n = max(k, held + 1)  # microbatches of the window in the end
-    window = [take(i) for i in range(4, 4 + n)]
-    new = params
+    window = [float_grads(i) for i in range(4, 4 + n)]
+    new, step = params, jax.jit(functools.partial(optaccum.apply_gradients, tx))
     for g in window[held:]:
         assert not ours.released
-        new, ours = optaccum.apply_gradients(tx, g, ours, new)
+        new, ours = step(g, ours, new)
     assert ours.released
     scale = 1 / n if use_grad_mean else 1
     total = jax.tree.map(lambda *g: scale * sum(np.asarray(x, np.float64) for x in g), *window)
     total = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), total)
-    updates, _ = inner.update(total, state.inner_opt_state, params)
+    updates, _ = INNER.update(total, state.inner_opt_state, params)
     expected = optax.apply_updates(params, updates)
     # A mean that was divided and multiplied again, and up to 6 additions; a step of about 0.1.
     tolerance = 16 * np.finfo(np.float32).eps

@@ -17,6 +17,8 @@ pytest.importorskip("flax")
 
 from benchmarks import collectives, collectives_tables, hlo
 
+pytestmark = pytest.mark.slow
+
 ROOT = pathlib.Path(__file__).parent.parent
 K, DEVICES, LOCAL_BYTES = 4, 8, 2 * 3 * 4
 HAS_RESHARD = hasattr(jax, "reshard")

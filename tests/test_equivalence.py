@@ -1,25 +1,21 @@
 """A window of microbatches gives every optimizer what the full batch would have given it."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 import functools
-import inspect
 import itertools
-import types
 from typing import Any
-import warnings
 
+from helpers.optimizers import OPTIMIZERS, build
+from helpers.steps import STEPS, every_step, update_and_apply
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import optax.contrib
 import pytest
 import reference
-import support
 
 import optaccum
 
-LEARNING_RATE = 0.0625
 # Each window's weights sum to a power of two, and gradients and values are multiples of 2^-6:
 # the weighted mean is exact in float32, in whatever order it is summed.
 WEIGHTS = np.asarray([[1, 2, 3, 2], [4, 1, 2, 1], [5, 1, 1, 9]], np.float32)
@@ -31,50 +27,6 @@ WINDOWS, K = WEIGHTS.shape
 TOLERANCE = 8 * float(np.finfo(np.float32).eps)
 
 Tree = Any
-
-
-def _optimizers() -> Iterator[tuple[str, Callable[..., Any], str]]:
-    """Yields name, factory and learning-rate argument of what a learning rate can build.
-
-    A factory that requires anything more than a base optimizer (per-example gradients for
-    dpsgd) is not one of them, and `scale_by_*` are parts of optimizers.
-    """
-    for module in (optax, optax.contrib):
-        for name, factory in sorted(vars(module).items()):
-            is_factory = isinstance(factory, types.FunctionType | functools.partial)
-            if not is_factory or name.startswith(("_", "scale_by")):
-                continue
-            parameters = inspect.signature(factory).parameters
-            rate = {"learning_rate", "max_learning_rate"}.intersection(parameters)
-            required = {p.name for p in parameters.values() if p.default is p.empty}
-            if rate and required <= rate | {"base_optimizer"}:
-                yield name, factory, rate.pop()
-
-
-OPTIMIZERS = {name: (factory, rate) for name, factory, rate in _optimizers()}
-
-# Beyond the learning rate: sizes that suit small parameters, a seed, first steps that are not
-# lost in rounding, and no line search, which would evaluate the loss.
-OPTIONS = {
-    "adafactor": {"min_dim_size_to_factor": 2},
-    "dadapt_adamw": {"estim_lr0": 0.1},
-    "dog": {"init_step": ("distance", 0.1)},
-    "galore": {"rank": 2},
-    "lbfgs": {"linesearch": None},
-    "noisy_sgd": {"key": 0},
-    "prodigy": {"estim_lr0": 0.1},
-}
-
-
-def _build(name: str) -> optax.GradientTransformationExtraArgs:
-    factory, rate = OPTIMIZERS[name]
-    options = {rate: LEARNING_RATE, **OPTIONS.get(name, {})}
-    parameters = inspect.signature(factory).parameters
-    if "base_optimizer" in parameters and parameters["base_optimizer"].default is inspect._empty:
-        options["base_optimizer"] = optax.sgd(LEARNING_RATE)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)  # optax.optimistic_adam
-        return optax.with_extra_args_support(factory(**options))
 
 
 def _params() -> Tree:
@@ -107,10 +59,10 @@ def _objective(params: Tree) -> jax.Array:
     return sum((jnp.sum(jnp.cosh(x)) for x in jax.tree.leaves(params)), jnp.zeros([]))
 
 
-def _run(step: Callable[..., Any], params: Tree, opt_state: Tree, *calls: Any) -> list[Tree]:
+def _run(step: Callable[..., Any], tx: Any, params: Tree, *calls: Any) -> list[Tree]:
     """Returns the parameters after each call."""
-    jitted = jax.jit(lambda p, s, g, kw: step(p, s, g, obj_fn=_objective, **kw))
-    trajectory = []
+    jitted = jax.jit(lambda p, s, g, kw: step(tx, g, s, p, obj_fn=_objective, **kw))
+    trajectory, opt_state = [], tx.init(params)
     for grads, kwargs in zip(*calls, strict=True):
         params, opt_state = jitted(params, opt_state, grads, kwargs)
         trajectory.append(params)
@@ -153,12 +105,12 @@ def test_unweighted_mean_is_another_gradient():
 def test_window_matches_full_batch(name):
     """Three windows of four unequal microbatches are three full batches, for every optimizer."""
     params = _params()
-    inner = _build(name)
+    inner = build(name)
     tx = optaccum.accumulate(K, inner, average_args=("value",))
-    full = _run(support.update_step(inner), params, inner.init(params), *_full_batches())
+    full = _run(update_and_apply, inner, params, *_full_batches())
     assert _distance(full[-1], params) > 100 * TOLERANCE, "nothing moves: nothing is compared"
-    for make_step in support.STEPS.values():
-        held = _run(make_step(tx), params, tx.init(params), *_microbatches())
+    for step in STEPS.values():
+        held = _run(step, tx, params, *_microbatches())
         for i, expected in enumerate(full):
             before = params if i == 0 else held[i * K - 1]
             for j in range(K - 1):
@@ -169,10 +121,10 @@ def test_window_matches_full_batch(name):
 @pytest.mark.parametrize("name", ["sgd", "adam", "momo"])
 def test_without_weights_the_result_is_another(name):
     params = _params()
-    inner = _build(name)
+    inner = build(name)
     tx = optaccum.accumulate(K, inner, average_args=("value",))
-    full = _run(support.update_step(inner), params, inner.init(params), *_full_batches())
-    means = _run(support.update_step(tx), params, tx.init(params), *_microbatches(weighted=False))
+    full = _run(update_and_apply, inner, params, *_full_batches())
+    means = _run(update_and_apply, tx, params, *_microbatches(weighted=False))
     assert _distance(means[-1], full[-1]) > 100 * TOLERANCE
 
 
@@ -180,18 +132,18 @@ def test_without_weights_the_result_is_another(name):
 def test_bare_form_is_right_only_before_stateless_optimizers(name, matches):
     """In `chain(accumulate(k), adam)` the zeros of every hold decay the moments."""
     params = _params()
-    inner = _build(name)
+    inner = build(name)
     tx = optax.chain(optaccum.accumulate(K), inner)
-    full = _run(support.update_step(inner), params, inner.init(params), *_full_batches())
-    held = _run(support.update_step(tx), params, tx.init(params), *_microbatches())
+    full = _run(update_and_apply, inner, params, *_full_batches())
+    held = _run(update_and_apply, tx, params, *_microbatches())
     distance = _distance(held[-1], full[-1])
     assert distance <= TOLERANCE if matches else distance > 1000 * TOLERANCE
 
 
-@pytest.mark.parametrize("make_step", support.STEPS.values(), ids=support.STEPS)
+@every_step
 @pytest.mark.parametrize("name", ["sgd", "adam", "muon", "adafactor"])
 @pytest.mark.usefixtures("x64")
-def test_ragged_microbatches_of_a_model_match_its_full_batch(name, make_step):
+def test_ragged_microbatches_of_a_model_match_its_full_batch(name, step):
     """A mean loss on uneven slices of a batch, weighted by their sizes, is the whole batch's.
 
     In double precision, so that what differs is the method and not the rounding: the tolerance
@@ -210,18 +162,18 @@ def test_ragged_microbatches_of_a_model_match_its_full_batch(name, make_step):
     grad = jax.jit(jax.grad(loss))
 
     def train(tx, step, windows):
-        p, opt_state, step = params, tx.init(params), jax.jit(step)
+        p, opt_state, step = params, tx.init(params), jax.jit(functools.partial(step, tx))
         for x, y, kwargs in windows:
-            p, opt_state = step(p, opt_state, grad(p, x, y), **kwargs)
+            p, opt_state = step(grad(p, x, y), opt_state, p, **kwargs)
         return p
 
-    inner = _build(name)
+    inner = build(name)
     tx = optaccum.accumulate(len(sizes), inner)
     slices = [slice(*edge) for edge in itertools.pairwise(edges)]
     held, means = (
         train(
             tx,
-            make_step(tx),
+            step,
             [
                 (x[s], y[s], {"weight": float(size)} if weighted else {})
                 for x, y in zip(*data, strict=True)
@@ -230,9 +182,7 @@ def test_ragged_microbatches_of_a_model_match_its_full_batch(name, make_step):
         )
         for weighted in (True, False)
     )
-    full = train(
-        inner, support.update_step(inner), [(x, y, {}) for x, y in zip(*data, strict=True)]
-    )
+    full = train(inner, update_and_apply, [(x, y, {}) for x, y in zip(*data, strict=True)])
     tolerance = 1e5 * np.finfo(np.float64).eps
     assert _distance(held, full) <= tolerance
     assert _distance(means, full) > 1e-4

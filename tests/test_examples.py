@@ -6,9 +6,11 @@ import re
 import subprocess
 import sys
 
+from helpers import scripts
 import numpy as np
 import pytest
-import support
+
+pytestmark = pytest.mark.slow
 
 for requirement in ("flax", "matplotlib", "rich", "sklearn"):
     pytest.importorskip(requirement)
@@ -22,7 +24,7 @@ TRAP = "chain(accumulate(k), adamw)"
 
 @pytest.fixture(scope="module")
 def digits():
-    return support.load_script(DIGITS)
+    return scripts.load(DIGITS)
 
 
 @pytest.fixture(scope="module")

@@ -3,20 +3,20 @@
 import functools
 
 from flax import linen as nn, nnx
+from helpers.fp8 import OWG, Fp8, input_history
+from helpers.hlo import collectives
+from helpers.meshes import DEVICES, bytes_on_first, make_mesh
 import jax
 import jax.numpy as jnp
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 import numpy as np
 import optax
 import pytest
-import support
-from test_flax import OWG, Fp8, input_history
-from test_sharded_sums import _bytes, _gathers
 
 from optaccum import accumulate, get_state, state_shardings
 import optaccum.flax
 
-DEVICES, K, ROWS, WIDTH = 8, 2, 16, 16
+K, ROWS, WIDTH = 2, 16, 16
 X = jax.random.normal(jax.random.key(1), (2 * K, ROWS, WIDTH))
 INNER = optax.adam(0.1, eps=1e-2)
 TX = accumulate(K, INNER)
@@ -24,7 +24,7 @@ TX = accumulate(K, INNER)
 
 @pytest.fixture
 def mesh():
-    return support.make_mesh(AxisType.Auto)
+    return make_mesh(AxisType.Auto)
 
 
 class Plain(nn.Module):
@@ -86,7 +86,8 @@ def train(mesh, model, shardings_of):
     state = jax.jit(make, out_shardings=placed)(jax.random.key(0))
     step = compiled()
     # The loss gathers parameters, as on every hold; sums and moments nobody does.
-    assert _gathers(step) == (_gathers(compiled(release=False))[0], 0)
+    on_holds, _ = collectives(compiled(release=False), "all-gather")
+    assert collectives(step, "all-gather") == (on_holds, [])
     for x in batches:
         state = step(state, x)
     assert int(state.gradient_step) == 2
@@ -124,7 +125,7 @@ def test_a_linen_train_state(mesh):
     assert specs_of(state.opt_state.grad_sum) == specs_of(adam.mu) == specs_of(state.params)
     total = sum(x.nbytes for x in jax.tree.leaves(alone.params))
     for tree in (state.params, state.opt_state.grad_sum, adam.nu):
-        assert _bytes(tree) == total // DEVICES
+        assert bytes_on_first(tree) == total // DEVICES
 
 
 @pytest.mark.parametrize("ours", [True, False], ids=["state_shardings", "flax.linen.get_sharding"])
@@ -200,12 +201,12 @@ def test_an_nnx_optimizer(mesh, jitted):
     model, optimizer = nnx.jit(make)() if jitted else make()
     batches = jax.device_put(list(X), NamedSharding(mesh, P("data")))
     alone = Nnx(nnx.Rngs(0))
-    before = _bytes(pure(nnx.state(alone)))
+    before = bytes_on_first(pure(nnx.state(alone)))
     for steps in (0, 2 * K):
         params = train_nnx(model, optimizer, batches[:steps])
         state = get_state(pure(optimizer.opt_state))
         for tree in (params, state.grad_sum, state.inner_state[0].mu):
-            assert _bytes(tree) == before // DEVICES
+            assert bytes_on_first(tree) == before // DEVICES
     expected = train_nnx(
         alone, nnx.Optimizer(alone, INNER, wrt=nnx.Param), X.reshape(2, K * ROWS, WIDTH)
     )

@@ -13,6 +13,8 @@ pytest.importorskip("flax")
 
 from benchmarks import in_step, in_step_tables
 
+pytestmark = pytest.mark.slow
+
 ROOT = pathlib.Path(__file__).parent.parent
 HAS_MICROBATCH = hasattr(optax, "microbatch")
 CONTENDERS = {

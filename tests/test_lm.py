@@ -9,10 +9,12 @@ import subprocess
 import sys
 import time
 
+from helpers import scripts
 import jax
 import numpy as np
 import pytest
-import support
+
+pytestmark = pytest.mark.slow
 
 for requirement in ("matplotlib", "rich"):
     pytest.importorskip(requirement)
@@ -25,12 +27,26 @@ SETTINGS = {"steps": 5, "every_k": 4, "batch_size": 2, "width": 32, "layers": 1}
 LAST = SETTINGS["steps"] * SETTINGS["every_k"]
 OPTIONS = [f"--{name.replace('_', '-')}={value}" for name, value in SETTINGS.items()]
 COMMAND = [sys.executable, "-W", "error", str(LM), *OPTIONS]
-ENVIRONMENT = {**os.environ, "PYTHONPATH": str(REPOSITORY), "COLUMNS": "100"}
+ENVIRONMENT = {
+    **os.environ,
+    "PYTHONPATH": str(REPOSITORY),
+    "COLUMNS": "100",
+    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _runs_share_what_they_compile(tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(
+            ENVIRONMENT, "JAX_COMPILATION_CACHE_DIR", str(tmp_path_factory.mktemp("cache"))
+        )
+        yield
 
 
 @pytest.fixture(scope="module")
 def lm():
-    return support.load_script(LM)
+    return scripts.load(LM)
 
 
 @pytest.fixture(scope="module")

@@ -6,23 +6,21 @@ from pathlib import Path
 import re
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
 
+from helpers import scripts
 import jax
 import numpy as np
 import pytest
-import support
+
+pytestmark = pytest.mark.slow
 
 for requirement in ("flax", "matplotlib", "rich", "sklearn"):
     pytest.importorskip(requirement)
 pytest.importorskip("orbax.checkpoint")
-try:
-    socket.create_server(("127.0.0.1", 0)).close()
-except OSError as error:
-    pytest.skip(f"cannot listen on loopback: {error}", allow_module_level=True)
+scripts.free_address()  # or skip this module
 
 REPOSITORY = Path(__file__).parents[1]
 MULTIHOST = REPOSITORY / "examples" / "multihost.py"
@@ -40,7 +38,7 @@ TOLERANCE = STEPS * 3e-3 * (8 * 2**-24 * 0.1) / 1e-6
 def multihost():
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(MULTIHOST.parent)
-        return support.load_script(MULTIHOST)
+        return scripts.load(MULTIHOST)
 
 
 @pytest.fixture(scope="module")
@@ -165,8 +163,7 @@ def test_a_signal_saves_where_all_processes_agree(endless, tmp_path):
 
 def test_processes_that_were_started_differently_all_stop(tmp_path):
     """Else the one would wait for the other, in a step that it does not take."""
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        address = f"127.0.0.1:{server.getsockname()[1]}"
+    address = scripts.free_address()
     workers = [
         subprocess.Popen(
             [*COMMAND, "--steps=1000", f"--every-k={5 + i}", "--worker", address, "2", str(i)],

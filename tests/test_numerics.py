@@ -60,10 +60,7 @@ def test_default_accumulator_dtype_with_64_bits(param, expected):
 
 
 @pytest.mark.usefixtures("x64")
-def test_64_bit_sums_keep_64_bits():
-    grads = [jnp.array([1.0 + 2.0**-40, 1e-30]), jnp.array([3.0, 3e-30])]
-    updates, _ = _release(accumulate(2), grads, jnp.zeros(2))
-    np.testing.assert_array_equal(updates, np.mean(np.asarray(grads), axis=0))
+def test_the_mean_of_64_bit_gradients_is_rounded_twice():
     third = [jnp.array([1.0]), jnp.array([1.0]), jnp.array([2.0])]
     updates, _ = _release(accumulate(3), third, jnp.zeros(1))
     # One rounding of the reciprocal, one of the product.
@@ -98,21 +95,6 @@ def test_a_wider_accumulator_for_gradients_wider_than_their_parameters():
     np.testing.assert_array_equal(updates, [1.0 + 2.0**-41])
 
 
-@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
-def test_a_thousand_small_gradients_do_not_drift(dtype):
-    """1024 times 0.01 in bfloat16 stops at 4; in float32 it is 10.25."""
-    small = jnp.full(2, 0.01, dtype)
-    tx = accumulate(1024, use_grad_mean=False)
-
-    def body(state, _):
-        updates, state = tx.update(small, state)
-        return state, updates
-
-    _, updates = jax.jit(lambda s: jax.lax.scan(body, s, length=1024))(tx.init(small))
-    exact = 1024 * np.float64(small[0])
-    np.testing.assert_array_equal(updates[-1], jnp.full(2, exact).astype(dtype))
-
-
 def test_a_narrow_accumulator_rounds_once_a_microbatch():
     # 256 + 1 is not a bfloat16; 256 + 0.75 * 2 = 257.5 rounds to 258 only if the product and
     # the sum are rounded together: 0.75 * 2 = 1.5, and 256 + 1.5 = 257.5 -> 258 (even).
@@ -122,12 +104,6 @@ def test_a_narrow_accumulator_rounds_once_a_microbatch():
     _, state = tx.update(jnp.array([256.0]), state)
     _, state = tx.update(jnp.array([0.75]), state, weight=2.0)
     np.testing.assert_array_equal(np.asarray(state.grad_sum, np.float32), [258.0])
-
-
-def test_complex_gradients_keep_their_imaginary_part():
-    grads = [jnp.array([1 + 2j]), jnp.array([3 - 6j])]
-    updates, _ = _release(accumulate(2), grads, jnp.zeros(1, jnp.complex64))
-    np.testing.assert_array_equal(updates, [2 - 2j])
 
 
 @pytest.mark.parametrize("k", [3, 5, 7, 10, 100])
@@ -184,7 +160,7 @@ def test_average_args_are_summed_in_float32():
     inner = optax.GradientTransformationExtraArgs(optax.init_empty_state, update)
     tx = accumulate(2, inner, average_args=("value",))
     for values, expected, dtype in (
-        ((1.0, 2.0), 1.75, jnp.float32),
+        ((1.0, 1.0 + 2.0**-20), 1 + 3 * 2.0**-22, jnp.float32),
         ((jnp.bfloat16(1), jnp.bfloat16(2)), 1.75, jnp.bfloat16),
         ((1, 2), 1.75, jnp.float32),
         ((float("nan"), 2.0), 2.0, jnp.float32),

@@ -1,24 +1,24 @@
 """A run that accumulates parts of sums is saved in mid-window, and goes on on any devices."""
 
-import jax
-import jax.numpy as jnp
-from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
-import numpy as np
-import orbax.checkpoint as ocp
-import pytest
-from support import DEVICES, make_mesh
-from test_reduce import (
+from helpers.meshes import DEVICES, make_mesh, needs_reshard
+from helpers.tokens import (
     INNER,
     MASK,
     PARAMS,
     K,
     X,
     assert_close,
+    explicit_step,
     full_batches,
     loss_fn,
     make_programs,
 )
-from test_reduce_explicit import explicit_step, needs_reshard
+import jax
+import jax.numpy as jnp
+from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
 
 from optaccum import accumulate, state_shardings
 
@@ -109,7 +109,7 @@ def place(mesh, tree, spec):
 def start_explicit(mesh):
     """Returns the step, parameters and a state to begin with, and how that is sharded."""
     tx = accumulate(K, INNER, reduce_axes="data")
-    step = explicit_step(tx, loss_fn, mesh)
+    step = explicit_step(tx, loss_fn)
     params = place(mesh, jax.tree.map(np.asarray, PARAMS), P())
     return (
         lambda *args: step(*args[:2], *place(mesh, args[2:], P("data"))),

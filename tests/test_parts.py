@@ -3,29 +3,21 @@
 import functools
 
 from flax.linen.fp8_ops import OVERWRITE_WITH_GRADIENT
+from helpers.meshes import DEVICES, make_mesh, needs_reshard, vary
 import jax
 import jax.numpy as jnp
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 import numpy as np
 import optax
 import pytest
-from support import DEVICES, make_mesh, vary
 
 from optaccum import accumulate, apply_gradients, skip_not_finite, state_shardings, value_and_grad
 import optaccum.flax
-
-needs_reshard = pytest.mark.skipif(not hasattr(jax, "reshard"), reason="needs a newer JAX")
 
 
 @pytest.fixture
 def mesh():
     return make_mesh(AxisType.Auto)
-
-
-def two_axes(shape, *names):
-    if jax.device_count() < DEVICES:
-        pytest.skip(f"needs {DEVICES} devices")
-    return jax.make_mesh(shape, names, axis_types=(AxisType.Auto,) * 2)
 
 
 def test_members_of_an_ensemble_judge_their_own_weights(mesh):
@@ -49,7 +41,7 @@ def test_members_of_an_ensemble_judge_their_own_weights(mesh):
 @pytest.mark.parametrize("release", [None, True])
 def test_devices_with_pieces_of_the_parameters_reject_together(release):
     """A NaN in the columns of one device rejects the microbatch for the other columns too."""
-    mesh, columns = two_axes((4, 2), "data", "model"), P(None, "model")
+    mesh, columns = make_mesh(AxisType.Auto, (4, 2), ("data", "model")), P(None, "model")
     tx = accumulate(1, optax.sgd(0.1), reduce_axes="data", should_skip_update_fn=skip_not_finite)
 
     def train(params, scale):
@@ -69,7 +61,7 @@ def test_devices_with_pieces_of_the_parameters_reject_together(release):
 
 def test_an_ensemble_whose_members_have_several_devices():
     """Weights vary over the members too, of which each closes its own windows."""
-    mesh = two_axes((2, 4), "member", "data")
+    mesh = make_mesh(AxisType.Auto, (2, 4), ("member", "data"))
     tx = accumulate(2, optax.sgd(1.0), reduce_axes="data")
 
     def train(params, weights):
@@ -112,7 +104,7 @@ def test_parameters_that_are_divided_over_the_axis(mesh):
 
 def test_an_axis_of_the_rows_that_was_not_named():
     """JAX sums over it on its own, and nobody would divide."""
-    mesh = two_axes((2, 4), "replica", "data")
+    mesh = make_mesh(AxisType.Auto, (2, 4), ("replica", "data"))
     x = jnp.arange(64.0).reshape(16, 4)
 
     def loss_fn(w, x):

@@ -2,17 +2,18 @@
 
 import os
 import pathlib
-import socket
 import subprocess
 import sys
 
+from helpers import scripts
+from helpers.meshes import DEVICES
 import jax
 import numpy as np
 import optax
 import parts_program
 import pytest
 
-DEVICES = 8
+pytestmark = pytest.mark.slow
 
 
 def one_batch_a_window():
@@ -37,11 +38,7 @@ def one_batch_a_window():
 def test_two_processes_end_with_what_one_has(tmp_path):
     if jax.device_count() < DEVICES:
         pytest.skip(f"needs {DEVICES} devices")
-    try:
-        with socket.create_server(("127.0.0.1", 0)) as server:
-            address = f"127.0.0.1:{server.getsockname()[1]}"
-    except OSError as error:
-        pytest.skip(f"cannot listen on loopback: {error}")
+    address = scripts.free_address()
     repository = str(pathlib.Path(__file__).parents[1])
     flags = f"--xla_force_host_platform_device_count={DEVICES // 2}"
     environment = os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}

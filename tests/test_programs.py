@@ -2,14 +2,12 @@
 
 import functools
 
-from flax import nnx
-from flax.training.train_state import TrainState
+from helpers.steps import every_step
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from support import every_step
 
 from optaccum import accumulate, apply_gradients, get_state, has_released
 
@@ -21,96 +19,6 @@ def _grads(a, b):
         "a": None if a is None else jnp.full(2, a),
         "b": None if b is None else jnp.full(3, b),
     }
-
-
-@pytest.mark.parametrize("k", [1, 2, 3])
-def test_linen_train_state(k):
-    """The drop-in path: a plain TrainState with an accumulate as its `tx`."""
-    state = TrainState.create(
-        apply_fn=lambda *_: None, params=PARAMS, tx=accumulate(k, optax.sgd(1.0))
-    )
-    step = jax.jit(lambda state, grads: state.apply_gradients(grads=grads))
-    for i in range(2 * k):
-        state = step(state, _grads(float(i), 1.0))
-        assert has_released(state.opt_state) == ((i + 1) % k == 0)
-    means = [np.mean(range(k)), np.mean(range(k, 2 * k))]
-    np.testing.assert_allclose(state.params["a"], np.ones(2) - sum(means), rtol=1e-6)
-    np.testing.assert_allclose(state.params["b"], np.full(3, -2.0), rtol=1e-6)
-
-
-def test_nnx_optimizer():
-    """The drop-in path: nnx keeps the state in containers of arrays of its own."""
-    model = nnx.Linear(3, 2, rngs=nnx.Rngs(0))
-    kernel = np.asarray(model.kernel[...])
-    optimizer = nnx.Optimizer(model, accumulate(2, optax.sgd(1.0)), wrt=nnx.Param)
-    x = jax.random.normal(jax.random.key(0), (2, 4, 3))
-
-    def loss(model, x):
-        return jnp.mean(model(x) ** 2)
-
-    full = nnx.grad(loss)(model, x.reshape(8, 3))
-
-    @nnx.jit
-    def train_step(model, optimizer, x):
-        optimizer.update(model, nnx.grad(loss)(model, x))
-
-    released = []
-    for batch in x:
-        train_step(model, optimizer, batch)
-        released.append(bool(has_released(optimizer.opt_state)))
-    assert released == [False, True]
-    np.testing.assert_allclose(
-        model.kernel[...], kernel - np.asarray(full["kernel"][...]), rtol=1e-6, atol=1e-6
-    )
-
-
-def test_the_last_window_of_an_epoch_can_be_short():
-    tx = accumulate(2, optax.sgd(1.0))
-    state, released, weights = tx.init(PARAMS), [], []
-    for i in range(5):
-        is_last = i == 4
-        _, state = tx.update(_grads(1.0, 1.0), state, release=True if is_last else None)
-        released.append(bool(has_released(state)))
-        weights.append(float(state.weight))
-    assert released == [False, True, False, True, True]
-    assert weights == [1, 2, 1, 2, 1]
-
-
-@pytest.mark.parametrize("before", [7.0, float("nan")])
-def test_a_none_gradient_does_not_bring_back_the_window_before(before):
-    tx = accumulate(2, optax.sgd(1.0))
-    state, params = tx.init(PARAMS), PARAMS
-    for grads in (_grads(1.0, before), _grads(1.0, before)):
-        _, state = apply_gradients(tx, grads, state, PARAMS)
-    for grads in (_grads(1.0, None), _grads(1.0, 1.0)):
-        params, state = apply_gradients(tx, grads, state, params)
-    np.testing.assert_array_equal(params["b"], np.full(3, -0.5))
-
-
-def test_a_parameter_without_a_gradient_is_kept():
-    params = {**PARAMS, "count": jnp.arange(2)}
-    tx = accumulate(2, optax.sgd(1.0))
-    state, new = tx.init(params), params
-    for _ in range(2):
-        new, state = apply_gradients(tx, {**_grads(1.0, None), "count": None}, state, new)
-    np.testing.assert_array_equal(new["a"], np.zeros(2))
-    np.testing.assert_array_equal(new["b"], params["b"])
-    np.testing.assert_array_equal(new["count"], params["count"])
-
-
-@every_step
-@pytest.mark.parametrize("k", [1, 2, 3])
-def test_an_open_window_survives_a_shorter_every_k(step, k):
-    long, short = accumulate(4, optax.sgd(1.0)), accumulate(k, optax.sgd(1.0))
-    state, params = long.init(PARAMS), PARAMS
-    for _ in range(3):
-        params, state = step(long, _grads(1.0, 0.0), state, params)
-    params, state = step(short, _grads(5.0, 0.0), state, params)
-    assert (bool(state.released), int(state.gradient_step)) == (True, 1)
-    np.testing.assert_array_equal(params["a"], np.full(2, 1.0 - 2.0))
-    for _ in range(k):
-        params, state = step(short, _grads(1.0, 0.0), state, params)
-    np.testing.assert_allclose(params["a"], np.full(2, -2.0), rtol=1e-6)
 
 
 @pytest.mark.parametrize("jit", [False, True])

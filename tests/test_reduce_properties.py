@@ -2,6 +2,10 @@
 
 import functools
 
+from helpers.meshes import DEVICES, make_mesh
+from helpers.properties import STABLE, UNIT_ROUNDOFF
+from helpers.steps import recording
+from helpers.tokens import SPECS
 import hypothesis
 from hypothesis import strategies as st
 import jax
@@ -9,9 +13,6 @@ import jax.numpy as jnp
 from jax.sharding import AxisType, PartitionSpec as P
 import numpy as np
 import reference
-import support
-from test_properties import STABLE, UNIT_ROUNDOFF
-from test_reduce import DEVICES, SPECS
 
 import optaccum
 
@@ -21,12 +22,12 @@ BAD = [-1.0, np.nan, np.inf]
 @functools.cache
 def programs(use_grad_mean):
     """Returns `init` and a step, compiled once for all lengths of the window."""
-    mesh = jax.make_mesh((DEVICES,), ("data",), axis_types=(AxisType.Auto,))
+    mesh = make_mesh(AxisType.Auto)
 
     def transformation(every_k):
         return optaccum.accumulate(
             every_k,
-            support.recording(),
+            recording(),
             use_grad_mean=use_grad_mean,
             should_skip_update_fn=optaccum.skip_not_finite,
             average_args=("value",),
@@ -51,7 +52,7 @@ def programs(use_grad_mean):
     return jax.jit(init), jax.jit(step)
 
 
-@hypothesis.settings(STABLE, max_examples=60)
+@hypothesis.settings(STABLE, max_examples=40)
 @hypothesis.given(
     every_k=st.integers(1, 4),
     microbatches=st.integers(4, 12),

@@ -10,6 +10,8 @@ pytest.importorskip("rich")
 
 from benchmarks import plots, report
 
+pytestmark = pytest.mark.slow
+
 
 def quartiles(median):
     return {"q1": 0.5 * median, "median": median, "q3": 2.0 * median}

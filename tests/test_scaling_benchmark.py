@@ -13,6 +13,8 @@ pytest.importorskip("rich")
 
 from benchmarks import peers, scaling, scaling_tables
 
+pytestmark = pytest.mark.slow
+
 ROOT = pathlib.Path(__file__).parent.parent
 CONTENDERS = ["optaccum.apply_gradients", "optax.MultiSteps"]
 

@@ -1,20 +1,20 @@
 """Steps on eight devices whose sums are sharded: what that saves, and what they gather."""
 
 import functools
-import re
 
+from helpers.hlo import collectives, temporaries
+from helpers.meshes import DEVICES, bytes_on_first, named, only_auto
+from helpers.steps import every_step, update_and_apply
 import jax
 import jax.numpy as jnp
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 import numpy as np
 import optax
 import pytest
-from support import every_step, update_and_apply
-from test_value_and_grad_sharding import COLLECTIVES
 
 from optaccum import accumulate, state_shardings
 
-DEVICES, ROWS, K = 8, 64, 2
+ROWS, K = 64, 2
 # NumPy's, so that no donated buffer is theirs.
 PARAMS = {
     "w": np.linspace(-1, 1, 512, dtype=np.float32).reshape(8, 64),
@@ -22,13 +22,6 @@ PARAMS = {
 }
 SPECS = {"w": P("data", None), "b": P("data")}
 BATCHES = jax.random.normal(jax.random.key(0), (2 * K, ROWS, 8))
-
-
-only_auto = pytest.mark.parametrize("mesh", [AxisType.Auto], ids=["auto"], indirect=True)
-
-
-def _named(mesh, specs):
-    return jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs)
 
 
 def _loss(params, x):
@@ -46,27 +39,13 @@ def _gather(mesh):
     return optax.stateless(lambda u, _: _place(mesh, u, NamedSharding(mesh, P())))
 
 
-def _bytes(tree):
-    """Returns how much of `tree` the first device keeps."""
-    return sum(x.addressable_shards[0].data.nbytes for x in jax.tree.leaves(tree))
-
-
 def _gathers(compiled):
     """Returns how often parameters are gathered always, and how often in a branch only."""
-    text = compiled.as_text()
-    branches = re.findall(r"branch_computations=\{([^}]*)\}", text)
-    branches += re.findall(r"(?:true|false)_computation=([^,\s]*)", text)
-    names = re.findall(r"[\w.\-]+", " ".join(branches))
-    always = within = 0
-    for computation in re.split(r"\n(?=\S)", text):
-        count = sum(m[1] == "all-gather" for m in re.finditer(COLLECTIVES, computation))
-        if re.split(r"[\s(]", computation.lstrip("%"), maxsplit=1)[0] in names:
-            within += count
-        else:
-            always += count
-    return always, within
+    always, sometimes = collectives(compiled, "all-gather")
+    return len(always), len(sometimes)
 
 
+@functools.cache
 def _expected():
     params, tx = jax.tree.map(jnp.asarray, PARAMS), optax.adam(0.1)
     state = tx.init(params)
@@ -109,18 +88,20 @@ def _train(mesh, program, params, state):
 def test_fully_sharded_parameters_and_no_gathered_sum(mesh, step):
     tx = accumulate(K, optax.adam(0.1))
     with jax.set_mesh(mesh):
-        params = jax.device_put(PARAMS, _named(mesh, SPECS))
+        params = jax.device_put(PARAMS, named(mesh, SPECS))
         shardings = state_shardings(tx, params)
         state = jax.jit(tx.init, out_shardings=shardings)(params)
         x = jax.device_put(BATCHES[0], NamedSharding(mesh, P("data")))
-        places = _named(mesh, SPECS), shardings
-        for release in (None, False, True):
-            program = _program(mesh, tx, step, places, release=release)
-            compiled = program.lower(params, state, x).compile()
-            # What the loss needs, each parameter once.
-            assert _gathers(compiled) == (len(PARAMS), 0)
-        assert _bytes(state.grad_sum) == _bytes(params) == 4 * (512 + 64) // DEVICES
-        params, state = _train(mesh, _program(mesh, tx, step, places), params, state)
+        places = named(mesh, SPECS), shardings
+        programs = {
+            release: _program(mesh, tx, step, places, release=release).lower(params, state, x)
+            for release in (None, False, True)
+        }
+        programs = {release: program.compile() for release, program in programs.items()}
+        for program in programs.values():  # what the loss needs, each parameter once
+            assert _gathers(program) == (len(PARAMS), 0)
+        assert bytes_on_first(state.grad_sum) == bytes_on_first(params) == 4 * (512 + 64) // DEVICES
+        params, state = _train(mesh, programs[None], params, state)
     assert jax.tree.map(lambda x: x.sharding.spec, state.grad_sum) == SPECS
 
 
@@ -132,25 +113,26 @@ def test_replicated_parameters_and_divided_sums(mesh, step, moments):
     with jax.set_mesh(mesh):
         everywhere = NamedSharding(mesh, P())
         params = jax.device_put(PARAMS, everywhere)
-        shardings = divided = state_shardings(tx, params, _named(mesh, SPECS))
+        shardings = divided = state_shardings(tx, params, named(mesh, SPECS))
         if not moments:
             shardings = state_shardings(tx, params)._replace(grad_sum=divided.grad_sum)
         state = jax.jit(tx.init, out_shardings=shardings)(params)
-        full = _bytes(params)
-        assert _bytes(tx.init(params).grad_sum) == full
-        assert _bytes(state.grad_sum) == full // DEVICES
+        full = bytes_on_first(params)
+        assert bytes_on_first(tx.init(params).grad_sum) == full
+        assert bytes_on_first(state.grad_sum) == full // DEVICES
         adam = state.inner_state[0 if moments else 1][0]
-        assert _bytes(adam.mu) == _bytes(adam.nu) == (full // DEVICES if moments else full)
+        moment = full // DEVICES if moments else full
+        assert bytes_on_first(adam.mu) == bytes_on_first(adam.nu) == moment
         x = jax.device_put(BATCHES[0], NamedSharding(mesh, P("data")))
         places = jax.tree.map(lambda _: everywhere, params), shardings
-        n = len(PARAMS)
+        n, programs = len(PARAMS), {}
         for release, gathers in ((None, (0, n)), (False, (0, 0)), (True, (n, 0))):
             program = _program(mesh, tx, step, places, divided.grad_sum, release=release)
-            assert _gathers(program.lower(params, state, x).compile()) == gathers
-        program = _program(mesh, tx, step, places, divided.grad_sum)
-        params, state = _train(mesh, program, params, state)
-    assert _bytes(state.grad_sum) == full // DEVICES
-    assert _bytes(params) == full
+            programs[release] = program.lower(params, state, x).compile()
+            assert _gathers(programs[release]) == gathers
+        params, state = _train(mesh, programs[None], params, state)
+    assert bytes_on_first(state.grad_sum) == full // DEVICES
+    assert bytes_on_first(params) == full
 
 
 @only_auto
@@ -182,17 +164,17 @@ def test_on_one_device_the_program_is_that_without_shardings(mesh, step):
     state = jax.jit(tx.init)(params)
     expected = jax.jit(plain, donate_argnums=(0, 1)).lower(params, state, x).compile()
     with jax.set_mesh(alone):
-        params = jax.device_put(PARAMS, _named(alone, SPECS))
+        params = jax.device_put(PARAMS, named(alone, SPECS))
         shardings = state_shardings(tx, params)
         init = jax.jit(tx.init, out_shardings=shardings).lower(params).compile()
         state = init(params)
-        run = _program(alone, tx, step, (_named(alone, SPECS), shardings))
+        run = _program(alone, tx, step, (named(alone, SPECS), shardings))
         x = jax.device_put(x, NamedSharding(alone, P("data")))
         program = run.lower(params, state, x).compile()
 
-    def size(compiled, kind):
-        return getattr(compiled.memory_analysis(), f"{kind}_size_in_bytes")
+    def aliased(compiled):
+        return compiled.memory_analysis().alias_size_in_bytes
 
-    assert size(init, "temp") == 0
-    assert size(program, "temp") == size(expected, "temp")
-    assert size(program, "alias") == size(expected, "alias")
+    assert temporaries(init) == 0
+    assert temporaries(program) == temporaries(expected)
+    assert aliased(program) == aliased(expected)

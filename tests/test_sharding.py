@@ -2,17 +2,17 @@
 
 import functools
 
+from helpers.meshes import DEVICES
+from helpers.steps import every_step, update_and_apply
 import jax
 import jax.numpy as jnp
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 import numpy as np
 import optax
 import pytest
-from support import every_step, update_and_apply
 
 from optaccum import accumulate
 
-DEVICES = 8
 PARAMS = {"w": np.arange(32, dtype=np.float32).reshape(8, 4) / 32, "b": np.ones(4, np.float32)}
 SPECS = {"w": P("data", None), "b": P(None)}
 BATCH = jax.random.normal(jax.random.key(0), (4, 16, 8))
@@ -30,6 +30,7 @@ def _specs(tree):
     return {name: x.sharding.spec for name, x in tree.items()}
 
 
+@functools.cache
 def _expected():
     params = jax.tree.map(jnp.asarray, PARAMS)
     state = optax.adam(0.1).init(params)
@@ -113,27 +114,3 @@ def test_shard_map(mesh, step, check_vma):
             x = jax.device_put(x, NamedSharding(mesh, P("data")))
             params, state = jax.jit(mapped)(params, state, x)
     _assert_close(params, _expected())
-
-
-@every_step
-def test_shard_map_over_a_population(mesh, step):
-    """One member a device: parameters and sums vary over the mesh."""
-    tx = accumulate(2, optax.sgd(1.0))
-    params = jnp.zeros((DEVICES, 3))
-    grads = jnp.arange(DEVICES * 3.0).reshape(DEVICES, 3)
-    state = tx.init(params)
-    specs = jax.tree.map(lambda x: P("data") if x.ndim else P(), state)
-    mapped = jax.shard_map(
-        functools.partial(step, tx),
-        mesh=mesh,
-        in_specs=(P("data"), specs, P("data")),
-        out_specs=(P("data"), specs),
-    )
-    with jax.set_mesh(mesh):
-        split = NamedSharding(mesh, P("data"))
-        params, grads = jax.device_put((params, grads), split)
-        shardings = jax.tree.map(lambda s: NamedSharding(mesh, s), specs)
-        state = jax.device_put(state, shardings)
-        for _ in range(2):
-            params, state = jax.jit(mapped)(grads, state, params)
-    np.testing.assert_array_equal(params, -grads)

@@ -3,37 +3,26 @@
 import functools
 import re
 
+from helpers.meshes import DEVICES, bytes_on_first, named, only_auto
+from helpers.optimizers import OPTIMIZERS, build
+from helpers.steps import every_step
 import jax
 import jax.numpy as jnp
-from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
+from jax.sharding import NamedSharding, PartitionSpec as P
 import numpy as np
 import optax
 import orbax.checkpoint as ocp
 import pytest
-from support import every_step
-from test_equivalence import OPTIMIZERS, _build
 
 from optaccum import accumulate, get_state, state_shardings
 from optaccum.flax import TrainState
 
-DEVICES, K = 8, 2
+K = 2
 PARAMS = {
     "w": np.linspace(-1, 1, 512, dtype=np.float32).reshape(8, 64),
     "b": np.zeros(64, np.float32),
 }
 SPECS = {"w": P("data", None), "b": P("data")}
-
-
-only_auto = pytest.mark.parametrize("mesh", [AxisType.Auto], ids=["auto"], indirect=True)
-
-
-def _named(mesh, specs):
-    return jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs)
-
-
-def _bytes(tree):
-    """Returns how much of `tree` the first device keeps."""
-    return sum(x.addressable_shards[0].data.nbytes for x in jax.tree.leaves(tree))
 
 
 ADAM = optax.adam(0.1)
@@ -54,7 +43,7 @@ AROUND_AND_INSIDE = {
     ),
     "injected": optax.inject_hyperparams(accumulate)(every_k=K, inner=ADAM),
     "no accumulate": ADAM,
-    **{name: accumulate(K, _build(name)) for name in OPTIMIZERS},
+    **{name: accumulate(K, build(name)) for name in OPTIMIZERS},
 }
 
 
@@ -63,9 +52,9 @@ AROUND_AND_INSIDE = {
 def test_every_leaf_lies_like_its_parameter_or_everywhere(mesh, tx):
     shapes = jax.eval_shape(tx.init, PARAMS)
     specs = state_shardings(tx, PARAMS, SPECS)
-    named = state_shardings(tx, PARAMS, _named(mesh, SPECS))
-    assert jax.tree.structure(specs) == jax.tree.structure(named) == jax.tree.structure(shapes)
-    assert jax.tree.map(lambda s: s.spec, named) == specs
+    placed = state_shardings(tx, PARAMS, named(mesh, SPECS))
+    assert jax.tree.structure(specs) == jax.tree.structure(placed) == jax.tree.structure(shapes)
+    assert jax.tree.map(lambda s: s.spec, placed) == specs
     leaves = jax.tree_util.tree_leaves_with_path(shapes)
     for (path, x), spec in zip(leaves, jax.tree.leaves(specs), strict=True):
         owner = re.search(r"\['(w|b)'\]", jax.tree_util.keystr(path))
@@ -80,7 +69,7 @@ def test_every_leaf_lies_like_its_parameter_or_everywhere(mesh, tx):
 @only_auto
 def test_the_shardings_are_what_jit_gives(mesh):
     tx = optax.chain(optax.clip(1.0), accumulate(K, optax.adafactor(0.1)))
-    params = jax.device_put(PARAMS, _named(mesh, SPECS))
+    params = jax.device_put(PARAMS, named(mesh, SPECS))
     shardings = state_shardings(tx, params)
     state = jax.jit(tx.init, out_shardings=shardings)(params)
     assert jax.tree.map(lambda x: x.sharding, state) == shardings
@@ -127,8 +116,8 @@ def test_a_flax_train_state_from_a_checkpoint(mesh, tmp_path):
         shapes = jax.eval_shape(lambda: create(params=PARAMS))
         wanted = shapes.replace(
             step=NamedSharding(mesh, P()),
-            params=_named(mesh, SPECS),
-            opt_state=state_shardings(tx, shapes.params, _named(mesh, SPECS)),
+            params=named(mesh, SPECS),
+            opt_state=state_shardings(tx, shapes.params, named(mesh, SPECS)),
         )
         template = jax.tree.map(
             lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, wanted
@@ -154,11 +143,11 @@ def test_specs_of_shard_map(mesh, step):
     )
     with jax.set_mesh(mesh):
         params, grads = jax.device_put((params, grads), NamedSharding(mesh, P("data")))
-        state = jax.device_put(tx.init(params), _named(mesh, specs))
+        state = jax.device_put(tx.init(params), named(mesh, specs))
         for _ in range(K):
             params, state = jax.jit(mapped)(grads, state, params)
     np.testing.assert_array_equal(params, -grads)
-    assert _bytes(state.inner_state[0].trace) == 3 * 4
+    assert bytes_on_first(state.inner_state[0].trace) == 3 * 4
 
 
 def _meshes():

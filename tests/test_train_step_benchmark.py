@@ -18,6 +18,8 @@ from flax import nnx
 
 from benchmarks import train_step, trainers, transformer
 
+pytestmark = pytest.mark.slow
+
 ROOT = pathlib.Path(__file__).parent.parent
 CONTENDERS = {
     "full batch",

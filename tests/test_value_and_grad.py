@@ -1,9 +1,9 @@
 """Accumulating inside one step gives what `jax.value_and_grad` of the full batch gives."""
 
 import functools
-from typing import Any
 import warnings
 
+from helpers.hlo import temporaries
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -136,49 +136,6 @@ def test_argnums_are_those_of_jax(n, argnums, positive):
 
 
 @every_n
-def test_aux_is_stacked_and_in_the_order_that_the_docstring_says(n):
-    def loss(params, batch):
-        predicted = _predict(params, batch["x"])
-        aux = {
-            "rows": predicted,
-            "mean": jnp.mean(predicted),
-            "count": len(predicted),
-            "none": None,
-        }
-        return _loss(params, batch), aux
-
-    value_and_grad = optaccum.value_and_grad(loss, has_aux=True, num_microbatches=n)
-    (value, aux), grads = jax.jit(value_and_grad)(PARAMS, BATCH)
-    _assert_close((value, grads), jax.value_and_grad(_loss)(PARAMS, BATCH))
-    whole = _predict(PARAMS, BATCH["x"])
-    assert aux["rows"].shape == (n, ROWS // n)
-    assert aux["none"] is None
-    np.testing.assert_array_equal(aux["count"], np.full(n, ROWS // n))
-    for i in range(n):
-        np.testing.assert_allclose(aux["rows"][i], whole[i::n], rtol=1e-5)
-    np.testing.assert_allclose(aux["rows"].swapaxes(0, 1).reshape(ROWS), whole, rtol=1e-5)
-    np.testing.assert_allclose(jnp.mean(aux["mean"], 0), jnp.mean(whole), rtol=1e-4)
-    grads_again, aux_again = optaccum.grad(loss, has_aux=True, num_microbatches=n)(PARAMS, BATCH)
-    _assert_close((grads_again, aux_again["rows"]), (grads, aux["rows"]))
-
-
-def test_keyword_arguments_go_to_every_microbatch_whole():
-    def loss(params, batch, *, scale, activation, train):
-        assert train is True
-        return jnp.mean(activation(_predict(params, batch["x"])) * scale)
-
-    options = {"scale": jnp.arange(2.0)[1], "activation": jax.nn.relu, "train": True}
-
-    def weight_fn(params, batch, *, scale, **_):
-        return scale
-
-    value_and_grad = optaccum.value_and_grad(loss, num_microbatches=4, weight_fn=weight_fn)
-    expected = jax.value_and_grad(loss)(PARAMS, BATCH, **options)
-    _assert_close(value_and_grad(PARAMS, BATCH, **options), expected)
-    assert value_and_grad.__name__ == "loss"
-
-
-@every_n
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16, jnp.complex64])
 def test_shapes_and_dtypes_are_those_of_jax(n, dtype):
     params = {"w": jnp.ones((5, 2), dtype), "b": jnp.zeros(2)}
@@ -245,50 +202,8 @@ def test_a_microbatch_without_weight_adds_nothing_not_even_nan():
     _assert_close(jax.jit(weighted)(PARAMS, batch), expected)
 
 
-@pytest.mark.parametrize("bad", [-1.0, float("nan"), float("inf")])
-def test_nor_does_one_whose_weight_is_no_weight(bad):
-    weights = jnp.where(jnp.arange(ROWS) % 4 == 2, bad, 1.0)
-    rows = np.flatnonzero(weights == 1)
-    expected = jax.value_and_grad(_loss)(PARAMS, jax.tree.map(lambda x: x[rows], BATCH))
-    weighted = optaccum.value_and_grad(
-        _loss, num_microbatches=4, weight_fn=lambda params, batch: batch["weight"][0]
-    )
-    _assert_close(jax.jit(weighted)(PARAMS, BATCH | {"weight": weights}), expected)
-
-
-@every_n
-@pytest.mark.parametrize("weight", [0, jnp.float32(0), jnp.float32(jnp.nan)])
-def test_a_batch_without_weight_gives_zeros(n, weight):
-    batch = jax.tree.map(lambda x: x * jnp.nan, BATCH)
-    weighted = optaccum.value_and_grad(
-        _loss, num_microbatches=n, weight_fn=lambda params, batch: weight
-    )
-    zeros = jnp.zeros([]), jax.tree.map(jnp.zeros_like, PARAMS)
-    _assert_close(weighted(PARAMS, batch), zeros)
-
-
-def test_the_function_is_traced_once():
-    calls = []
-
-    def loss(params, batch):
-        calls.append(batch["x"].shape)
-        return _loss(params, batch)
-
-    jax.jit(optaccum.value_and_grad(loss, num_microbatches=4)).lower(PARAMS, BATCH)
-    assert calls == [(4, 5)]
-
-
-@pytest.mark.parametrize(("n", "loops"), [(1, 0), (4, 1)])
-def test_one_microbatch_is_jax_own_program(n, loops):
-    plain = str(jax.make_jaxpr(jax.value_and_grad(_loss))(PARAMS, BATCH))
-    text = str(jax.make_jaxpr(optaccum.value_and_grad(_loss, num_microbatches=n))(PARAMS, BATCH))
-    assert text.count("scan[") == loops
-    assert (text == plain) == (n == 1)
-
-
 def _temporaries(fun, *args):
-    sizes: Any = jax.jit(fun).lower(*args).compile().memory_analysis()
-    return sizes.temp_size_in_bytes
+    return temporaries(jax.jit(fun).lower(*args).compile())
 
 
 def test_memory_is_that_of_one_microbatch_and_the_batch_is_not_copied():

@@ -69,17 +69,6 @@ def test_arrays_of_keys_are_keys(make):
     assert len(np.unique(noise)) == 24
 
 
-def test_one_microbatch_draws_what_the_full_batch_draws():
-    rngs = {"dropout": jax.random.key(0)}
-    step = optaccum.value_and_grad(_noise, has_aux=True, num_microbatches=1, rng_argnums=2)
-    (_, noise), _ = step(PARAMS, BATCH, rngs)
-    np.testing.assert_array_equal(noise["dropout"][0], _noise(PARAMS, BATCH, rngs)[1]["dropout"])
-    (_, none), _ = optaccum.value_and_grad(_noise, has_aux=True, num_microbatches=2, rng_argnums=2)(
-        PARAMS, BATCH, {}
-    )
-    assert none == {}
-
-
 @every_n
 def test_a_key_for_each_example_is_split_like_data(n):
     def loss(params, batch, keys):
@@ -112,24 +101,6 @@ def test_the_carry_goes_from_one_microbatch_to_the_next(n):
         np.testing.assert_allclose(aux["noise"][i], single["noise"], rtol=1e-6)
     assert jnp.all(carry["key"] == expected["key"])
     np.testing.assert_allclose(carry["mean"], expected["mean"], rtol=1e-5)
-
-
-@pytest.mark.parametrize("n", [1, 4])
-def test_a_microbatch_without_weight_leaves_the_carry(n):
-    def loss(params, batch, carry):
-        return _loss(params, batch), (carry + batch["x"][0, 0], ())
-
-    step = optaccum.value_and_grad(
-        loss,
-        has_aux=True,
-        num_microbatches=n,
-        carry_argnum=2,
-        weight_fn=lambda params, batch, carry: batch["weight"][0],
-    )
-    batch = BATCH | {"weight": jnp.arange(ROWS) % 4 % 2}
-    batch["x"] = jnp.where(batch["weight"][:, None] > 0, batch["x"], jnp.nan)
-    (_, (carry, _)), _ = jax.jit(step)(PARAMS, batch, jnp.float32(2))
-    np.testing.assert_allclose(carry, 2 + (n > 1) * (batch["x"][1, 0] + batch["x"][3, 0]), 1e-6)
 
 
 def _one_by_one(fun, params, carry, n):

@@ -1,5 +1,6 @@
 """Random batches against the oracle: trees, dtypes, uneven weights, microbatches without weight."""
 
+from helpers.properties import DTYPES, STABLE, draw, mean_bound, wide
 import hypothesis
 from hypothesis import strategies as st
 import jax
@@ -9,30 +10,11 @@ import reference
 
 import optaccum
 
-STABLE = hypothesis.settings(
-    deadline=None,
-    derandomize=True,
-    database=None,
-    max_examples=30,
-    phases=[hypothesis.Phase.explicit, hypothesis.Phase.generate],
-    suppress_health_check=list(hypothesis.HealthCheck),
-)
-DTYPES = [jnp.dtype(d) for d in (jnp.float32, jnp.bfloat16, jnp.float16, jnp.complex64)]
-UNIT_ROUNDOFF = float(np.finfo(np.float32).eps) / 2
-
 leaves = st.tuples(st.lists(st.integers(0, 3), max_size=2).map(tuple), st.sampled_from(DTYPES))
 trees = st.lists(st.none() | leaves, min_size=1, max_size=3)
 weights = st.sampled_from([0.0, -1.0, float("nan"), float("inf")]) | st.floats(
     2**-10, 2**10, width=32
 )
-
-
-def _draw(rng, shape, dtype):
-    # Multiples of 2^-5 up to 2: exact in every dtype, and so is the mean of two.
-    x = rng.integers(-64, 65, shape) / 32
-    if np.issubdtype(dtype, np.complexfloating):
-        x = x + 1j * rng.integers(-64, 65, shape) / 32
-    return np.asarray(x).astype(dtype)
 
 
 def _loss(params, batch):
@@ -45,7 +27,7 @@ def _loss(params, batch):
     return sum(terms, jnp.float32(0)) + jnp.mean(batch["loss"])
 
 
-@STABLE
+@hypothesis.settings(STABLE, max_examples=20)
 @hypothesis.given(
     tree=trees,
     weights=st.lists(weights, min_size=1, max_size=5),
@@ -58,8 +40,8 @@ def test_random_batches(tree, weights, size, nan, seed):
     valid = [0 < w < np.inf for w in weights]
     params = [None if leaf is None else np.zeros(*leaf) for leaf in tree]
     hypothesis.assume(any(leaf is not None for leaf in tree))
-    rows = [None if leaf is None else _draw(rng, (size, n, *leaf[0]), leaf[1]) for leaf in tree]
-    losses = _draw(rng, (size, n), np.dtype(np.float32))
+    rows = [None if leaf is None else draw(rng, (size, n, *leaf[0]), leaf[1]) for leaf in tree]
+    losses = draw(rng, (size, n), np.dtype(np.float32))
     if nan:  # where there is no weight there may be anything
         for x in [losses, *(x for x in rows if x is not None)]:
             x[:, ~np.array(valid)] = np.nan
@@ -79,7 +61,7 @@ def test_random_batches(tree, weights, size, nan, seed):
 
     window = [
         reference.Microbatch(
-            [None if x is None else _wide(x[:, i]).mean(axis=0) for x in [*rows, losses]],
+            [None if x is None else wide(x[:, i]).mean(axis=0) for x in [*rows, losses]],
             weights[i],
         )
         for i in range(n)
@@ -98,13 +80,4 @@ def test_random_batches(tree, weights, size, nan, seed):
             assert x is None
             continue
         assert x.dtype == p.dtype
-        # As in test_properties: 2 n + 4 roundings in float32, then one in the leaf's dtype.
-        info = jnp.finfo(x.dtype)
-        bound = 1.1 * (2 * n + 4) * UNIT_ROUNDOFF * scale
-        bound = bound + float(info.eps) / 2 * (np.abs(exact) + bound)
-        bound = bound + float(info.smallest_subnormal)
-        assert np.all(np.abs(_wide(x) - exact) <= bound)
-
-
-def _wide(x):
-    return np.asarray(x).astype(np.complex128 if np.iscomplexobj(x) else np.float64)
+        assert np.all(np.abs(wide(x) - exact) <= mean_bound(x.dtype, exact, scale, n))

@@ -1,8 +1,9 @@
 """On eight devices: splitting the batch costs no communication, in auto and explicit sharding."""
 
 import functools
-import re
 
+from helpers import hlo
+from helpers.meshes import DEVICES, make_mesh, needs_reshard
 import jax
 import jax.numpy as jnp
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
@@ -11,13 +12,12 @@ import pytest
 
 import optaccum
 
-DEVICES, ROWS = 8, 64
+ROWS = 64
 PARAMS = {"w": jnp.linspace(-1, 1, 512).reshape(8, 64), "b": jnp.zeros(64)}
 BATCH = {
     "x": jax.random.normal(jax.random.key(0), (ROWS, 8)),
     "weight": jnp.where(jnp.arange(ROWS) % 4 == 1, 0.0, 1.0 + jnp.arange(ROWS) % 4),
 }
-COLLECTIVES = r"\b(all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute)(?:-start)?\("
 
 
 def _loss(params, batch):
@@ -38,17 +38,6 @@ def _place(mesh):
     return params, jax.device_put(BATCH, NamedSharding(mesh, P("data")))
 
 
-def _collectives(text):
-    """Returns what communicates, by name, with how many numbers it sends at most."""
-    found = []
-    for line in text.splitlines():
-        if match := re.search(COLLECTIVES, line):
-            shapes = re.findall(r"[fsu]\d+\[([\d,]*)\]", line[: match.start()].split("=", 1)[1])
-            sizes = [int(np.prod([int(d) for d in shape.split(",") if d])) for shape in shapes]
-            found.append((match[1], max(sizes)))
-    return found
-
-
 def _assert_close(actual):
     expected = jax.value_and_grad(_loss)(PARAMS, BATCH)
     for a, e in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
@@ -61,9 +50,8 @@ def test_replicated_parameters_need_all_reduces_only(mesh):
         compiled = jax.jit(_ours()).lower(params, batch).compile()
         result = compiled(params, batch)
     _assert_close(result)
-    found = _collectives(compiled.as_text())
-    assert {name for name, _ in found} == {"all-reduce"}
-    assert max(size for _, size in found) >= PARAMS["w"].size
+    assert hlo.kinds(compiled) == {"all-reduce"}
+    assert max(hlo.collectives(compiled)[0]) >= PARAMS["w"].nbytes
     # What the batch's axis costs if it is split in the order of its rows.
     with jax.set_mesh(mesh):
         sharding = NamedSharding(mesh, P("data"))
@@ -73,8 +61,8 @@ def test_replicated_parameters_need_all_reduces_only(mesh):
             parts = jnp.reshape(x, (4, ROWS // 4, -1))
             return jax.lax.map(jnp.sum, parts)
 
-        text = jax.jit(in_order, in_shardings=sharding).lower(batch["x"]).compile().as_text()
-    assert "all-gather" in {name for name, _ in _collectives(text)}
+        split = jax.jit(in_order, in_shardings=sharding).lower(batch["x"]).compile()
+    assert "all-gather" in hlo.kinds(split)
 
 
 def test_sharded_parameters_are_gathered_as_for_the_full_batch(mesh):
@@ -85,12 +73,11 @@ def test_sharded_parameters_are_gathered_as_for_the_full_batch(mesh):
         full = jax.jit(jax.value_and_grad(_loss)).lower(params, batch).compile()
         result = compiled(params, batch)
     _assert_close(result)
-    names = {name for name, _ in _collectives(compiled.as_text())}
-    assert names == {name for name, _ in _collectives(full.as_text())}
+    assert hlo.kinds(compiled) == hlo.kinds(full)
 
 
 def test_gradients_keep_the_sharding_of_explicit_parameters():
-    mesh = jax.make_mesh((DEVICES,), ("data",), axis_types=(AxisType.Explicit,))
+    mesh = make_mesh(AxisType.Explicit)
     with jax.set_mesh(mesh):
         params, batch = _place(mesh)
         params["w"] = jax.device_put(PARAMS["w"], NamedSharding(mesh, P("data", None)))
@@ -102,19 +89,19 @@ def test_gradients_keep_the_sharding_of_explicit_parameters():
 
 @pytest.mark.parametrize("types", [AxisType.Auto, AxisType.Explicit], ids=["auto", "explicit"])
 def test_rows_over_two_axes_of_a_mesh(types):
-    mesh = jax.make_mesh((4, 2), ("data", "model"), axis_types=(types,) * 2)
+    mesh = make_mesh(types, (4, 2), ("data", "model"))
     with jax.set_mesh(mesh):
         params = jax.device_put(PARAMS, NamedSharding(mesh, P()))
         batch = jax.device_put(BATCH, NamedSharding(mesh, P(("data", "model"))))
         compiled = jax.jit(_ours(8)).lower(params, batch).compile()
         result = compiled(params, batch)
     _assert_close(result)
-    assert {name for name, _ in _collectives(compiled.as_text())} == {"all-reduce"}
+    assert hlo.kinds(compiled) == {"all-reduce"}
 
 
-@pytest.mark.skipif(not hasattr(jax, "reshard"), reason="this JAX has no unreduced types")
+@needs_reshard
 def test_gradients_of_reduced_parameters_are_reduced_once():
-    mesh = jax.make_mesh((DEVICES,), ("data",), axis_types=(AxisType.Explicit,))
+    mesh = make_mesh(AxisType.Explicit)
 
     def step(params, batch):
         # Of `b` JAX has no unreduced gradient: it adds nothing sharded to what is reduced.
@@ -127,16 +114,14 @@ def test_gradients_of_reduced_parameters_are_reduced_once():
         compiled = jax.jit(step).lower(params, batch).compile()
         result = compiled(params, batch)
     _assert_close(result)
-    text = str(compiled.as_text())
-    entry = text[text.index("\nENTRY") :]
-    within = _collectives(text[: text.index("\nENTRY")])
-    assert {name for name, _ in _collectives(text)} == {"all-reduce"}
-    assert max(size for _, size in within) <= PARAMS["b"].size, "reduced in the loop"
-    assert max(size for _, size in _collectives(entry)) >= PARAMS["w"].size
+    # One reduction of the matrix, and in each of the 4 microbatches one of the vector at most.
+    assert hlo.kinds(compiled) == {"all-reduce"}
+    large = [size for size in hlo.collectives(compiled)[0] if size >= PARAMS["w"].nbytes]
+    assert len(large) == 1, "reduced in the loop"
 
 
 def test_rows_of_a_device_that_do_not_divide():
-    mesh = jax.make_mesh((DEVICES,), ("data",), axis_types=(AxisType.Explicit,))
+    mesh = make_mesh(AxisType.Explicit)
     message = (
         r"16 does not divide the 8 rows that a device holds of the 64 in batch leaf argument 1"
     )

@@ -1,0 +1,27 @@
+"""Programs that tests run or look into: examples and workers."""
+
+import importlib.util
+import pathlib
+import socket
+from typing import Any
+
+import pytest
+
+
+def load(path: pathlib.Path) -> Any:
+    """Returns the module that a script is."""
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def free_address() -> str:
+    """Returns an address on this machine where nobody listens, or skips the test."""
+    try:
+        with socket.create_server(("127.0.0.1", 0)) as server:
+            return f"127.0.0.1:{server.getsockname()[1]}"
+    except OSError as error:
+        pytest.skip(f"cannot listen on loopback: {error}", allow_module_level=True)
