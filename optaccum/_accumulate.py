@@ -212,27 +212,28 @@ def accumulate(
         steps = closes if certain else both(closes, total > 0)
 
         # Step, or hold.
-        def step(held, inner_state):
+        def step(params, inner_state):
             kept = over.load(sums)
             grad_sum, args = over.reduce(kept.grads, kept.scalars, trained)
             mean, args = window.mean(Sums(total, grad_sum, args), values, of_grads=use_grad_mean)
             if alone:
                 mean = grads if use_grad_mean else window.weighted(grads, factor)
-            now = held if apply else params
-            updates, new = inner.update(mean, inner_state, now, **{**extra_args, **args})
-            result = apply_updates(now, updates) if apply else updates
+            updates, new = inner.update(mean, inner_state, params, **{**extra_args, **args})
+            result = apply_updates(params, updates) if apply else updates
             return result, cast_like(new, inner_state)
 
-        def hold(step):
-            if apply:
-                return params, state.inner_state
+        def zeros(step):
             if step is None:
                 shapes = _shapes_of_updates(inner, grads, state.inner_state, params, extra_args)
             else:
-                shapes = jax.eval_shape(step, params, state.inner_state)[0]
-            return optax.tree.zeros_like(shapes), state.inner_state
+                shapes = jax.eval_shape(step, state.inner_state)[0]
+            return (optax.tree.zeros_like(shapes),)
 
-        result, inner_state = branch(due, steps, step, (params, state.inner_state), hold)
+        if apply:
+            result, inner_state = branch(due, steps, step, (params, state.inner_state))
+        else:
+            step = functools.partial(step, params)
+            result, inner_state = branch(due, steps, step, (state.inner_state,), zeros)
         return result, AccumulateState(
             mini_step=jnp.where(closes, 0, jnp.where(accept, count, state.mini_step)),
             gradient_step=jnp.where(

@@ -136,8 +136,8 @@ def test_replicated_parameters_and_divided_sums(mesh, step, moments):
 
 
 @only_auto
-def test_updates_that_nothing_gathers_within_the_release(mesh):
-    """Why the inner optimizer should: the compiler does so after it, in every call."""
+@every_step
+def test_updates_are_gathered_in_the_release_though_nothing_says_so(mesh, step):
     tx = accumulate(K, optax.adam(0.1))
     with jax.set_mesh(mesh):
         everywhere = NamedSharding(mesh, P())
@@ -145,8 +145,8 @@ def test_updates_that_nothing_gathers_within_the_release(mesh):
         shardings = state_shardings(tx, params, NamedSharding(mesh, P("data")))
         state = jax.jit(tx.init, out_shardings=shardings)(params)
         x = jax.device_put(BATCHES[0], NamedSharding(mesh, P("data")))
-        program = _program(mesh, tx, update_and_apply, (everywhere, shardings))
-        assert _gathers(program.lower(params, state, x).compile()) == (len(PARAMS), 0)
+        program = _program(mesh, tx, step, (everywhere, shardings))
+        assert _gathers(program.lower(params, state, x).compile()) == (0, len(PARAMS))
 
 
 @every_step

@@ -106,8 +106,7 @@ class PerDevice(Whole):
     def total(self, sums, due, closes):
         own = self.load(sums.weight)
         nothing = vary(jnp.zeros([], own.dtype), tuple(varying(own) - set(self.axes)))
-        start = (nothing,)
-        return branch(due, closes, lambda _: (self._psum(own),), start, lambda _: start)[0]
+        return branch(due, closes, lambda _: (self._psum(own),), (nothing,))[0]
 
     def reduce(self, grads, scalars, like=None):
         return self._psum((grads, scalars))

@@ -55,11 +55,11 @@ def cast_like(tree: Any, like: Any) -> Any:
 def branch(
     due: jax.Array | bool,
     steps: jax.Array | bool,
-    step: Callable[..., Any],
-    start: tuple[Any, ...],
-    hold: Callable[..., Any],
+    step: Callable[..., tuple],
+    start: tuple,
+    idle: Callable[[Callable[..., tuple] | None], tuple] = lambda _: (),
 ) -> Any:
-    """Returns `step(*start)` where `steps`, else `hold(step)`.
+    """Returns `step(*start)` where `steps`, else `(*idle(step), *start)`.
 
     A Python bool `due` leaves no conditional: where it is True and the window may yet be dropped,
     the step is taken and selected. Outside `jax.jit` the predicate is a number, and a conditional
@@ -68,26 +68,28 @@ def branch(
     Args:
         due: whether the window closes, as far as it is known.
         steps: whether it is released.
-        step: from a tuple to a tuple of the types that `hold` returns.
-        start: arguments of `step`.
-        hold: `hold(step)` returns the tuple that replaces a step, which are arguments of `step`
-            too; outside of `jax.jit` it is `hold(None)`.
+        step: a function that may close over tracers.
+        start: the arguments of `step`, which end its results too.
+        idle: `idle(step)` returns constants in place of the results of `step` before these.
+            Outside `jax.jit` it is `idle(None)`.
     """
-    if isinstance(steps, bool):
-        return step(*start) if steps else hold(step)
     if not isinstance(steps, Tracer):
-        return step(*start) if steps else hold(None)
+        traced = isinstance(steps, bool)
+        return step(*start) if steps else (*idle(step if traced else None), *start)
     step = jax.jit(step)  # traced once, however often it is called
+    constants = functools.partial(idle, step)
     if due is True:
-        return where(steps, step(*start), hold(step))
-    return conditional(steps, step, hold(step))
+        return where(steps, step(*start), (*constants(), *start))
+    return conditional(steps, step, start, constants)
 
 
-def conditional(predicate: jax.Array, step: Callable[..., Any], carry: tuple[Any, ...]) -> Any:
-    """Returns `step(*carry)` where the predicate holds, else the carry, updated in place.
+def conditional(
+    predicate: jax.Array, step: Callable[..., tuple], start: tuple, idle: Callable[[], tuple]
+) -> Any:
+    """Returns `step(*start)` where the predicate holds, else `(*idle(), *start)`, both in place.
 
-    Which form keeps the carry in its buffers depends on the compiler, so the form is chosen when
-    the program is lowered:
+    Which form keeps its operands in their buffers depends on the compiler, so the form is chosen
+    when the program is lowered:
 
     * CPU and TPU: `lax.cond`. A CPU copies the carry of a loop several times.
     * GPU: a loop of no or one trip. XLA:GPU copies everything that enters a conditional, and turns
@@ -95,25 +97,22 @@ def conditional(predicate: jax.Array, step: Callable[..., Any], carry: tuple[Any
       its carry in place, if its body reads it from the carry and closes over nothing of it.
 
     A loop has no reverse mode, so both forms are differentiated as `lax.cond`.
-
-    Args:
-        predicate: bool[].
-        step: a jitted function from a carry to a carry of the same types; it may close over
-            tracers.
-        carry: a tuple of pytrees.
     """
-    step, closed_over = jax.closure_convert(step, *carry)
+    step, closed_over = jax.closure_convert(step, *start)
 
-    def by_cond(predicate, carry, closed_over):
+    def by_cond(predicate, start, closed_over):
         def release():
-            return _fence(step(*carry, *closed_over), inwards=False)
+            return _fence(step(*start, *closed_over), inwards=False)
 
-        return lax.cond(predicate, release, lambda: carry)
+        return lax.cond(predicate, release, lambda: (*idle(), *start))
 
-    def by_loop(predicate, carry, closed_over):
+    def by_loop(predicate, start, closed_over):
         def body(_, carry):
-            return _fence(step(*_fence(carry, inwards=True), *closed_over), inwards=False)
+            start = _fence(carry[constants:], inwards=True)
+            return _fence(step(*start, *closed_over), inwards=False)
 
+        carry = (*idle(), *start)
+        constants = len(carry) - len(start)
         return lax.fori_loop(0, predicate.astype(jnp.int32), body, carry)
 
     @jax.custom_jvp
@@ -121,7 +120,7 @@ def conditional(predicate: jax.Array, step: Callable[..., Any], carry: tuple[Any
         return lax.platform_dependent(*args, cuda=by_loop, rocm=by_loop, default=by_cond)
 
     run.defjvp(functools.partial(jax.jvp, by_cond))
-    return run(predicate, carry, closed_over)
+    return run(predicate, start, closed_over)
 
 
 def _fence(tree: Any, *, inwards: bool) -> Any:
