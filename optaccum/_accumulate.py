@@ -36,9 +36,9 @@ def accumulate(
         G =  sum_i w_i g_i                       use_grad_mean=False
 
     which is the gradient of the whole window as one batch, if g_i is that of a mean over w_i
-    examples or tokens. The window closes with the microbatch that makes `mini_step >= every_k`,
-    or where `release` says so. It is then *released*: `inner` steps once, on G, with that
-    microbatch's `params` and extra arguments. All other calls *hold*.
+    examples or tokens. The microbatch that makes `mini_step >= every_k` closes the window. It is
+    then *released*: `inner` steps once, on G, with that microbatch's `params` and extra arguments.
+    All other calls *hold*.
 
     >>> import jax.numpy as jnp, optax
     >>> from optaccum import accumulate, apply_gradients, has_released
@@ -53,70 +53,35 @@ def accumulate(
     [0.  1.5] True
 
     Guarantees:
-        * A hold does not run `inner` nor touch its state; its updates are exact zeros of the
-          shapes and dtypes that a release returns. (Under `jax.vmap` conditionals become
-          selects: `inner` runs for all members, and its result is kept for those that release.)
-        * Sums are kept in `accumulator_dtype`, by default the parameter's dtype promoted to at
-          least float32; G is cast back to the gradient's dtype. State leaves, the inner ones
-          included, keep the dtype that `init` gave them: the state can be carried by `scan`.
-        * Windows are opened by overwriting, so nothing of one window, a NaN included, reaches
-          the next.
-        * A microbatch costs one fused pass over the sums. With `optaccum.apply_gradients` and
-          donated buffers the compiled step has no parameter-sized temporary but those of `inner`
-          and `should_skip_update_fn`; with `update` it has the updates.
+        * A hold does not run `inner` and does not touch its state. Its updates are exact zeros.
+        * Nothing of one window, a NaN included, reaches the next.
+        * The sums are at least float32, and no leaf of the state ever changes its dtype.
+        * One fused addition per microbatch. With :func:`optaccum.apply_gradients` and donated
+          buffers a call has no temporary of parameter size, on CPUs, GPUs and TPUs, but those of
+          `inner` and `should_skip_update_fn`.
 
-    ============================================  ==============================================
-    case                                          result
-    ============================================  ==============================================
-    `every_k` the constant 1                      `inner` with a few scalars; no accumulator
-    `every_k` shrinks below an open `mini_step`   the next accepted microbatch closes the window;
-                                                  a state with sums keeps them at `every_k` 1 too
-    `every_k`, traced, is below 1                 as 1
-    `release=True`                                closes the window, divided by what it holds
-    `release=False`                               keeps it open, however many it holds
-    `release` a Python bool                       decided when traced; no conditional compiled
-                                                  (where a window may be dropped, a select,
-                                                  for which XLA may keep temporaries)
-    `weight` 0                                    adds nothing, not even a NaN, but is counted
-    weights of the window sum to 0                dropped when it closes: zero updates, `inner`
-                                                  untouched, `gradient_step` unmoved
-    `weight` an array: negative, inf or NaN       the microbatch is rejected
-    `should_skip_update_fn` says skip             the microbatch is rejected
-    rejected                                      the window stays as it was, `skipped` counts
-                                                  it, nothing is released (`release=True` too)
-    a None gradient                               adds nothing; `inner` gets the None
-    ============================================  ==============================================
+    The page "Semantics" of the documentation (docs/semantics.md) has a table of all cases. The page
+    "Many devices" (docs/many_devices.md) has programs for `jax.shard_map` and explicit sharding.
 
-    Schedules inside `inner` count releases. Without `inner` the transformation emits zeros until
-    a window is released, then G: right only in front of *stateless* transformations,
-    `optax.chain(accumulate(4), optax.sgd(0.1))`. To a stateful one like Adam zeros are gradients,
-    which decay its moments and count as steps. It, and all that acts on every call (`optax.ema`,
-    `optax.lookahead`, `optax.contrib.schedule_free`), belongs inside `inner`.
-
-    State made eagerly, or under explicit sharding, is sharded like the parameters. Under
-    `jax.jit` with automatic sharding the compiler places zeros where it likes, so say where:
-    `jax.jit(tx.init, out_shardings=optaccum.state_shardings(tx, params))(params)`.
+    The optimizer belongs inside. Without `inner` the transformation emits zeros until a window is
+    released, then G, which is right only in front of *stateless* transformations:
+    `optax.chain(accumulate(4), optax.sgd(0.1))`. To Adam the zeros are gradients.
 
     Args:
-        every_k: microbatches a window: an integer >= 1, an integer array of shape [] (traced
+        every_k: microbatches per window: an integer >= 1, an integer array of shape [] (traced
             too), or a function of `gradient_step`, i32[], that returns one of these.
-        inner: the optimizer that steps once a window; None for `optax.identity()`. It gets every
-            extra argument but `weight` and `release`.
+        inner: the optimizer that steps once per window; None for `optax.identity()`. It gets every
+            extra argument but `weight` and `release`. Schedules inside it count releases.
         use_grad_mean: whether G is the weighted mean or the weighted sum.
         should_skip_update_fn: `(grads, gradient_step, params) -> (bool[], report)`, Optax's
             protocol: `optax.skip_not_finite`, `functools.partial(optax.skip_large_updates,
             max_squared_norm=...)`. The report is kept in `skip_state`.
-        accumulator_dtype: dtype of the sums. A narrower one saves memory, loses bits and may
-            overflow (a float16 sum with token weights). Pass a wider one where gradients are
-            wider than their parameters: they are cast to the sum's dtype.
-        average_args: names of scalar extra arguments that `inner` should see as the window's
-            weighted mean and not as the last microbatch's, `("value",)` for a loss. They are
-            summed in float32.
-        reduce_axes: mesh axes over which gradients arrive as parts of a sum, one a device, to be
-            reduced once a window: in `jax.shard_map` they vary over them by their type, under
-            explicit sharding they are unreduced. In `jax.shard_map` each device gives its own
-            `weight`, one that is none counts 0 there, and what `should_skip_update_fn` rejects on
-            one is rejected on all. Programs for each: docs/many_devices.md.
+        accumulator_dtype: dtype of the sums; None for the parameter's dtype promoted to at least
+            float32. A narrower one saves memory and loses bits.
+        average_args: names of scalar extra arguments of which `inner` should see the window's
+            weighted mean, and not the last microbatch's value: `("value",)` for a loss.
+        reduce_axes: mesh axes over which gradients arrive as one part per device, to be reduced
+            once per window.
 
     Returns:
         An `optax.GradientTransformationExtraArgs` with state :class:`AccumulateState`, whose
@@ -124,19 +89,13 @@ def accumulate(
 
         * `weight`: scalar >= 0, how much this microbatch counts (default 1). Weights are summed
           in float32, token counts up to 2**24 exactly.
-        * `release`: None to count (the default), a bool, or a bool[]. False is not None: to
-          close only the last window of an epoch early, pass `True if last else None`.
+        * `release`: None to count (the default). True closes the window now, False keeps it open.
+          A Python bool compiles without a conditional; a bool[] is decided when the program runs.
+          To close only the last window of an epoch early, pass `True if last else None`.
 
     Raises:
-        TypeError: (here) for an `every_k`, `inner` or `accumulator_dtype` of another kind; (when
-            `update` is traced) for integer, boolean or float0 gradients, for a `weight`,
-            `release` or averaged argument that is not a scalar of its kind, and for gradients
-            that are reduced over `reduce_axes` already, or unreduced over others.
-        ValueError: (here) for an `every_k` below 1; (in `init`) for a real `accumulator_dtype` on
-            a complex parameter; (when `update` is traced) for gradients that do not fit the
-            state, a Python number `weight` that is negative or not finite, a missing averaged
-            argument, a `release` but None or True at `every_k` 1, `reduce_axes` that the mesh
-            has not. No error touches the state.
+        TypeError, ValueError: in the factory for static arguments; when `init` or `update` is
+            traced for trees, dtypes, weights and axes that do not fit. No error touches the state.
 
     References: `optax.MultiSteps`; github.com/google-deepmind/optax issues 320 and 472.
     """

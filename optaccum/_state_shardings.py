@@ -33,19 +33,23 @@ def state_shardings(tx: optax.GradientTransformation, params: Any, shardings: An
     >>> specs.grad_sum == rows, specs.inner_state[0].trace == rows, specs.mini_step == jax.P()
     (True, True, True)
 
-    The state may lie otherwise than the parameters. Where these are replicated, sums and moments
-    divided over n devices (ZeRO-2) take 1/n of the memory on each. Let the inner optimizer end
-    by gathering its updates: left to itself, XLA gathers after the conditional, on holds too::
+    The state need not be sharded like the parameters. Where these are replicated, sums and moments
+    divided over n devices (ZeRO-2) take 1/n of the memory on each, and only a release gathers::
 
-        gather = optax.stateless(lambda u, _: jax.lax.with_sharding_constraint(u, everywhere))
-        tx = accumulate(4, optax.chain(optax.adam(1e-3), gather))
+        tx = accumulate(4, optax.adam(1e-3))
         divided = state_shardings(tx, params, jax.NamedSharding(mesh, jax.P("data")))
         state = jax.jit(tx.init, out_shardings=divided)(params)
         step = jax.jit(step, out_shardings=(everywhere, divided))
 
     To divide the sums alone take `state_shardings(tx, params)._replace(grad_sum=divided.grad_sum)`
-    and let `gather` come first. Under explicit sharding both are `jax.sharding.reshard`: of
-    the updates in `gather`, and of the gradients, to `divided.grad_sum`, before they are passed.
+    and gather first in `inner`, or parameters and moments are gathered instead of one mean::
+
+        gather = optax.stateless(lambda g, _: jax.lax.with_sharding_constraint(g, everywhere))
+        tx = accumulate(4, optax.chain(gather, optax.adam(1e-3)))
+
+    Under explicit sharding types say where everything is: let `inner` end (for sums alone, begin)
+    with such a link that calls `jax.sharding.reshard`, and reshard gradients to `divided.grad_sum`
+    before they are passed.
 
     Args:
         tx: an Optax transformation, with or without an :func:`accumulate` in it, that

@@ -137,16 +137,20 @@ def test_replicated_parameters_and_divided_sums(mesh, step, moments):
 
 @only_auto
 @every_step
-def test_updates_are_gathered_in_the_release_though_nothing_says_so(mesh, step):
+@pytest.mark.parametrize("moments", [True, False], ids=["sums and moments", "sums alone"])
+def test_a_release_gathers_and_no_hold_though_nothing_says_so(mesh, step, moments):
     tx = accumulate(K, optax.adam(0.1))
     with jax.set_mesh(mesh):
         everywhere = NamedSharding(mesh, P())
         params = jax.device_put(PARAMS, everywhere)
-        shardings = state_shardings(tx, params, NamedSharding(mesh, P("data")))
+        shardings = divided = state_shardings(tx, params, NamedSharding(mesh, P("data")))
+        if not moments:
+            shardings = state_shardings(tx, params)._replace(grad_sum=divided.grad_sum)
         state = jax.jit(tx.init, out_shardings=shardings)(params)
         x = jax.device_put(BATCHES[0], NamedSharding(mesh, P("data")))
         program = _program(mesh, tx, step, (everywhere, shardings))
-        assert _gathers(program.lower(params, state, x).compile()) == (0, len(PARAMS))
+        count = (1 if moments else 3) * len(PARAMS)  # parameters, and moments that were divided
+        assert _gathers(program.lower(params, state, x).compile()) == (0, count)
 
 
 @every_step
