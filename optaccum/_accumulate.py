@@ -191,8 +191,8 @@ def accumulate(
         if apply:
             result, inner_state = branch(due, steps, step, (params, state.inner_state))
         else:
-            step = functools.partial(step, params)
-            result, inner_state = branch(due, steps, step, (state.inner_state,), zeros)
+            update = functools.partial(step, params)
+            result, inner_state = branch(due, steps, update, (state.inner_state,), zeros)
         return result, AccumulateState(
             mini_step=jnp.where(closes, 0, jnp.where(accept, count, state.mini_step)),
             gradient_step=jnp.where(

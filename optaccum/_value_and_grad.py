@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 import functools
-from typing import Any
+from typing import Any, Concatenate, Literal, ParamSpec, TypeVar, overload
 
 import jax
 from jax import lax
@@ -12,6 +12,41 @@ from optaccum._check import arguments, batch as check_batch, devices as check_de
 from optaccum._core import batch, window
 from optaccum._core.traced import cast_like, strongly_typed, where
 from optaccum._core.window import Sums
+
+Params = TypeVar("Params")
+Rest = ParamSpec("Rest")
+
+
+@overload
+def value_and_grad(
+    fun: Callable[Concatenate[Params, Rest], Any],
+    argnums: Literal[0] = 0,
+    has_aux: bool = False,
+    *,
+    num_microbatches: int,
+    batch_argnums: int | Sequence[int] = 1,
+    weight_fn: Callable[..., Any] | None = None,
+    rng_argnums: int | Sequence[int] = (),
+    carry_argnum: int | None = None,
+    accumulator_dtype: jax.typing.DTypeLike | None = None,
+    reduce_axes: str | tuple[str, ...] = (),
+) -> Callable[Concatenate[Params, Rest], tuple[Any, Params]]: ...
+
+
+@overload
+def value_and_grad(
+    fun: Callable[..., Any],
+    argnums: int | Sequence[int],
+    has_aux: bool = False,
+    *,
+    num_microbatches: int,
+    batch_argnums: int | Sequence[int] = 1,
+    weight_fn: Callable[..., Any] | None = None,
+    rng_argnums: int | Sequence[int] = (),
+    carry_argnum: int | None = None,
+    accumulator_dtype: jax.typing.DTypeLike | None = None,
+    reduce_axes: str | tuple[str, ...] = (),
+) -> Callable[..., Any]: ...
 
 
 def value_and_grad(
