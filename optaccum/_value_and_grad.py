@@ -188,7 +188,7 @@ def value_and_grad(
     @functools.wraps(fun)
     def value_and_grad_fn(*args, **kwargs):
         trained, rows, rngs, carries = check_batch.check_call(roles, args, kwargs, n)
-        over = check_devices.check_sums([args[j] for j in trained], axes)
+        over, *_ = [check_devices.check_sums(args[j], axes) for j in trained]
         # Of parameters that all devices share JAX would sum the gradients, each time.
         args = [over.share(x) if j in (*trained, *carries) else x for j, x in enumerate(args)]
         at = trained if isinstance(argnums, tuple | list) else trained[0]
