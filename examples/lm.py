@@ -73,7 +73,7 @@ class LanguageModel(nnx.Module):
 
 
 def read_paragraphs() -> tuple[np.ndarray, np.ndarray]:
-    """Return the paragraphs of Python's documentation, to train on and held out, one a row.
+    """Return the paragraphs of Python's documentation, to train on and held out, one per row.
 
     A row is END, the bytes, END and padding. Long paragraphs are cut into several. Topics repeat
     each other's paragraphs; each is taken once, lest one be held out and trained on.
@@ -121,7 +121,7 @@ predict = nnx.jit(lambda model, tokens: model(tokens))
 
 
 def make_optimizer(model: LanguageModel, args: argparse.Namespace, whole: bool = False):
-    """Return an optimizer that steps once a window or, for whole batches, every time."""
+    """Return an optimizer that steps once per window or, for whole batches, every time."""
     # Inside `accumulate` it sees windows: clips their means, schedules gradient steps.
     schedule = optax.cosine_decay_schedule(5e-3, decay_steps=args.steps)
     # With Adam's usual 1e-8 a gradient that is no more than a rounding error makes a whole step.

@@ -65,7 +65,7 @@ def get_state(opt_state: Any) -> AccumulateState:
 
 
 def has_released(opt_state: Any) -> jax.Array:
-    """Return whether the last update released a window, as a bool[] (one a member under vmap).
+    """Return whether the last update released a window, as a bool[] (one per member under vmap).
 
     False before the first update, on every hold, after a rejected microbatch and after a window
     that was dropped because its weights sum to zero.

@@ -7,7 +7,7 @@ each microbatch. What changes from call to call and what changes from window to 
   steps)` spans `steps * k` calls.
 * **Hyperparameters** that `optax.inject_hyperparams` keeps are those of the last release:
   `optaccum.get_state(state.opt_state).inner_state.hyperparams["learning_rate"]`.
-* **Averages of parameters** move once a window, where nothing but a release changes parameters::
+* **Averages of parameters** move once per window, where nothing but a release changes parameters::
 
       ema = jax.lax.cond(
           state.has_released,

@@ -1,4 +1,4 @@
-"""A program for one process of several: devices accumulate parts, and reduce them once a window.
+"""A program for one process of several: devices accumulate parts, and reduce them once per window.
 
 Usage: python parts_program.py ADDRESS PROCESSES NUMBER FILE. Writes the parameters and the counters
 that this process has at the end to FILE. One device sees a NaN, some see no token at all.

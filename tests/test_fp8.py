@@ -51,7 +51,7 @@ def test_collections_are_overwritten_once_a_window_with_the_largest():
     state, given = step(state, jnp.full((16, 16), 3.0))
     assert state.has_released
     assert int(get_state(state.opt_state).skipped) == 1
-    # One entry a window: that of the largest activation of the accepted microbatches.
+    # One entry per window: that of the largest activation of the accepted microbatches.
     np.testing.assert_array_equal(input_history(state), [5.0, 0.0, 0.0])
     for scale in (7.0, 1.0, 1.0):
         state, _ = step(state, jnp.full((16, 16), scale))

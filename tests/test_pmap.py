@@ -1,4 +1,4 @@
-"""Training in `jax.pmap`: gradients that are reduced before they are summed, or once a window."""
+"""Training in `jax.pmap`: gradients that are reduced before they are summed, or once per window."""
 
 import re
 

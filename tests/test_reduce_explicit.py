@@ -177,7 +177,7 @@ def test_sums_of_gathered_parameters_are_scattered_once_a_window(explicit):
     piece = PARAMS["w"].nbytes // DEVICES
     assert always == [piece], "the gathering of the parameters alone"
     assert max(on_release) == PARAMS["w"].nbytes
-    # Without sums like that there is no silent reduction a microbatch.
+    # Without sums like that there is no silent reduction per microbatch.
     message = r"leaf \['w'\] is sharded as .*, but its sum .* as float32\[40@data,30\]; reshard"
     with pytest.raises(ValueError, match=message):
         step(params, tx.init(params), place(X[0]))

@@ -1,7 +1,7 @@
 """Arguments: what may be passed to a factory or as an extra argument, brought into one form.
 
 Static arguments are checked when a transformation is built, extra arguments when an update is
-traced. What is known at trace time stays a Python value, so that the program need not ask.
+traced. A value that is known at trace time stays a Python value, so that the program need not ask.
 """
 
 from collections.abc import Callable, Iterable

@@ -1,4 +1,4 @@
-"""Conditionals: what is known when a program is traced is not asked when it runs."""
+"""Conditionals: a value that is known when a program is traced is not asked for when it runs."""
 
 from collections.abc import Callable
 import functools
