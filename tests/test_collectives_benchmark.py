@@ -1,4 +1,4 @@
-"""The benchmark of collectives counts what programs run, and deferred ways reduce once per window."""
+"""The benchmark of collectives counts what programs run; deferred ways reduce once per window."""
 
 import json
 import os
