@@ -181,18 +181,16 @@ def accumulate(
             result = apply_updates(params, updates) if apply else updates
             return result, cast_like(new, inner_state)
 
-        def zeros(step):
-            if step is None:
-                shapes = _shapes_of_updates(inner, grads, state.inner_state, params, extra_args)
-            else:
-                shapes = jax.eval_shape(step, state.inner_state)[0]
-            return (optax.tree.zeros_like(shapes),)
+        def shapes(step):
+            if step is not None:
+                return (jax.eval_shape(step, state.inner_state)[0],)
+            return (_shapes_of_updates(inner, grads, state.inner_state, params, extra_args),)
 
         if apply:
             result, inner_state = branch(due, steps, step, (params, state.inner_state))
         else:
             update = functools.partial(step, params)
-            result, inner_state = branch(due, steps, update, (state.inner_state,), zeros)
+            result, inner_state = branch(due, steps, update, (state.inner_state,), shapes)
         return result, AccumulateState(
             mini_step=jnp.where(closes, 0, jnp.where(accept, count, state.mini_step)),
             gradient_step=jnp.where(

@@ -9,13 +9,14 @@ from helpers.meshes import make_mesh
 from helpers.steps import every_step
 import jax
 from jax import lax
+import jax.export
 import jax.numpy as jnp
 from jax.sharding import AxisType, PartitionSpec as P
 import numpy as np
 import optax
 import pytest
 
-from optaccum import accumulate
+from optaccum import accumulate, apply_gradients
 
 K = 4
 X = jax.random.normal(jax.random.key(0), (2 * K, 4, 3))
@@ -127,3 +128,43 @@ def test_on_eight_devices(form, step, kind):
         for _ in range(2):
             params, state = run(grads, state, params)
     np.testing.assert_array_equal(params, -np.arange(8.0))
+
+
+@every_step
+def test_integers_among_the_extra_arguments_may_be_batched(form, step):
+    """They have no derivative, but like all else of a trace they belong to it."""
+
+    def inner_update(updates, state, params=None, *, factor):
+        return jax.tree.map(lambda u: u * factor, updates), state
+
+    inner = optax.GradientTransformationExtraArgs(optax.init_empty_state, inner_update)
+    tx = accumulate(2, inner)
+
+    def member(params, state, factor):
+        return step(tx, jnp.ones(2), state, params, factor=factor, release=state.mini_step == 0)
+
+    params, factors = jnp.zeros((2, 2)), jnp.array([2, 3])
+    state = jax.vmap(tx.init)(params)
+    for run in (jax.vmap(member), jax.jit(jax.vmap(member))):
+        np.testing.assert_array_equal(run(params, state, factors)[0], [[2, 2], [3, 3]])
+
+
+@every_step
+def test_nothing_of_a_trace_is_kept(form, step):
+    tx = accumulate(K, optax.adam(0.1))
+    state = tx.init(PARAMS)
+    with jax.checking_leaks():
+        jax.jit(lambda *args: step(tx, *args))(PARAMS, state, PARAMS)
+
+
+def test_one_exported_program_has_both_forms():
+    tx = accumulate(K, optax.adam(0.1))
+    leaves, tree = jax.tree.flatten((PARAMS, tx.init(PARAMS), PARAMS))
+
+    def run(*leaves):
+        return jax.tree.leaves(apply_gradients(tx, *jax.tree.unflatten(tree, leaves)))
+
+    exported = jax.export.export(jax.jit(run), platforms=("cpu", "cuda", "tpu"))(*leaves)
+    assert "stablehlo.while" in exported.mlir_module()
+    for found, expected in zip(exported.call(*leaves), run(*leaves), strict=True):
+        np.testing.assert_array_equal(found, expected)

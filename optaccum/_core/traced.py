@@ -7,7 +7,7 @@ from typing import Any
 import jax
 from jax import lax
 from jax.core import Tracer
-from jax.extend.core import Primitive
+from jax.extend import core
 from jax.extend.mlir.dialects import sdy
 from jax.interpreters import ad, batching, mlir
 import jax.numpy as jnp
@@ -57,9 +57,9 @@ def branch(
     steps: jax.Array | bool,
     step: Callable[..., tuple],
     start: tuple,
-    idle: Callable[[Callable[..., tuple] | None], tuple] = lambda _: (),
+    shapes: Callable[[Callable[..., tuple] | None], tuple] = lambda _: (),
 ) -> Any:
-    """Returns `step(*start)` where `steps`, else `(*idle(step), *start)`.
+    """Returns `step(*start)` where `steps`, else `start` behind zeros of the given shapes.
 
     A Python bool `due` leaves no conditional: where it is True and the window may yet be dropped,
     the step is taken and selected. Outside `jax.jit` the predicate is a number, and a conditional
@@ -70,23 +70,22 @@ def branch(
         steps: whether it is released.
         step: a function that may close over tracers.
         start: the arguments of `step`, which end its results too.
-        idle: `idle(step)` returns constants in place of the results of `step` before these.
-            Outside `jax.jit` it is `idle(None)`.
+        shapes: `shapes(step)` returns shapes and dtypes of the results of `step` before these.
+            Outside `jax.jit` it is `shapes(None)`.
     """
     if not isinstance(steps, Tracer):
         traced = isinstance(steps, bool)
-        return step(*start) if steps else (*idle(step if traced else None), *start)
+        return step(*start) if steps else _hold(shapes(step if traced else None), start)
     step = jax.jit(step)  # traced once, however often it is called
-    constants = functools.partial(idle, step)
     if due is True:
-        return where(steps, step(*start), (*constants(), *start))
-    return conditional(steps, step, start, constants)
+        return where(steps, step(*start), _hold(shapes(step), start))
+    return conditional(steps, step, start, shapes(step))
 
 
 def conditional(
-    predicate: jax.Array, step: Callable[..., tuple], start: tuple, idle: Callable[[], tuple]
+    predicate: jax.Array, step: Callable[..., tuple], start: tuple, shapes: tuple
 ) -> Any:
-    """Returns `step(*start)` where the predicate holds, else `(*idle(), *start)`, both in place.
+    """Returns `step(*start)` where the predicate holds, else `start` behind zeros, in place.
 
     Which form keeps its operands in their buffers depends on the compiler, so the form is chosen
     when the program is lowered:
@@ -96,24 +95,24 @@ def conditional(
       one with a cheap branch into a select, so that the branch runs in every call. A loop updates
       its carry in place, if its body reads it from the carry and closes over nothing of it.
 
-    A loop has no reverse mode, so both forms are differentiated as `lax.cond`.
+    A loop has no reverse mode, so both forms are differentiated as `lax.cond`. That needs a rule of
+    its own, which must not close over tracers, so those of `step` become arguments.
     """
-    step, closed_over = jax.closure_convert(step, *start)
+    call, closed_over = _hoist(step, start)
 
     def by_cond(predicate, start, closed_over):
         def release():
-            return _fence(step(*start, *closed_over), inwards=False)
+            return _fence(call(start, closed_over), inwards=False)
 
-        return lax.cond(predicate, release, lambda: (*idle(), *start))
+        return lax.cond(predicate, release, lambda: _hold(shapes, start))
 
     def by_loop(predicate, start, closed_over):
         def body(_, carry):
-            start = _fence(carry[constants:], inwards=True)
-            return _fence(step(*start, *closed_over), inwards=False)
+            return _fence(
+                call(_fence(carry[len(shapes) :], inwards=True), closed_over), inwards=False
+            )
 
-        carry = (*idle(), *start)
-        constants = len(carry) - len(start)
-        return lax.fori_loop(0, predicate.astype(jnp.int32), body, carry)
+        return lax.fori_loop(0, predicate.astype(jnp.int32), body, _hold(shapes, start))
 
     @jax.custom_jvp
     def run(*args):
@@ -121,6 +120,29 @@ def conditional(
 
     run.defjvp(functools.partial(jax.jvp, by_cond))
     return run(predicate, start, closed_over)
+
+
+def _hoist(step: Callable[..., Any], start: tuple) -> tuple[Callable[..., Any], list[Any]]:
+    """Returns `call` and values such that `call(start, values)` is `step(*start)`.
+
+    `jax.closure_convert` would leave integers closed over, and `step` itself, with all of them.
+    """
+    closed, results = jax.make_jaxpr(step, return_shape=True)(*start)
+
+    def evaluate(start, values):
+        return core.jaxpr_as_fun(core.ClosedJaxpr(closed.jaxpr, values))(*jax.tree.leaves(start))
+
+    run = core.jaxpr_as_fun(jax.make_jaxpr(evaluate)(start, closed.consts))
+    tree = jax.tree.structure(results)
+
+    def call(start, values):
+        return jax.tree.unflatten(tree, run(*jax.tree.leaves(start), *values))
+
+    return call, closed.consts
+
+
+def _hold(shapes: tuple, start: tuple) -> tuple:
+    return *jax.tree.map(jnp.zeros_like, shapes), *start
 
 
 def _fence(tree: Any, *, inwards: bool) -> Any:
@@ -143,7 +165,7 @@ def _lower_fence(context: mlir.LoweringRuleContext, x: Any, *, inwards: bool) ->
     return [sdy.propagation_barrier(x, direction.FORWARD if inwards else direction.BACKWARD)]
 
 
-_fence_p = Primitive("shardings_fence")
+_fence_p = core.Primitive("shardings_fence")
 _fence_p.def_impl(lambda x, **_: x)
 _fence_p.def_abstract_eval(lambda x, **_: x)
 ad.deflinear2(_fence_p, lambda cotangent, _, **__: [cotangent])
