@@ -174,13 +174,14 @@ def tables(result: dict[str, Any]) -> dict[str, list[Table]]:
         for row in result["contenders"]
     ]
     lengths = [
-        {"contender": name}
-        | {f"k = {row['every_k']}": f"{row['bytes'] / size:.2f}" for row in of}
+        {"contender": name} | {f"k = {row['every_k']}": f"{row['bytes'] / size:.2f}" for row in of}
         for name, of in itertools.groupby(result["by_every_k"], key=lambda row: row["name"])
     ]
     left_out = [f"Left out: {name}, for {why}." for name, why in result["left_out"].items()]
     notes = [*left_out, f"{training.setting(result)} {where(result)}"]
-    several = [Table(lengths, "Parameter sizes that a device reduces per window")] if lengths else []
+    several = (
+        [Table(lengths, "Parameter sizes that a device reduces per window")] if lengths else []
+    )
     return {"collectives": [Table(rows, "A window", notes), *several]}
 
 

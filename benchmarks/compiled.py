@@ -199,7 +199,9 @@ def measure(args: argparse.Namespace) -> Iterator[harness.Result]:
         "tied embedding": (UNWEIGHTED, *IN_STEP, parallel.IN_STEP_DEFERRED),
     }
     chips = [target for target in found if target in ("cpu" if args.quick else ("h100", "v5e"))]
-    tasks = [(chip, model, models[model], n) for chip in chips for model in ways for n in ways[model]]
+    tasks = [
+        (chip, model, models[model], n) for chip in chips for model in ways for n in ways[model]
+    ]
     for task in harness.progress(tasks, "Compiling for eight devices"):
         result["traffic"].append(traffic_row(*task))
         yield result

@@ -1,11 +1,10 @@
 """What is shown of the figures of `benchmarks.compiled`."""
 
-from collections.abc import Iterable
 from typing import Any
 
 from benchmarks.tables import NOT_EQUIVALENT, Table, median, name_of
 
-TARGETS = {"cpu": "CPU", "h100": "H100", "v5e": "TPU v5e", "v6e": "TPU v6e"}
+TARGETS = {"h100": "H100", "v5e": "TPU v5e", "v6e": "TPU v6e", "cpu": "CPU"}
 BYTES = "P: the size of the parameters. Counted in the compiled programs; nothing ran."
 REDUCED = 0.005  # what is less of P is not shown as an array
 
@@ -24,23 +23,24 @@ def tables(result: dict[str, Any]) -> dict[str, list[Table]]:
 def overview(result: dict[str, Any]) -> Table:
     """Returns, for AdamW, bytes and temporaries of each contender, target by target."""
     found = [row for row in result["optimizer"] if row["inner"] == "adamw"]
-    chips = _ordered(row["target"] for row in found)
+    chips = [chip for chip in TARGETS if any(row["target"] == chip for row in found)]
 
     def cells(name):
         rows = {row["target"]: row for row in found if row["name"] == name}
+        temporaries = [
+            median(rows[c]["temporaries"], "{:.2f}") if c in rows else "-" for c in chips
+        ]
         return {
             "contender": name_of(next(iter(rows.values()))),
-            **{f"{TARGETS[chip]}: window": _window(rows.get(chip)) for chip in chips},
-            **{
-                f"{TARGETS[chip]}: temporaries": median(rows[chip]["temporaries"], "{:.2f} P")
-                for chip in chips
-                if chip in rows
-            },
+            **{TARGETS[chip]: _window(rows.get(chip)) for chip in chips},
+            "temporaries": " / ".join(temporaries),
         }
 
-    notes = [NOT_EQUIVALENT, _setting(result, found)]
-    rows = [cells(name) for name in _ordered(row["name"] for row in found)]
-    return Table(rows, "AdamW: hold / release / window in P, and temporaries", notes)
+    names = ", ".join(TARGETS[chip] for chip in chips)
+    legend = f"AdamW: hold / release / window in P; temporaries in P for {names}."
+    notes = [legend, NOT_EQUIVALENT, _setting(result, found)]
+    rows = [cells(name) for name in dict.fromkeys(row["name"] for row in found)]
+    return Table(rows, "Windows of AdamW", notes)
 
 
 def windows(result: dict[str, Any]) -> Table:
@@ -84,7 +84,7 @@ def training(result: dict[str, Any]) -> Table:
 
 def traffic(result: dict[str, Any]) -> Table:
     """Returns what devices send each other in a hold and in a window, target by target."""
-    chips = _ordered(row["target"] for row in result["traffic"])
+    chips = dict.fromkeys(row["target"] for row in result["traffic"])
     rows: dict[tuple[str, str], dict[str, str]] = {}
     for row in result["traffic"]:
         key = row["model"], row["name"]
@@ -92,8 +92,12 @@ def traffic(result: dict[str, Any]) -> Table:
         for part in ("hold", "window"):
             cells[f"{TARGETS[row['target']]}: {part}"] = sent(row[part], row)
     headings = [f"{TARGETS[chip]}: {part}" for chip in chips for part in ("hold", "window")]
-    full = [dict.fromkeys(("model", "contender", *headings), "-") | cells for cells in rows.values()]
-    return Table(full, "Eight devices: arrays that they reduce or gather, in P", [_setting(result, [])])
+    full = [
+        dict.fromkeys(("model", "contender", *headings), "-") | cells for cells in rows.values()
+    ]
+    return Table(
+        full, "Eight devices: arrays that they reduce or gather, in P", [_setting(result, [])]
+    )
 
 
 def sent(found: list[dict[str, Any]] | None, row: dict[str, Any]) -> str:
@@ -131,14 +135,11 @@ def _window(row: dict[str, Any] | None) -> str:
     return " / ".join(f"{row[part]:.3g}" for part in ("hold", "release", "window"))
 
 
-def _ordered(values: Iterable[str]) -> list[str]:
-    return list(dict.fromkeys(values))
-
-
 def _setting(result: dict[str, Any], rows: list[dict[str, Any]]) -> str:
     versions = ", ".join(f"{name} {version}" for name, version in result["versions"].items())
     size = f" {rows[0]['parameter_bytes'] / 1e6:,.0f} MB of parameters." if rows else ""
     left_out = "".join(
-        f" Left out: {TARGETS[target]}; `{remedy}`." for target, remedy in result["left_out"].items()
+        f" Left out: {TARGETS[target]}; `{remedy}`."
+        for target, remedy in result["left_out"].items()
     )
     return f"k = {result['every_k']}.{size} {BYTES} {versions}, {result['date'][:10]}.{left_out}"

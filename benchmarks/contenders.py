@@ -182,9 +182,10 @@ def nnx_optimizer(inner: Inner, every_k: int, name: str = NNX_OPTIMIZER) -> Cont
         return {"params": params, "state": nnx.split(kind(model(params), tx, wrt=nnx.Param))}
 
     def apply(tx, grads, opt_state, params):
-        optimizer, params = nnx.merge(*opt_state), model(params)
-        optimizer.update(params, model(grads))  # in place
-        return nnx.to_pure_dict(params)["model"], nnx.split(optimizer)
+        optimizer, trained = nnx.merge(*opt_state), model(params)
+        optimizer.update(trained, model(grads))  # in place
+        tree = jax.tree.structure(params)
+        return jax.tree.unflatten(tree, jax.tree.leaves(trained)), nnx.split(optimizer)
 
     return Contender(name, init, (_step(tx, apply),) * every_k)
 

@@ -26,6 +26,7 @@ import numpy as np
 import optax
 
 from benchmarks import harness
+from benchmarks.programs import nbytes
 
 TRIAD, COPY, DISPATCH = "triad", "copy", "dispatch"
 STREAMS = {TRIAD: 3, COPY: 2}
@@ -69,14 +70,8 @@ def _kernel(function: Any, microbatches: list[Any]) -> Any:
 
 def streams(inner: optax.GradientTransformation, params: Any) -> dict[str, float]:
     """Returns the bytes that a hold and a release move, in sizes of the parameters."""
-    state = jax.tree.leaves(jax.eval_shape(inner.init, params))
-    arrays = sum(x.size * x.dtype.itemsize for x in state) / num_bytes(params)
-    return {"hold": 3, "release": 5 + 2 * arrays}
-
-
-def num_bytes(params: Any) -> int:
-    """Returns the size of the parameters."""
-    return sum(p.nbytes for p in jax.tree.leaves(params))
+    state = jax.eval_shape(inner.init, params)
+    return {"hold": 3, "release": 5 + 2 * nbytes(state) / nbytes(params)}
 
 
 def floors(

@@ -29,12 +29,15 @@ _CALLEES = re.compile(
     r"|false_computation)=(?:\{([^}]*)\}|(%?[\w.\-]+))"
 )
 _TRIPS = re.compile(r'"known_trip_count":\s*\{"n":\s*"?(\d+)')
+_CHANNEL = re.compile(r"channel_id=(\d+)")
 _NAMES = re.compile(r"%([\w.\-]+)")
 _ARRAYS = re.compile(r"\b([a-z]\w*)\[([\d,]*)\](\{[^}]*\})?")
 # Names of what another instruction made: nothing runs.
 _FREE = frozenset(
-    "parameter constant tuple get-tuple-element bitcast after-all add-dependency partition-id "
-    "replica-id opt-barrier domain".split()
+    {
+        *("parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "domain"),
+        *("add-dependency", "partition-id", "replica-id", "opt-barrier"),
+    }
 )
 
 
@@ -82,13 +85,15 @@ def collectives(text: str) -> list[Collective]:
     Raises:
         ValueError: if `text` is no program.
     """
-    program = _Program(text)
-    return [
-        Collective(kind, size, run.times, in_step)
-        for in_step, runs in zip((False, True), program.runs(program.entry), strict=True)
-        for run in runs
-        for kind, size in program.collectives_in(run.computation, run.name)
-    ]
+    program, found, seen = _Program(text), [], set()
+    for in_step, runs in zip((False, True), program.runs(program.entry), strict=True):
+        for run in runs:
+            for kind, size, channel in program.collectives_in(run.computation, run.name):
+                # A TPU starts one in a fusion, goes on with it in others and ends it in the last.
+                if channel is None or channel not in seen:
+                    found.append(Collective(kind, size, run.times, in_step))
+                    seen.add(channel)
+    return found
 
 
 def moved(text: str) -> Moved:
@@ -152,19 +157,23 @@ class _Program:
     def runs(self, name: str) -> tuple[list[_Run], list[_Run]]:
         """Returns the instructions that a computation always runs, and those of its step."""
         always, step = [], []
+
+        def both(runs: tuple[list[_Run], list[_Run]]) -> list[_Run]:
+            return runs[0] + runs[1]
+
         for own, instruction in self.computations[name].items():
             opcode = instruction.opcode
             if opcode in _FREE or opcode.endswith(("-done", "-update")):
                 continue  # what ends apart has been counted where it starts
             if opcode == "conditional":
-                branches = (sum(self.runs(branch), []) for branch in instruction.callees())
+                branches = [both(self.runs(branch)) for branch in instruction.callees()]
                 step += max(branches, key=lambda runs: sum(run.bytes * run.times for run in runs))
             elif opcode == "while":
                 (condition,), (body,) = map(instruction.callees, ("condition", "body"))
-                always += sum(self.runs(condition), [])
+                always += both(self.runs(condition))
                 inside, trips = self.runs(body), self._trips(instruction)
                 always += _repeated(inside[0], trips) if trips else []
-                step += _repeated(inside[1], trips) if trips else sum(inside, [])
+                step += _repeated(inside[1], trips) if trips else both(inside)
             elif opcode == "call":
                 for callee in instruction.callees("to_apply"):
                     inside = self.runs(callee)
@@ -173,16 +182,21 @@ class _Program:
                 always.append(_Run(name, own, self._bytes(name, instruction), 1))
         return always, step
 
-    def collectives_in(self, computation: str, name: str) -> Iterator[tuple[str, int]]:
-        """Returns kind and bytes of a collective, or of those that its computation holds."""
+    def collectives_in(
+        self, computation: str, name: str, fused: bool = False
+    ) -> Iterator[tuple[str, int, str | None]]:
+        """Yields kind, bytes and, in a fusion, channel of a collective, or of those inside it."""
         instruction = self.computations[computation][name]
         kind = instruction.opcode.removesuffix("-start")
         if kind in KINDS:
-            yield kind, sum(self._operands(computation, instruction, on_chip=True))
+            channel = _CHANNEL.search(instruction.attributes) if fused else None
+            size = sum(self._operands(computation, instruction, on_chip=True))
+            yield kind, size, channel and channel[1]
             return
+        fused = fused or instruction.opcode == "fusion"
         for callee in instruction.callees("calls", "called_computations"):
             for inner in self.computations[callee]:
-                yield from self.collectives_in(callee, inner)
+                yield from self.collectives_in(callee, inner, fused)
 
     def _trips(self, loop: _Instruction) -> int | None:
         """Returns the trips of a loop, if the compiler says it or its condition counts to them."""

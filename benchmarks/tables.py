@@ -4,8 +4,6 @@ from collections.abc import Mapping, Sequence
 import dataclasses
 from typing import Any
 
-from tabulate import tabulate
-
 AGREES = {True: "yes", False: "NO", None: "-"}
 NOT_EQUIVALENT = "† By its definition it computes something else than the full batch."
 TEXT = frozenset({"contender", "figure", "inner", "model", "target"})
@@ -21,26 +19,24 @@ class Table:
 
     def terminal(self) -> str:
         """Returns the table for a terminal of 100 columns, its headings broken into lines."""
-        broken = [heading if heading in TEXT else 9 for heading in self.rows[0]]
-        widths = [None if isinstance(width, str) else width for width in broken]
-        table = tabulate(
-            [list(row.values()) for row in self.rows],
-            headers=list(self.rows[0]),
-            tablefmt="simple",
-            maxheadercolwidths=widths,
-            **self._cells(),
-        )
+        # Wide enough for the longest word; a heading of names stays whole.
+        widths = [
+            None if heading in TEXT else max(9, *map(len, heading.split()))
+            for heading in self.rows[0]
+        ]
+        table = self._format("simple", maxheadercolwidths=widths)
         return "\n".join([*([self.title] if self.title else []), table, *self.notes, ""])
 
     def markdown(self) -> str:
         """Returns the table for a README, its notes below."""
-        rows = [list(row.values()) for row in self.rows]
-        table = tabulate(rows, headers=list(self.rows[0]), tablefmt="pipe", **self._cells())
-        return "\n".join([table, *([""] if self.notes else []), *self.notes])
+        return "\n".join([self._format("pipe"), *([""] if self.notes else []), *self.notes])
 
-    def _cells(self) -> dict[str, Any]:
-        align = tuple("left" if heading in TEXT else "right" for heading in self.rows[0])
-        return {"colalign": align, "disable_numparse": True}
+    def _format(self, name: str, **options: Any) -> str:
+        from tabulate import tabulate  # here, so that the report's paths are known without it
+
+        rows, headings = [list(row.values()) for row in self.rows], list(self.rows[0])
+        align = tuple("left" if heading in TEXT else "right" for heading in headings)
+        return tabulate(rows, headings, name, colalign=align, disable_numparse=True, **options)
 
 
 def name_of(row: Mapping[str, Any]) -> str:

@@ -141,9 +141,7 @@ def compare(
     }
     for window in windows.values():
         window.start(task.params)
-    turns = {
-        name: functools.partial(window.run, batches[name]) for name, window in windows.items()
-    }
+    turns = {name: functools.partial(window.run, batches[name]) for name, window in windows.items()}
     seconds = harness.take_turns(turns, rounds)
     return (
         reference,
