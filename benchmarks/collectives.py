@@ -4,28 +4,6 @@ Devices share the rows of every microbatch; parameters and AdamW's moments are r
 different numbers of tokens, and after two windows all contenders have to agree with AdamW on the
 full batch. Then they take turns. Collectives are counted in the compiled programs: those of a scan
 as often as it has trips, and those of a branch in the last call of a window, which releases it.
-
-The JSON:
-
-    benchmark, date, device, versions      as of every benchmark
-    devices                                how many
-    preset, parameters, parameter_bytes    the model
-    every_k, microbatch                    microbatches per window, sequences of a device in each
-    sequence, rounds                       tokens per sequence, timed rounds
-    left_out                               {contender: why it is not here}
-    reference                              the contender that the others have to agree with
-    contenders[]
-      name, agrees                         what it is, and whether it agrees
-      error                                its largest error, 1 being what rounding explains
-      window                               its collectives in a window: a list of {kind, bytes,
-                                           times}, with the bytes of a device's operands each time
-      hold                                 the same of a microbatch that does not release; null for
-                                           the full batch, which has none
-      window_ms                            the time of a window {q1, median, q3}
-      time_to_multi_steps                  the same in that of optax.MultiSteps
-      time_to_hand_written                 the same in that of the loop by hand
-    by_every_k[]
-      name, every_k, bytes                 of all collectives in a window of that length
 """
 
 import argparse

@@ -4,30 +4,6 @@ Nothing runs. `optimizer`: gradients lie ready, and a window is its k calls. `tr
 training steps of a transformer, above the bytes that its gradients take alone. `traffic`: what
 eight devices send each other. Bytes are operands and results of all instructions outside fusions,
 in P, the size of the parameters; TPU compilers report theirs, and the two are compared.
-
-The JSON:
-
-    benchmark, date, device, versions      as of every benchmark
-    every_k, left_out                      microbatches per window; {target: what to install}
-    optimizer[]                            for each target, inner optimizer and contender
-      target, inner, name, equivalent      which
-      parameter_bytes                      P
-      hold, release, window                bytes, in P
-      reported_release, disagreement       the compiler's own count in P, and by which part the two
-                                           differ at most; null where the compiler reports none
-      temporaries                          of the hungriest program, in P
-      kernels_of_hold, kernels_of_release  instructions that move a thousandth of a release
-      compile_s                            trace and compile all programs of a window
-    training[]                             for each target and contender
-      target, name, parameter_bytes        which
-      gradients                            bytes that one microbatch's take, in P
-      hold, release, window                bytes above those of as many gradients alone, in P; a
-                                           batch in one call has a window alone
-      temporaries, peak_bytes              of the hungriest program
-    traffic[]                              for each target, model and contender
-      target, model, name                  which
-      parameter_bytes, devices             the model's, and how many
-      window, hold                         as in `benchmarks.collectives`
 """
 
 import argparse
@@ -49,7 +25,7 @@ from benchmarks import (
     targets,
     transformer,
 )
-from benchmarks.contenders import Contender, Step
+from benchmarks.contender import Contender, Step
 from benchmarks.inners import INNERS
 
 EVERY_K, DEVICES = 8, 8
@@ -106,7 +82,7 @@ def optimizer_row(target: str, inner: str, name: str, leaves: tuple[int, int, in
     }
 
 
-def _bytes(moved: list[hlo.Moved], size: int, free: float = 0.0) -> dict[str, float | None]:
+def _bytes(moved: list[hlo.Moved], size: int, free: float = 0.0) -> dict[str, Any]:
     """Returns bytes of a hold, a release and a window in P, without those of the gradients."""
     if len(moved) == 1:
         return {"hold": None, "release": None, "window": moved[0].release / size - EVERY_K * free}

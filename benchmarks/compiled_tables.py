@@ -2,63 +2,62 @@
 
 from typing import Any
 
-from benchmarks.tables import NOT_EQUIVALENT, Table, median, name_of
+from benchmarks.tables import NOT_EQUIVALENT, Table, median, name_of, three_digits
 
 TARGETS = {"h100": "H100", "v5e": "TPU v5e", "v6e": "TPU v6e", "cpu": "CPU"}
-BYTES = "P: the size of the parameters. Counted in the compiled programs; nothing ran."
 REDUCED = 0.005  # what is less of P is not shown as an array
 
 
 def tables(result: dict[str, Any]) -> dict[str, list[Table]]:
     """Returns all tables by name."""
+    found = result["optimizer"]
     named = {
-        "compiled": overview(result),
-        "compiled_windows": windows(result),
+        "compiled": windows(result, [row for row in found if row["inner"] == "adamw"]),
+        "compiled_others": windows(result, [row for row in found if row["inner"] != "adamw"]),
+        "compiled_programs": kernels(result),
         "compiled_training": training(result),
         "compiled_traffic": traffic(result),
     }
     return {name: [table] for name, table in named.items() if table.rows}
 
 
-def overview(result: dict[str, Any]) -> Table:
-    """Returns, for AdamW, bytes and temporaries of each contender, target by target."""
-    found = [row for row in result["optimizer"] if row["inner"] == "adamw"]
+def windows(result: dict[str, Any], found: list[dict[str, Any]]) -> Table:
+    """Returns bytes and temporaries of each contender, target by target."""
     chips = [chip for chip in TARGETS if any(row["target"] == chip for row in found)]
 
-    def cells(name):
-        rows = {row["target"]: row for row in found if row["name"] == name}
+    def cells(rows):
+        row = next(iter(rows.values()))
         temporaries = [
             median(rows[c]["temporaries"], "{:.2f}") if c in rows else "-" for c in chips
         ]
         return {
-            "contender": name_of(next(iter(rows.values()))),
+            **({"inner": row["inner"]} if row["inner"] != "adamw" else {}),
+            "contender": name_of(row),
             **{TARGETS[chip]: _window(rows.get(chip)) for chip in chips},
             "temporaries": " / ".join(temporaries),
         }
 
-    names = ", ".join(TARGETS[chip] for chip in chips)
-    legend = f"AdamW: hold / release / window in P; temporaries in P for {names}."
-    notes = [legend, NOT_EQUIVALENT, _setting(result, found)]
-    rows = [cells(name) for name in dict.fromkeys(row["name"] for row in found)]
-    return Table(rows, "Windows of AdamW", notes)
+    by_name: dict[tuple[str, str], dict[str, Any]] = {}
+    for row in found:
+        by_name.setdefault((row["inner"], row["name"]), {})[row["target"]] = row
+    sizes = dict.fromkeys(f"{row['inner']} {row['parameter_bytes'] / 1e6:,.0f} MB" for row in found)
+    order = ", ".join(TARGETS[chip] for chip in chips)
+    legend = f"Cells: hold / release / window, in P. Temporaries, in P: {order}."
+    notes = [legend, NOT_EQUIVALENT, f"Parameters: {', '.join(sizes)}. {_setting(result)}"]
+    return Table([cells(rows) for rows in by_name.values()], "Windows", notes)
 
 
-def windows(result: dict[str, Any]) -> Table:
-    """Returns every figure of each window."""
-    rows = [
-        {
-            "target": TARGETS[row["target"]],
-            "inner": row["inner"],
-            "contender": name_of(row),
-            **{f"{part}, P": f"{row[part]:.2f}" for part in ("hold", "release", "window")},
-            "release as reported": median(row["reported_release"]),
-            "temporaries, P": f"{row['temporaries']:.2f}",
-            "kernels": f"{row['kernels_of_hold']} / {row['kernels_of_release']}",
-            "compile s": f"{row['compile_s']:.1f}",
-        }
-        for row in result["optimizer"]
-    ]
-    return Table(rows, "Windows", [NOT_EQUIVALENT, agreement(result), _setting(result, [])])
+def kernels(result: dict[str, Any]) -> Table:
+    """Returns kernels of a hold and a release of AdamW, and the time to compile a window."""
+    rows: dict[str, dict[str, str]] = {}
+    found = [row for row in result["optimizer"] if row["inner"] == "adamw"]
+    for chip in TARGETS:
+        for row in (row for row in found if row["target"] == chip):
+            cells = rows.setdefault(row["name"], {"contender": name_of(row)})
+            counts = f"{row['kernels_of_hold']} / {row['kernels_of_release']}"
+            cells[f"{TARGETS[chip]}: kernels"] = counts
+            cells[f"{TARGETS[chip]}: compile"] = f"{row['compile_s']:.1f} s"
+    return Table(list(rows.values()), "Programs of AdamW", [agreement(result), _setting(result)])
 
 
 def training(result: dict[str, Any]) -> Table:
@@ -78,26 +77,20 @@ def training(result: dict[str, Any]) -> Table:
     notes = []
     if rows:
         size = result["training"][0]["parameter_bytes"] / 4e6
-        notes = [f"Transformer of {size:.1f} M parameters in bfloat16.", _setting(result, [])]
+        notes = [f"Transformer of {size:.1f} M parameters in bfloat16.", _setting(result)]
     return Table(rows, "Training: bytes above those of the gradients alone", notes)
 
 
 def traffic(result: dict[str, Any]) -> Table:
     """Returns what devices send each other in a hold and in a window, target by target."""
-    chips = dict.fromkeys(row["target"] for row in result["traffic"])
     rows: dict[tuple[str, str], dict[str, str]] = {}
     for row in result["traffic"]:
-        key = row["model"], row["name"]
-        cells = rows.setdefault(key, {"model": row["model"], "contender": row["name"]})
+        names = {"model": row["model"], "contender": row["name"]}
+        cells = rows.setdefault((row["model"], row["name"]), names)
         for part in ("hold", "window"):
             cells[f"{TARGETS[row['target']]}: {part}"] = sent(row[part], row)
-    headings = [f"{TARGETS[chip]}: {part}" for chip in chips for part in ("hold", "window")]
-    full = [
-        dict.fromkeys(("model", "contender", *headings), "-") | cells for cells in rows.values()
-    ]
-    return Table(
-        full, "Eight devices: arrays that they reduce or gather, in P", [_setting(result, [])]
-    )
+    title = "Eight devices: arrays that they reduce or gather, in P"
+    return Table(list(rows.values()), title, [_setting(result)])
 
 
 def sent(found: list[dict[str, Any]] | None, row: dict[str, Any]) -> str:
@@ -132,14 +125,13 @@ def agreement(result: dict[str, Any]) -> str:
 def _window(row: dict[str, Any] | None) -> str:
     if row is None:
         return "-"
-    return " / ".join(f"{row[part]:.3g}" for part in ("hold", "release", "window"))
+    return " / ".join(three_digits(row[part]) for part in ("hold", "release", "window"))
 
 
-def _setting(result: dict[str, Any], rows: list[dict[str, Any]]) -> str:
+def _setting(result: dict[str, Any]) -> str:
     versions = ", ".join(f"{name} {version}" for name, version in result["versions"].items())
-    size = f" {rows[0]['parameter_bytes'] / 1e6:,.0f} MB of parameters." if rows else ""
     left_out = "".join(
         f" Left out: {TARGETS[target]}; `{remedy}`."
         for target, remedy in result["left_out"].items()
     )
-    return f"k = {result['every_k']}.{size} {BYTES} {versions}, {result['date'][:10]}.{left_out}"
+    return f"k = {result['every_k']}. Compiled with {versions}, {result['date'][:10]}.{left_out}"

@@ -1,11 +1,10 @@
 """The ways of accumulating gradients that the benchmarks compare: one adapter for each.
 
-An adapter is a function `(inner, every_k) -> Contender`. A contender knows neither a model nor a
-device; `benchmarks.programs` makes programs of it.
+An adapter is a function `(inner, every_k) -> Contender`; `benchmarks.parallel` adds those that need
+several devices.
 """
 
 from collections.abc import Callable, Iterable
-import dataclasses
 import functools
 import os
 from typing import Any
@@ -14,14 +13,13 @@ from flax import nnx
 import jax
 from jax import lax
 import jax.numpy as jnp
-from jax.sharding import AxisType
 import optax
 
+from benchmarks.contender import Carry, Contender, Step
 from benchmarks.inners import Inner
 import optaccum
 import optaccum.flax
 
-Carry = dict[str, Any]
 FULL_BATCH = "full batch"
 APPLY_GRADIENTS, UPDATE = "optaccum.apply_gradients", "optaccum, drop-in update"
 RELEASE, TRAIN_STATE = "optaccum, Python-bool release", "optaccum.flax.TrainState"
@@ -33,77 +31,14 @@ VALUE_AND_GRAD, MICROBATCH = "optaccum.value_and_grad", "optax.microbatch"
 SCAN, ALONE = "hand-written scan", "AdamW alone"
 
 
-@dataclasses.dataclass(frozen=True)
-class Step:
-    """What happens to the gradients of one call.
-
-    Attributes:
-        apply: `(part, grads, weight) -> part`, where `part` holds the entries `names` of the carry
-            and the weight is None where all microbatches count alike.
-        names: the entries of the carry that it needs; it leaves the others alone.
-    """
-
-    apply: Callable[[Carry, Any, Any], Carry]
-    names: tuple[str, ...] = ("params", "state")
-
-
-@dataclasses.dataclass(frozen=True)
-class Layout:
-    """How a contender uses several devices that share the rows of each batch.
-
-    Attributes:
-        axis_type: Auto for `jax.jit`, Explicit for that under explicit sharding, or Manual for
-            programs inside `jax.shard_map`.
-        specs: `params -> {name: spec}`, where entries of the carry lie: each a prefix of its tree,
-            or None for where `init` makes them. Those it does not name lie on all devices alike.
-            Called under `jax.set_mesh`.
-        prepare: makes of the parameters those that the loss is differentiated by.
-    """
-
-    axis_type: AxisType = AxisType.Auto
-    specs: Callable[[Any], Carry] = lambda params: {}
-    prepare: Callable[[Any], Any] = lambda params: params
-
-
-def value_and_grad(loss_fn: Callable[..., Any], weight_fn: Any) -> Callable[..., Any]:
-    """Returns what takes the gradients of all that it is given at once."""
-    del weight_fn
-    return jax.value_and_grad(loss_fn)
-
-
-@dataclasses.dataclass(frozen=True)
-class Contender:
-    """One way of accumulating gradients.
-
-    Attributes:
-        name: what the tables call it.
-        init: `params -> carry`: a dict with the entry `params` and whatever else a step needs. JAX
-            passes entries in alphabetical order; with `params` first XLA does best by all.
-        steps: one for each call of a window. A single one is given the whole batch, more are
-            given a microbatch each.
-        differentiate: `(loss_fn, weight_fn) -> ((params, batch) -> (loss, grads))`.
-        equivalent: whether it means to do what one step on the full batch does.
-        reference: the inner optimizer that it steps, where that is not the one it was given.
-        layout: how it uses several devices.
-    """
-
-    name: str
-    init: Callable[[Any], Carry]
-    steps: tuple[Step, ...]
-    differentiate: Callable[[Any, Any], Callable[..., Any]] = value_and_grad
-    equivalent: bool = True
-    reference: optax.GradientTransformation | None = None
-    layout: Layout = Layout()
-
-
 def of(tx: Any, name: str, calls: int, apply: Any = None, **more: Any) -> Contender:
     """Returns a contender whose calls are all the same step of a transformation."""
+    return Contender(name, _init(tx), (_step(tx, apply or _update),) * calls, **more)
 
-    def update(tx, grads, opt_state, params, **weight):
-        updates, opt_state = tx.update(grads, opt_state, params, **weight)
-        return optax.apply_updates(params, updates), opt_state
 
-    return Contender(name, _init(tx), (_step(tx, apply or update),) * calls, **more)
+def _update(tx: Any, grads: Any, opt_state: Any, params: Any) -> tuple[Any, Any]:
+    updates, opt_state = tx.update(grads, opt_state, params)
+    return optax.apply_updates(params, updates), opt_state
 
 
 def _init(tx: Any) -> Callable[[Any], Carry]:
@@ -117,17 +52,6 @@ def _step(tx: Any, apply: Callable[..., tuple[Any, Any]], takes_weight: bool = F
         return {"params": params, "state": opt_state}
 
     return Step(step)
-
-
-def full_batch(inner: Inner, every_k: int) -> Contender:
-    """One step of the inner optimizer on the whole batch."""
-    del every_k
-    return of(inner.transformation, FULL_BATCH, 1)
-
-
-def alone(inner: Inner, every_k: int) -> Contender:
-    """The inner optimizer on every microbatch: what a release costs at least."""
-    return of(inner.transformation, ALONE, every_k, equivalent=False)
 
 
 def apply_gradients(inner: Inner, every_k: int, **options: Any) -> Contender:
@@ -146,11 +70,6 @@ def release(inner: Inner, every_k: int) -> Contender:
     return Contender(RELEASE, _init(tx), (holds,) * (every_k - 1) + (releases,))
 
 
-def update(inner: Inner, every_k: int) -> Contender:
-    """`optaccum.accumulate` as a drop-in: `update`, then `optax.apply_updates`."""
-    return of(optaccum.accumulate(every_k, inner.transformation), UPDATE, every_k)
-
-
 def train_state(inner: Inner, every_k: int) -> Contender:
     """`optaccum.flax.TrainState`, Flax's linen train state."""
     tx = optaccum.accumulate(every_k, inner.transformation)
@@ -162,18 +81,16 @@ def train_state(inner: Inner, every_k: int) -> Contender:
         state = make(params)
         return {"params": params, "state": (jnp.asarray(state.step), state.opt_state)}
 
-    def apply(tx, grads, opt_state, params):
-        state = make(params).replace(step=opt_state[0], opt_state=opt_state[1])
-        state = state.apply_gradients(grads=grads)
-        return state.params, (state.step, state.opt_state)
+    def apply(tx, grads, state, params):
+        new = make(params).replace(step=state[0], opt_state=state[1]).apply_gradients(grads=grads)
+        return new.params, (new.step, new.opt_state)
 
     return Contender(TRAIN_STATE, init, (_step(tx, apply),) * every_k)
 
 
-def nnx_optimizer(inner: Inner, every_k: int, name: str = NNX_OPTIMIZER) -> Contender:
+def nnx_optimizer(name: str, kind: Any, inner: Inner, every_k: int) -> Contender:
     """An `Optimizer` for Flax's nnx: ours, or Flax's own with `accumulate` in it."""
     tx = optaccum.accumulate(every_k, inner.transformation)
-    kind = optaccum.flax.Optimizer if name == NNX_OPTIMIZER else nnx.Optimizer
 
     def model(tree):
         return nnx.State({"model": jax.tree.map(nnx.Param, tree)})
@@ -181,8 +98,8 @@ def nnx_optimizer(inner: Inner, every_k: int, name: str = NNX_OPTIMIZER) -> Cont
     def init(params):
         return {"params": params, "state": nnx.split(kind(model(params), tx, wrt=nnx.Param))}
 
-    def apply(tx, grads, opt_state, params):
-        optimizer, trained = nnx.merge(*opt_state), model(params)
+    def apply(tx, grads, state, params):
+        optimizer, trained = nnx.merge(*state), model(params)
         optimizer.update(trained, model(grads))  # in place
         tree = jax.tree.structure(params)
         return jax.tree.unflatten(tree, jax.tree.leaves(trained)), nnx.split(optimizer)
@@ -190,27 +107,19 @@ def nnx_optimizer(inner: Inner, every_k: int, name: str = NNX_OPTIMIZER) -> Cont
     return Contender(name, init, (_step(tx, apply),) * every_k)
 
 
-def multi_steps(inner: Inner, every_k: int) -> Contender:
-    """`optax.MultiSteps`."""
-    return of(optax.MultiSteps(inner.transformation, every_k), MULTI_STEPS, every_k)
-
-
 def aggregating(inner: Inner, every_k: int) -> Contender:
     """`optax.experimental.aggregating.process`."""
     from optax.experimental import aggregating  # since optax 0.2.7
 
+    mean = aggregating.average_incrementally_updates(per_elt_axis=None, accumulation_steps=every_k)
     tx = aggregating.process(
-        preprocessor=optax.identity(),
-        aggregator=aggregating.average_incrementally_updates(
-            per_elt_axis=None, accumulation_steps=every_k
-        ),
-        postprocessor=inner.transformation,
+        preprocessor=optax.identity(), aggregator=mean, postprocessor=inner.transformation
     )
     return of(tx, AGGREGATING, every_k)
 
 
 def apply_every(inner: Inner, every_k: int) -> Contender:
-    """`optax.apply_every` behind the inner optimizer, which steps k times a window.
+    """`optax.apply_every` behind the inner optimizer, which steps k times per window.
 
     Not equivalent: it sums k steps of the inner optimizer, each on the gradient of a microbatch.
     """
@@ -236,9 +145,8 @@ def hand_written(inner: Inner, every_k: int, zeroing: bool = True) -> Contender:
 
     def add_and_update(part, grads, weight):
         mean = optax.tree.scale(1 / every_k, add(part, grads, weight)["sums"])
-        updates, opt_state = tx.update(mean, part["state"], part["params"])
+        params, opt_state = _update(tx, mean, part["state"], part["params"])
         sums = optax.tree.zeros_like(part["sums"]) if zeroing else part["sums"]
-        params = optax.apply_updates(part["params"], updates)
         return {"params": params, "state": opt_state, "sums": sums}
 
     hold = Step(add, ("sums",))
@@ -264,31 +172,26 @@ def keras(inner: Inner, every_k: int) -> Contender:
         if not optimizer.built:
             # Keras keeps concrete variables, even while a caller traces this for its shapes.
             with jax.ensure_compile_time_eval():
+                leaves = jax.tree.leaves(params)
                 optimizer.build(
-                    [
-                        keras.Variable("zeros", shape=p.shape, dtype=p.dtype)
-                        for p in jax.tree.leaves(params)
-                    ]
+                    [keras.Variable("zeros", shape=p.shape, dtype=p.dtype) for p in leaves]
                 )
-        state = [jnp.copy(variable.value) for variable in optimizer.variables]
-        return {"params": params, "state": state}
+        return {"params": params, "state": [jnp.copy(v.value) for v in optimizer.variables]}
 
     def apply(tx, grads, opt_state, params):
         leaves, treedef = jax.tree.flatten(params)
         leaves, opt_state = tx.stateless_apply(opt_state, jax.tree.leaves(grads), leaves)
         return jax.tree.unflatten(treedef, leaves), opt_state
 
-    step = _step(optimizer, apply)
-    return Contender(KERAS, init, (step,) * every_k, reference=inner.reference)
+    return Contender(KERAS, init, (_step(optimizer, apply),) * every_k, reference=inner.reference)
 
 
 def in_step(inner: Inner, every_k: int, **options: Any) -> Contender:
     """`optaccum.value_and_grad`: the whole batch in one program."""
 
     def differentiate(loss_fn, weight_fn):
-        return optaccum.value_and_grad(
-            loss_fn, num_microbatches=every_k, weight_fn=weight_fn, **options
-        )
+        given = {"num_microbatches": every_k, "weight_fn": weight_fn, **options}
+        return optaccum.value_and_grad(loss_fn, **given)
 
     return of(inner.transformation, VALUE_AND_GRAD, 1, differentiate=differentiate)
 
@@ -317,12 +220,11 @@ def scan(inner: Inner, every_k: int) -> Contender:
             def body(sums, rows):
                 return optax.tree.add(sums, jax.value_and_grad(loss_fn)(params, rows)), None
 
+            def split(x):  # every k-th row, so that each microbatch has rows of all devices
+                return x.reshape(-1, every_k, *x.shape[1:]).swapaxes(0, 1)
+
             zeros = jnp.zeros([]), optax.tree.zeros_like(params)
-            # Every k-th row, so that each microbatch has rows of all devices.
-            split = jax.tree.map(
-                lambda x: x.reshape(-1, every_k, *x.shape[1:]).swapaxes(0, 1), batch
-            )
-            sums, _ = lax.scan(body, zeros, split)
+            sums, _ = lax.scan(body, zeros, jax.tree.map(split, batch))
             return optax.tree.scale(1 / every_k, sums)
 
         return value_and_grad
@@ -330,16 +232,17 @@ def scan(inner: Inner, every_k: int) -> Contender:
     return of(inner.transformation, SCAN, 1, differentiate=differentiate)
 
 
-ADAPTERS = {
-    FULL_BATCH: full_batch,
-    ALONE: alone,
+ADAPTERS: dict[str, Callable[[Inner, int], Contender]] = {
+    # One step of the inner optimizer on the whole batch, and one on every microbatch.
+    FULL_BATCH: lambda inner, k: of(inner.transformation, FULL_BATCH, 1),
+    ALONE: lambda inner, k: of(inner.transformation, ALONE, k, equivalent=False),
     APPLY_GRADIENTS: apply_gradients,
     RELEASE: release,
-    UPDATE: update,
+    UPDATE: lambda inner, k: of(optaccum.accumulate(k, inner.transformation), UPDATE, k),
     TRAIN_STATE: train_state,
-    NNX_OPTIMIZER: nnx_optimizer,
-    FLAX_OPTIMIZER: functools.partial(nnx_optimizer, name=FLAX_OPTIMIZER),
-    MULTI_STEPS: multi_steps,
+    NNX_OPTIMIZER: functools.partial(nnx_optimizer, NNX_OPTIMIZER, optaccum.flax.Optimizer),
+    FLAX_OPTIMIZER: functools.partial(nnx_optimizer, FLAX_OPTIMIZER, nnx.Optimizer),
+    MULTI_STEPS: lambda inner, k: of(optax.MultiSteps(inner.transformation, k), MULTI_STEPS, k),
     AGGREGATING: aggregating,
     APPLY_EVERY: apply_every,
     HAND_WRITTEN: hand_written,

@@ -41,9 +41,7 @@ def at_least(bound: Any) -> Callable[[str], Any]:
 
 def make_parser(name: str, description: str | None) -> argparse.ArgumentParser:
     """Returns a parser with the arguments that every benchmark takes."""
-    parser = argparse.ArgumentParser(
-        f"python -m benchmarks.{name}", description=(description or "").partition("\n\nThe JSON")[0]
-    )
+    parser = argparse.ArgumentParser(f"python -m benchmarks.{name}", description=description)
     parser.add_argument(
         "--quick", action="store_true", help="a smoke test of seconds; its numbers mean nothing"
     )

@@ -4,33 +4,6 @@ A step gets the whole batch: forward, backward, accumulate and AdamW in one prog
 of time with the parameters and the optimizer's state donated; `apply_gradients` is called for each
 microbatch. All start from the same parameters, see the same tokens, and after two steps
 have to agree with AdamW on the full batch. Then they take turns.
-
-The JSON:
-
-    benchmark, date, device, versions      as of every benchmark
-    preset, parameters, leaves, dtype      the model, and what it computes in
-    num_microbatches, microbatch           microbatches per batch, sequences in each
-    sequence, rounds                       tokens per sequence, timed rounds
-    left_out                               {contender: why it is not here}
-    reference                              the contender that the others have to agree with
-    contenders[]
-      name, agrees                         what it is, and whether it agrees (null: it did not run)
-      error                                its largest error, 1 being what rounding explains
-      time_to_hand_written                 time in that of the scan by hand {q1, median, q3}; null
-                                           if one of them did not run, as the next two
-      time_to_microbatch                   the same in that of optax.microbatch
-      time_to_full_batch                   the same in that of the full batch
-      compile_to_hand_written              time to trace and compile, in that of the scan by hand
-      temporary_bytes                      of its hungriest program
-      peak_bytes                           arguments + outputs - aliased + temporaries
-    budget_bytes                           the memory that the next table is about
-    largest[]
-      name, microbatch                     sequences in a microbatch, or null for the whole batch
-      batch                                the largest power of two of sequences that fits, or 0
-      capped                               whether the search ended before the budget did
-    drift[]
-      name, relative_error                 of the gradient of a bfloat16 model over 1,024
-                                           microbatches, largest, to its mean in float64
 """
 
 import argparse

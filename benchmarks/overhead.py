@@ -6,29 +6,6 @@ window on the mean gradient. Then all take turns, two windows each in a round: o
 one that waits before its release and after it, for holds and releases apart. Kernels that measure
 the bandwidth take turns with them, and wait as seldom. Absolute times are noise: the medians of
 the ratios, taken round by round, are what counts.
-
-The JSON, where Q stands for {"q1", "median", "q3"} and every time of W for {"window": Q,
-"hold": Q, "release": Q}:
-
-    benchmark, date, device, versions     where the figures came from
-    every_k, leaves, rounds               of all runs
-    runs[]                                one for each inner optimizer
-      inner, parameter_bytes              its name, the size of the parameters
-      floor                               see floor.py
-        bandwidth_bound                   whether the inner optimizer is
-        bandwidth {triad: Q, copy: Q}     bytes per second
-        streams {hold, release}           bytes to move, in sizes of the parameters
-        dispatch_ms                       Q: a call that only passes its arrays through
-        window_ms, hold_ms, release_ms    Q: the least time
-      contenders[]
-        name, equivalent, agrees          whether it means to and does match the full batch
-        window_ms, hold_ms, release_ms    Q
-        ratio_to_floor, ratio_to_multi_steps, ratio_to_hand_written,
-        ratio_to_hand_written_no_zeroing  W
-        temporaries                       of the hungriest program, in sizes of the parameters
-        compile_s                         trace and compile all programs of a window
-      left_out[] {name, why}              contenders that are not installed
-    compilation_of_apply_gradients[] {every_k, compile_s, temporaries}    of the first inner
 """
 
 import argparse

@@ -11,7 +11,8 @@ from jax.sharding import AxisType, PartitionSpec as P
 import optax
 
 from benchmarks import contenders
-from benchmarks.contenders import APPLY_GRADIENTS, VALUE_AND_GRAD, Contender, Layout, Step
+from benchmarks.contender import Contender, Layout, Step
+from benchmarks.contenders import APPLY_GRADIENTS, VALUE_AND_GRAD
 from benchmarks.inners import Inner
 import optaccum
 

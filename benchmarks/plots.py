@@ -85,7 +85,8 @@ def draw_compiled(result: Mapping[str, Any]) -> Figure | None:
     chips = [chip for chip in CHIPS if any(row["target"] == chip for row in found)]
     if not found:
         return None
-    figure, axes = plt.subplots(figsize=(WIDTH, 0.6 + 0.16 * len(names) * (len(chips) + 1)))
+    size = WIDTH, 1 + 0.13 * len(names) * (len(chips) + 1)
+    figure, axes = plt.subplots(figsize=size, layout="constrained")
     height = 0.8 / len(chips)
     for i, chip in enumerate(chips):
         of = {row["name"]: row for row in found if row["target"] == chip}
@@ -102,15 +103,15 @@ def draw_compiled(result: Mapping[str, Any]) -> Figure | None:
     )
     axes.legend(loc="lower right")
 
-    def least_and_most(name):
-        values = [row["window"] for row in found if row["name"] == name and row["target"] != "cpu"]
-        values = values or [row["window"] for row in found if row["name"] == name]
-        return " to ".join(f"{x:.0f}" for x in dict.fromkeys((min(values), max(values))))
+    def span(name):
+        rows = [row for row in found if row["name"] == name]
+        rows = [row for row in rows if row["target"] != "cpu"] or rows
+        return " to ".join(sorted({f"{row['window']:.0f}" for row in rows}, key=int))
 
     figure.suptitle(
-        f"AdamW: optaccum.apply_gradients moves the parameters {least_and_most(APPLY_GRADIENTS)} "
-        f"times per window, optax.MultiSteps {least_and_most(MULTI_STEPS)} times"
-        + (" (GPU, TPU)" if len(chips) > 1 else "")
+        f"A window of AdamW moves the parameters {span(APPLY_GRADIENTS)} times with "
+        f"optaccum.apply_gradients,\n{span(MULTI_STEPS)} times with optax.MultiSteps"
+        + (" on GPUs and TPUs" if len(chips) > 1 else "")
     )
     return figure
 

@@ -1,6 +1,7 @@
 """Programs of a contender: compiled for devices that are here or elsewhere, run, and checked."""
 
 from collections.abc import Sequence
+import contextlib
 import functools
 import time
 from typing import Any
@@ -11,7 +12,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec as P
 import numpy as np
 import optax
 
-from benchmarks.contenders import Carry, Contender, Step
+from benchmarks.contender import Carry, Contender, Step
 from benchmarks.parallel import AXIS
 
 WINDOWS = 2  # that a contender runs before it is checked
@@ -64,7 +65,7 @@ class Window:
         options: dict[str, str | bool] = {**skip}
         steps = contender.steps[-1:] if only_last else contender.steps
         self.trace_s = self.compile_s = 0.0
-        with jax.set_mesh(self.mesh) if self.mesh else _nothing():
+        with jax.set_mesh(self.mesh) if self.mesh else contextlib.nullcontext():
             shapes = self._carry_shapes(params)
             batch = self._shapes(batch, P(AXIS))
             compiled = {}
@@ -183,6 +184,7 @@ class Window:
         )
 
     def _named(self, specs: Any) -> Any:
+        assert self.mesh
         return jax.tree.map(functools.partial(NamedSharding, self.mesh), specs)
 
     def _shapes(self, tree: Any, spec: P) -> Any:
@@ -190,14 +192,6 @@ class Window:
         return jax.tree.map(
             lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), tree
         )
-
-
-class _nothing:
-    def __enter__(self):
-        return None
-
-    def __exit__(self, *_):
-        return None
 
 
 def peak_bytes(program: Any) -> int:

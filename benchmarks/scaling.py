@@ -24,6 +24,7 @@ import numpy as np
 import optax
 
 from benchmarks import contenders, harness
+from benchmarks.contender import Contender
 from benchmarks.contenders import ALONE, APPLY_GRADIENTS, MULTI_STEPS, UPDATE
 from benchmarks.inners import INNERS
 from benchmarks.programs import Window, full_batch, largest_error, nbytes
@@ -78,7 +79,7 @@ def make_tree(seed: int, parameters: int, leaves: int, dtype: Any) -> dict[str, 
 
 
 def measure_point(
-    found: Sequence[contenders.Contender],
+    found: Sequence[Contender],
     variable: str,
     rounds: int,
     *,

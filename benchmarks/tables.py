@@ -11,7 +11,7 @@ TEXT = frozenset({"contender", "figure", "inner", "model", "target"})
 
 @dataclasses.dataclass(frozen=True)
 class Table:
-    """Rows of cells by heading, all with the same headings, and what is said above and below."""
+    """Rows of cells by heading, a dash where a row lacks one, and what is said above and below."""
 
     rows: Sequence[Mapping[str, str]]
     title: str = ""
@@ -22,7 +22,7 @@ class Table:
         # Wide enough for the longest word; a heading of names stays whole.
         widths = [
             None if heading in TEXT else max(9, *map(len, heading.split()))
-            for heading in self.rows[0]
+            for heading in self.headings
         ]
         table = self._format("simple", maxheadercolwidths=widths)
         return "\n".join([*([self.title] if self.title else []), table, *self.notes, ""])
@@ -34,9 +34,15 @@ class Table:
     def _format(self, name: str, **options: Any) -> str:
         from tabulate import tabulate  # here, so that the report's paths are known without it
 
-        rows, headings = [list(row.values()) for row in self.rows], list(self.rows[0])
-        align = tuple("left" if heading in TEXT else "right" for heading in headings)
-        return tabulate(rows, headings, name, colalign=align, disable_numparse=True, **options)
+        rows = [[row.get(heading, "-") for heading in self.headings] for row in self.rows]
+        align = ["left" if heading in TEXT else "right" for heading in self.headings]
+        options |= {"colalign": align, "disable_numparse": True}
+        return tabulate(rows, self.headings, name, **options)
+
+    @property
+    def headings(self) -> list[str]:
+        """The headings of all rows."""
+        return list(dict.fromkeys(heading for row in self.rows for heading in row))
 
 
 def name_of(row: Mapping[str, Any]) -> str:

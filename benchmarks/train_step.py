@@ -4,28 +4,6 @@ A step is a whole one: forward, backward, accumulate and AdamW, compiled ahead o
 parameters and the optimizer's state donated. Every contender starts from the same parameters and
 sees the same tokens, and after two windows has to agree with plain AdamW on the full batch. Then
 all take turns, one window each in a round.
-
-The JSON:
-
-    benchmark, date, device, versions      as of every benchmark
-    preset, parameters, leaves, dtype      the model, and what it computes in
-    every_k, microbatch, sequence, rounds  sizes of a window: sequences in a microbatch, tokens each
-    reference                              the contender that the others have to agree with
-    contenders[]
-      name, agrees                         what it is, and whether it agrees (null: it did not run)
-      error                                its largest error, 1 being what rounding explains
-      tokens_per_second                    {q1, median, q3}, null if it did not run, as the next two
-      time_to_multi_steps                  window time in that of optax.MultiSteps {q1, median, q3}
-      time_to_hand_written                 the same in that of the hand-written loop
-      peak_bytes                           of its hungriest program, as compiled: arguments +
-                                           outputs - aliased + temporaries
-      device_peak_bytes                    what the device saw while it ran alone; null where the
-                                           device does not say, or saw more before
-    budget_bytes                           the memory that the next table is about
-    largest[]
-      name, microbatch                     the largest power of two of sequences that fits, or 0
-      effective_batch                      sequences that one AdamW step then sees
-      capped                               whether the search ended before the budget did
 """
 
 import argparse

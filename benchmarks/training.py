@@ -11,7 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks import harness, transformer
-from benchmarks.contenders import FULL_BATCH, Contender
+from benchmarks.contender import Contender
+from benchmarks.contenders import FULL_BATCH
 from benchmarks.inners import INNERS
 from benchmarks.programs import Window, largest_error
 
