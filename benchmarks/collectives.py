@@ -164,7 +164,7 @@ def tables(result: dict[str, Any]) -> dict[str, list[Table]]:
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    """Returns the command line, what it leaves open filled in for the device."""
+    """Returns the command line, with defaults for the device."""
     parser = harness.make_parser("collectives", __doc__)
     training.add_arguments(parser, 16)
     args = harness.parse_args(parser, DEFAULTS, argv)

@@ -1,4 +1,4 @@
-"""Compile accumulation for chips that are not here, and count what the programs move and send.
+"""Compile accumulation for chips that are not here, and count the bytes moved and sent.
 
 Nothing runs. `optimizer`: gradients lie ready, and a window is its k calls. `training`: whole
 training steps of a transformer, above the bytes that its gradients take alone. `traffic`: what

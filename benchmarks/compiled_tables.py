@@ -1,11 +1,11 @@
-"""What is shown of the figures of `benchmarks.compiled`."""
+"""Tables of the figures of `benchmarks.compiled`."""
 
 from typing import Any
 
 from benchmarks.tables import NOT_EQUIVALENT, Table, median, name_of, three_digits
 
 TARGETS = {"h100": "H100", "v5e": "TPU v5e", "v6e": "TPU v6e", "cpu": "CPU"}
-REDUCED = 0.005  # what is less of P is not shown as an array
+REDUCED = 0.005  # a smaller part of P is not shown as an array
 
 
 def tables(result: dict[str, Any]) -> dict[str, list[Table]]:
@@ -42,7 +42,8 @@ def windows(result: dict[str, Any], found: list[dict[str, Any]]) -> Table:
         by_name.setdefault((row["inner"], row["name"]), {})[row["target"]] = row
     sizes = dict.fromkeys(f"{row['inner']} {row['parameter_bytes'] / 1e6:,.0f} MB" for row in found)
     order = ", ".join(TARGETS[chip] for chip in chips)
-    legend = f"Cells: hold / release / window, in P. Temporaries, in P: {order}."
+    legend = f"Cells: bytes of a hold / a release / a window; temporaries for {order}. All are in "
+    legend += "sizes of the parameters, P."
     notes = [legend, NOT_EQUIVALENT, f"Parameters: {', '.join(sizes)}. {_setting(result)}"]
     return Table([cells(rows) for rows in by_name.values()], "Windows", notes)
 
@@ -99,7 +100,7 @@ def sent(found: list[dict[str, Any]] | None, row: dict[str, Any]) -> str:
         return "-" if found is None else "none"
     totals: dict[str, float] = {}
     for one in found:
-        # What is gathered is as many times larger as there are devices that have a part of it.
+        # An array that is gathered is as many times larger as there are devices with a part of it.
         whole = row["devices"] if one["kind"] == "all-gather" else 1
         size = whole * one["bytes"] * one["times"] / row["parameter_bytes"]
         totals[one["kind"]] = totals.get(one["kind"], 0) + size

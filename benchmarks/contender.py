@@ -13,7 +13,7 @@ Carry = dict[str, Any]
 
 @dataclasses.dataclass(frozen=True)
 class Step:
-    """What happens to the gradients of one call.
+    """The program of one call, without the gradients that it is given.
 
     Attributes:
         apply: `(part, grads, weight) -> part`, where `part` holds the entries `names` of the carry
@@ -44,7 +44,7 @@ class Layout:
 
 
 def value_and_grad(loss_fn: Callable[..., Any], weight_fn: Any) -> Callable[..., Any]:
-    """Returns what takes the gradients of all that it is given at once."""
+    """Returns the function that takes the gradients of a whole batch at once."""
     del weight_fn
     return jax.value_and_grad(loss_fn)
 

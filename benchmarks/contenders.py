@@ -165,7 +165,7 @@ def keras(inner: Inner, every_k: int) -> Contender:
         raise ImportError(f"Keras runs on {keras.backend.backend()}, not on jax")
     try:
         optimizer = inner.keras(keras.optimizers, every_k)
-    except (AttributeError, ValueError) as error:  # what older versions say of Muon
+    except (AttributeError, ValueError) as error:  # raised for Muon by older versions
         raise ImportError(f"Keras {keras.__version__}: {error}") from error
 
     def init(params):

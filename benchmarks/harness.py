@@ -1,4 +1,4 @@
-"""What every benchmark shares: arguments, turns, medians, and where the figures came from."""
+"""Arguments, turns, medians and the origin of figures, shared by every benchmark."""
 
 import argparse
 from collections.abc import Callable, Iterator, Mapping
@@ -55,7 +55,7 @@ def parse_args(
     defaults: Mapping[str, tuple[Any, Any, Any]],
     argv: list[str] | None = None,
 ) -> argparse.Namespace:
-    """Returns the command line, what it leaves open filled in: for --quick, a CPU, a GPU or TPU.
+    """Returns the command line, with defaults for --quick, a CPU, or a GPU or TPU.
 
     Ends with a usage error if the figures could not be written, before they are measured.
     """

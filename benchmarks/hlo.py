@@ -1,8 +1,8 @@
-"""What a compiled program moves in memory and sends to other devices, read from optimized HLO.
+"""Read from optimized HLO the bytes that a program moves in memory and sends to other devices.
 
-A program is what it always runs and one *step*, which it runs in some calls alone. A step is what
-stands in a branch, the largest of a conditional, or in a loop of which the compiler does not know
-the trips, taken to have one. Other loops run as often as they have trips.
+A program has instructions that always run and one *step*, which only some calls take. The step
+stands in a branch, the largest of a conditional, or in a loop whose trips the compiler does not
+know, taken to have one. Other loops run as often as they have trips.
 """
 
 from collections.abc import Iterator
@@ -32,7 +32,7 @@ _TRIPS = re.compile(r'"known_trip_count":\s*\{"n":\s*"?(\d+)')
 _CHANNEL = re.compile(r"channel_id=(\d+)")
 _NAMES = re.compile(r"%([\w.\-]+)")
 _ARRAYS = re.compile(r"\b([a-z]\w*)\[([\d,]*)\](\{[^}]*\})?")
-# Names of what another instruction made: nothing runs.
+# These name arrays that another instruction made: nothing runs.
 _FREE = frozenset(
     {
         *("parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "domain"),
@@ -61,7 +61,7 @@ class Collective:
 
 @dataclasses.dataclass(frozen=True)
 class Moved:
-    """What a call of a program reads from memory and writes to it.
+    """The bytes that a call of a program reads from memory and writes to it.
 
     Attributes:
         hold: bytes of a call that does not take the step.
@@ -164,7 +164,7 @@ class _Program:
         for own, instruction in self.computations[name].items():
             opcode = instruction.opcode
             if opcode in _FREE or opcode.endswith(("-done", "-update")):
-                continue  # what ends apart has been counted where it starts
+                continue  # counted where it starts
             if opcode == "conditional":
                 branches = [both(self.runs(branch)) for branch in instruction.callees()]
                 step += max(branches, key=lambda runs: sum(run.bytes * run.times for run in runs))
@@ -189,6 +189,8 @@ class _Program:
         instruction = self.computations[computation][name]
         kind = instruction.opcode.removesuffix("-start")
         if kind in KINDS:
+            if computation.startswith("all-reduce-scatter"):
+                kind = "reduce-scatter"  # as a TPU fuses one
             channel = _CHANNEL.search(instruction.attributes) if fused else None
             size = sum(self._operands(computation, instruction, on_chip=True))
             yield kind, size, channel and channel[1]
@@ -212,7 +214,7 @@ class _Program:
 
     def _bytes(self, computation: str, instruction: _Instruction) -> int:
         reads = self._operands(computation, instruction)
-        # What starts a copy names its source and its target; it reads one and writes one.
+        # The start of a copy names its source and its target; it reads one and writes one.
         copies = instruction.opcode in ("copy-start", "slice-start")
         return sum(reads) + (reads[0] if copies else _size(instruction.shape))
 

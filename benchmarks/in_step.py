@@ -135,7 +135,7 @@ def tables(result: dict[str, Any]) -> dict[str, list[Table]]:
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    """Returns the command line, what it leaves open filled in for the device."""
+    """Returns the command line, with defaults for the device."""
     parser = harness.make_parser("in_step", __doc__)
     training.add_arguments(parser, 8)
     add = parser.add_argument

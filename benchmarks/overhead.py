@@ -95,9 +95,8 @@ def time_windows(
         holds, release = middle - start, time.perf_counter() - middle
         parts[name].append((holds / (len(windows[name].programs) - 1), release))
 
-    turns = floor.kernels(microbatches)
     carried = jax.tree.map(jnp.copy, windows[contenders.APPLY_GRADIENTS].carry)
-    turns[floor.DISPATCH] = floor.dispatch(carried, len(microbatches))
+    turns = floor.kernels(microbatches, carried)
     for name, window in windows.items():
         turns[name] = functools.partial(window.run, microbatches)
         turns[f"{name}, in two"] = functools.partial(in_two, name)
@@ -136,8 +135,11 @@ def measure_inner(args: argparse.Namespace, inner: str) -> dict[str, Any]:
     least = floor.floors(kernel_seconds, len(microbatches), moved, every_k)
     units = {"floor": least} | {unit: seconds[name] for unit, name in UNITS.items()}
 
+    def milliseconds(times):
+        return {f"{x}_ms": harness.quartiles(np.multiply(times[x], 1e3)) for x in PARTS}
+
     def timing(times):
-        return {f"{x}_ms": harness.quartiles(np.multiply(times[x], 1e3)) for x in PARTS} | {
+        return milliseconds(times) | {
             f"ratio_to_{name}": {x: harness.quartiles(np.divide(times[x], unit[x])) for x in PARTS}
             for name, unit in units.items()
         }
@@ -147,11 +149,15 @@ def measure_inner(args: argparse.Namespace, inner: str) -> dict[str, Any]:
         name: measure_compilation(name, inner, every_k, params, 1 if args.quick else 3)
         for name in harness.progress(found, f"{inner}: compiling")
     }
-    bound = {"bandwidth_bound": INNERS[inner].bandwidth_bound}
     return {
         "inner": inner,
         "parameter_bytes": size,
-        "floor": bound | floor.figures(kernel_seconds, len(microbatches), moved, least, size),
+        "floor": {
+            "bandwidth_bound": INNERS[inner].bandwidth_bound,
+            "streams": moved,
+            **floor.figures(kernel_seconds, len(microbatches), size),
+            **milliseconds(least),
+        },
         "contenders": [
             {"name": name, "equivalent": contender.equivalent, "agrees": agrees[name]}
             | compilations[name]
@@ -254,7 +260,7 @@ def _times(result: dict[str, Any]) -> Table:
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    """Returns the command line, what it leaves open filled in for the device."""
+    """Returns the command line, with defaults for the device."""
     parser = harness.make_parser("overhead", __doc__)
     add, at_least = parser.add_argument, harness.at_least
     add("--inner", choices=(*INNERS, "all"), default="all", help="inner optimizer (all)")

@@ -94,7 +94,7 @@ class Window:
         params = jax.tree.map(jnp.array, params)
         if self.mesh:
             with jax.set_mesh(self.mesh):
-                self.carry = self._init(params)(params)
+                self.carry = self._init()(params)
         else:
             self.carry = self.contender.init(params)
 
@@ -163,7 +163,7 @@ class Window:
             run = jax.shard_map(run, mesh=self.mesh, in_specs=in_specs, out_specs=out_specs)
         return jit(run, out_shardings=self._named(out_specs))
 
-    def _init(self, params: Any) -> Any:
+    def _init(self) -> Any:
         init, specs = self.contender.init, self.specs
         if self.manual:
             init = jax.shard_map(init, mesh=self.mesh, in_specs=P(), out_specs=specs)
@@ -175,12 +175,20 @@ class Window:
         params = self._shapes(params, P())
         entries = [name for step in self.contender.steps for name in step.names]
         self.specs = dict.fromkeys(["params", *entries], P()) | self.contender.layout.specs(params)
-        made = self._init(params).lower(params).compile()
-        shapes = jax.eval_shape(self._init(params), params)
+        init = self._init()
+        shapes = jax.eval_shape(init, params)
+        if None in self.specs.values():  # only the compiler knows
+            placed = init.lower(params).compile().output_shardings
+        else:
+            placed = jax.tree.map(
+                lambda sharding, part: jax.tree.map(lambda _: sharding, part),
+                self._named(self.specs),
+                shapes,
+            )
         return jax.tree.map(
             lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
             shapes,
-            made.output_shardings,
+            placed,
         )
 
     def _named(self, specs: Any) -> Any:

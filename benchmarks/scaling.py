@@ -37,7 +37,7 @@ INNER = dataclasses.replace(INNERS["adamw"], transformation=optax.adamw(0.1, eps
 TOLERANCE = {"float32": 1e-3, "bfloat16": 0.02}
 # The most that the contenders, their gradients and the check need at one time.
 BYTES_PER_PARAMETER = 80
-# What is shown of each sweep, what of it is fitted, and how the tables call it.
+# Columns of each sweep, those that are fitted, and their headings.
 SHOWN = {
     "parameters": ("hold_ms", "release_ms", "temporaries"),
     "leaves": (

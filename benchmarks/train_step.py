@@ -92,20 +92,17 @@ def tables(result: dict[str, Any]) -> dict[str, list[Table]]:
             "time, to MultiSteps": median(row["time_to_multi_steps"]),
             "to the hand-written loop": median(row["time_to_hand_written"]),
             "peak": f"{row['peak_bytes'] / 1e6:,.0f} MB",
-            "peak of device": median(row.get("device_peak_bytes"), "{:,.0f} MB", 1e6),
             f"largest microbatch in {result['budget_bytes'] / 1e6:,.0f} MB": largest(row["name"]),
             "agrees": AGREES[row["agrees"]],
         }
         for row in result["contenders"]
     ]
-    if all(row["peak of device"] == "-" for row in rows):
-        rows = [{k: cell for k, cell in row.items() if k != "peak of device"} for row in rows]
     notes = [f"{training.setting(result)} {where(result)}"]
     return {"train_step": [Table(rows, "A whole training step", notes)]}
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    """Returns the command line, what it leaves open filled in for the device."""
+    """Returns the command line, with defaults for the device."""
     parser = harness.make_parser("train_step", __doc__)
     training.add_arguments(parser, 8)
     parser.add_argument(

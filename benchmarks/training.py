@@ -1,4 +1,4 @@
-"""What the benchmarks that train a transformer share: the task, its check, its times, what fits."""
+"""A task, its check, its times and the batches that fit, for all that train a transformer."""
 
 import argparse
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -107,17 +107,13 @@ def tolerance(config: transformer.Config) -> float:
 
 
 def compare(
-    task: Task,
-    windows: Mapping[str, Window],
-    rounds: int,
-    units: Mapping[str, str],
-    instead: str,
+    task: Task, windows: Mapping[str, Window], rounds: int, units: Mapping[str, str], instead: str
 ) -> tuple[str, dict[str, list[float]], dict[str, dict[str, Any]]]:
     """Checks contenders against the full batch, and lets them take turns.
 
     Args:
-        task: what they train.
-        windows: their programs, by name.
+        task: a model and its batches.
+        windows: the programs of each contender, by name.
         rounds: timed rounds.
         units: for each ratio of times, the contender whose time is 1.
         instead: the contender to check against where the full batch is not among them.
@@ -127,36 +123,23 @@ def compare(
         figures of each contender.
     """
     batches = {name: task.batches(window) for name, window in windows.items()}
-    trained, peaks = {}, {}
-    # The device's peak never falls: the hungriest comes last, so that each can be seen to raise it.
-    order = sorted(windows, key=lambda name: windows[name].peak_bytes)
-    for name in harness.progress(order, "Checking"):
-        before = device_memory("peak_bytes_in_use") or 0
-        trained[name] = windows[name].train(task.params, batches[name])
-        after = device_memory("peak_bytes_in_use") or 0
-        peaks[name] = after if after > before else None
-    reference, allowed = FULL_BATCH if FULL_BATCH in windows else instead, tolerance(task.config)
-    errors = {
-        name: largest_error(params, trained[reference], task.params, allowed)
-        for name, params in trained.items()
+    trained = {
+        name: window.train(task.params, batches[name])
+        for name, window in harness.progress(windows.items(), "Checking")
     }
+    reference, allowed = FULL_BATCH if FULL_BATCH in windows else instead, tolerance(task.config)
     for window in windows.values():
         window.start(task.params)
-    turns = {name: functools.partial(window.run, batches[name]) for name, window in windows.items()}
-    seconds = harness.take_turns(turns, rounds)
-    return (
-        reference,
-        seconds,
-        {
-            name: {
-                "agrees": errors[name] <= 1,
-                "error": errors[name],
-                "device_peak_bytes": peaks[name],
-                **{ratio: harness.ratios(seconds, name, unit) for ratio, unit in units.items()},
-            }
-            for name in windows
-        },
+    seconds = harness.take_turns(
+        {name: functools.partial(one.run, batches[name]) for name, one in windows.items()}, rounds
     )
+
+    def figures(name):
+        error = largest_error(trained[name], trained[reference], task.params, allowed)
+        times = {ratio: harness.ratios(seconds, name, unit) for ratio, unit in units.items()}
+        return {"agrees": error <= 1, "error": error} | times
+
+    return reference, seconds, {name: figures(name) for name in windows}
 
 
 def with_room(windows: dict[str, Window], room: float | None) -> dict[str, Window]:

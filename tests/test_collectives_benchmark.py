@@ -239,6 +239,33 @@ ENTRY %main (p: pred[], start: (s32[], f32[4])) -> f32[4] {
     assert moved.kernels_of_release == moved.kernels_of_hold + 1 == 16 * 2 + 2
 
 
+def test_the_fused_collectives_of_a_tpu_are_named_and_counted_once():
+    """One goes on from fusion to fusion, with its channel; a reduce-scatter has another name."""
+    fusion = """
+%part.{i} (p: f32[8]) -> f32[64] {{
+  %p = f32[8]{{0}} parameter(0)
+  ROOT %g = f32[64]{{0}} all-gather(%p), channel_id=7, dimensions={{0}}
+}}
+"""
+    text = f"""HloModule m
+{fusion.format(i=1)}{fusion.format(i=2)}
+%all-reduce-scatter.3 (q: f32[64]) -> f32[8] {{
+  %q = f32[64]{{0}} parameter(0)
+  %r = f32[64]{{0}} all-reduce(%q), channel_id=8, to_apply=%add
+  ROOT %d = f32[8]{{0}} dynamic-slice(%r), dynamic_slice_sizes={{8}}
+}}
+
+ENTRY %main (x: f32[8]) -> f32[8] {{
+  %x = f32[8]{{0}} parameter(0)
+  %a = f32[64]{{0}} fusion(%x), kind=kCustom, calls=%part.1
+  %b = f32[64]{{0}} fusion(%x), kind=kCustom, calls=%part.2
+  ROOT %c = f32[8]{{0}} fusion(%b), kind=kCustom, calls=%all-reduce-scatter.3
+}}
+"""
+    found = [(one.kind, one.bytes) for one in hlo.collectives(text)]
+    assert found == [("all-gather", 32), ("reduce-scatter", 256)]
+
+
 def test_a_release_counts_once_a_window_and_a_scan_once_a_microbatch():
     class Program:
         def __init__(self, *found):
