@@ -129,19 +129,13 @@ def draw_overhead(result: Mapping[str, Any]) -> Figure:
         axes.axvline(1, color=BLACK, linewidth=1, linestyle="--")
         axes.set(title=f"{run['inner']}, {run['parameter_bytes'] / 1e6:.3g} MB", xlabel="floors")
     run = main_run(dict(result))
-    ours, theirs = (
-        next((r for r in run["contenders"] if r["name"] == name), None)
-        for name in (APPLY_GRADIENTS, MULTI_STEPS)
+    ours, theirs = _ours_and_theirs(run, lambda row: row["ratio_to_floor"]["window"]["median"])
+    sentence = (
+        f"{run['inner']}: optaccum.apply_gradients takes {ours:.2g} times as long as the memory "
+        f"needs, optax.MultiSteps {theirs:.2g} times"
     )
-    sentence = "The time of a window, where 1 is what the bandwidth of the memory allows"
-    if ours and theirs:
-        ratio, other = (row["ratio_to_floor"]["window"]["median"] for row in (ours, theirs))
-        sentence = (
-            f"{run['inner']}: optaccum.apply_gradients takes {ratio:.2g} times as long as the "
-            f"memory needs, optax.MultiSteps {other:.2g} times"
-        )
     figure.suptitle(f"{sentence} ({result['device']})")
-    _kinds(figure, [run for run in runs], "dashed: the bandwidth floor")
+    _kinds(figure, runs, "the bandwidth floor")
     return figure
 
 
@@ -151,13 +145,11 @@ def draw_memory(result: Mapping[str, Any]) -> Figure:
     figure, axes = plt.subplots(figsize=(WIDTH, 1.4 + 0.27 * len(rows)), layout="constrained")
     _bars(axes, rows, [row["peak_bytes"] / size for row in rows], "{:.2f}")
     axes.set_xlabel("peak memory of a training step, in sizes of the parameters")
-    peaks = {row["name"]: row["peak_bytes"] / size for row in rows}
-    sentence = "Peak memory of a training step"
-    if {APPLY_GRADIENTS, MULTI_STEPS} <= peaks.keys():
-        sentence = (
-            f"A training step peaks at {peaks[APPLY_GRADIENTS]:.1f} sizes of the parameters with "
-            f"optaccum.apply_gradients, at {peaks[MULTI_STEPS]:.1f} with optax.MultiSteps"
-        )
+    ours, theirs = _ours_and_theirs(result, lambda row: row["peak_bytes"] / size)
+    sentence = (
+        f"A training step peaks at {ours:.1f} sizes of the parameters with "
+        f"optaccum.apply_gradients, at {theirs:.1f} with optax.MultiSteps"
+    )
     figure.suptitle(f"{sentence} ({result['device']})")
     _kinds(figure, [result])
     return figure
@@ -212,6 +204,11 @@ def _lines(
 
 
 _BESIDE: dict[str, Any] = {"textcoords": "offset points", "va": "center", "size": 8}
+
+
+def _ours_and_theirs(table: Mapping[str, Any], value: Callable[[Any], float]) -> list[float]:
+    found = {row["name"]: value(row) for row in table["contenders"]}
+    return [found[APPLY_GRADIENTS], found[MULTI_STEPS]]
 
 
 def _kind(name: str) -> str:

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 import dataclasses
+import textwrap
 from typing import Any
 
 AGREES = {True: "yes", False: "NO", None: "-"}
@@ -18,14 +19,15 @@ class Table:
     notes: Sequence[str] = ()
 
     def terminal(self) -> str:
-        """Returns the table for a terminal of 100 columns, its headings broken into lines."""
+        """Returns the table for a terminal, its headings and notes broken into lines."""
         # Wide enough for the longest word; a heading of names stays whole.
         widths = [
             None if heading in TEXT else max(9, *map(len, heading.split()))
             for heading in self.headings
         ]
         table = self._format("simple", maxheadercolwidths=widths)
-        return "\n".join([*([self.title] if self.title else []), table, *self.notes, ""])
+        notes = (textwrap.fill(note, 100) for note in self.notes)
+        return "\n".join([*([self.title] if self.title else []), table, *notes, ""])
 
     def markdown(self) -> str:
         """Returns the table for a README, its notes below."""

@@ -54,6 +54,7 @@ def overhead(device="cpu"):
         },
         "contenders": [
             contender("optaccum.apply_gradients", 1.0),
+            contender("optax.MultiSteps", 2.0),
             contender("optax.apply_every", 3.0, equivalent=False),
         ],
     }
@@ -159,7 +160,7 @@ def train_step():
         "every_k": 8,
         "microbatch": 1,
         "sequence": 64,
-        "contenders": [ran, too_large],
+        "contenders": [ran, ran | {"name": "optax.MultiSteps"}, too_large],
         "budget_bytes": 250_000_000,
         "largest": [
             {"name": "optaccum.apply_gradients", "microbatch": 4, "capped": True},
