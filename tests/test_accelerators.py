@@ -8,10 +8,11 @@ import functools
 import os
 
 from flax import nnx
+from helpers import meshes
 from helpers.steps import update_and_apply
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec as P
 import numpy as np
 import optax
 import pytest
@@ -179,9 +180,9 @@ def _loss(params, batch):
     return jnp.sum(jnp.mean(error, axis=1) * batch["mask"]) / jnp.sum(batch["mask"])
 
 
-def _on_eight_chips(target, step, opt_state, places, rows=ROWS):
+def _on_eight_chips(target, step, opt_state, places, rows=ROWS, mesh=None):
     """Compiles `step(params, opt_state, batch)`; returns its collectives of parameter size."""
-    mesh = Mesh(np.array(targets.devices(target, 8)), ("data",))
+    mesh = mesh or Mesh(np.array(targets.devices(target, 8)), ("data",))
     batch = {
         "x": jax.ShapeDtypeStruct((rows, WIDTH), jnp.float32),
         "mask": jax.ShapeDtypeStruct((rows,), jnp.float32),
@@ -233,3 +234,42 @@ def test_the_compiler_reduces_once_per_batch(target, weighted):
     assert not [one for one in found if one.conditional or one.trips > 1]
     reduced = sum(one.bytes for one in found if one.kind in ("all-reduce", "reduce-scatter"))
     assert reduced == pytest.approx(2 * LAYER_BYTES, rel=0.01)
+
+
+@pytest.mark.parametrize(
+    "kind", [AxisType.Manual, AxisType.Explicit], ids=["shard_map", "explicit"]
+)
+def test_deferred_gradients_are_reduced_in_the_release_alone(target, kind):
+    """By type they wait to be reduced; a loop that they entered would reduce them before it."""
+
+    def step(params, opt_state, batch):
+        if kind is AxisType.Explicit:
+            spec = P(None, None, reduced={"data"})
+            waiting = jax.tree.map(lambda p: jax.reshard(p, spec), params)
+        else:
+            waiting = meshes.vary(params)
+        grads = jax.grad(_loss)(waiting, batch)
+        weight = jnp.sum(batch["mask"])
+        return apply_gradients(tx, grads, opt_state, params, weight=weight)
+
+    axis_type = AxisType.Explicit if kind is AxisType.Explicit else AxisType.Auto
+    devices = np.array(targets.devices(target, 8))
+    tx = accumulate(4, ADAMW, reduce_axes="data")
+    mesh = Mesh(devices, ("data",), axis_types=(axis_type,))
+    with jax.set_mesh(mesh):
+        whole = jax.tree.map(lambda _: P(), LAYERS)
+        if kind is AxisType.Manual:
+            specs = state_shardings(tx, LAYERS, whole)
+            init = jax.shard_map(tx.init, in_specs=(whole,), out_specs=specs)
+            state = jax.eval_shape(init, LAYERS)
+            rows = {"x": P("data"), "mask": P("data")}
+            specs = whole, specs
+            step = jax.shard_map(step, in_specs=(*specs, rows), out_specs=specs)
+        else:
+            state = jax.eval_shape(tx.init, _place(LAYERS, NamedSharding(mesh, P(None, None))))
+            specs = whole, jax.tree.map(lambda x: x.sharding.spec if x.sharding else P(), state)
+        found = _on_eight_chips(target, step, state, specs, mesh=mesh)
+    assert found
+    assert {one.kind for one in found} == {"all-reduce"}
+    assert all(one.conditional for one in found)
+    assert sum(one.bytes for one in found) == pytest.approx(2 * LAYER_BYTES, rel=0.01)

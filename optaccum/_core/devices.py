@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax.sharding import AxisType, PartitionSpec
 
 from optaccum._core import window
-from optaccum._core.traced import branch
+from optaccum._core.traced import branch, unreduced
 from optaccum._core.window import Sums
 
 
@@ -168,11 +168,6 @@ def varying(x: Any) -> frozenset[str]:
     aval = jax.typeof(x)
     new = getattr(getattr(aval, "manual_axis_type", None), "varying", frozenset())
     return getattr(aval, "vma", new)
-
-
-def unreduced(x: Any) -> frozenset[str]:
-    """Returns the explicit axes over which `x` waits to be reduced."""
-    return getattr(jax.typeof(x).sharding.spec, "unreduced", frozenset())
 
 
 def partitions(x: Any) -> tuple:

@@ -34,6 +34,11 @@ def where(predicate: jax.Array, on_true: Any, on_false: Any) -> Any:
     return jax.tree.map(functools.partial(jnp.where, predicate), on_true, on_false)
 
 
+def unreduced(x: Any) -> frozenset[str]:
+    """Returns the explicit axes over which `x` waits to be reduced."""
+    return getattr(jax.typeof(x).sharding.spec, "unreduced", frozenset())
+
+
 def strongly_typed(x: Any) -> Any:
     """Returns a leaf of a fresh state as an array that keeps its dtype in every operation."""
     if isinstance(x, jax.Array | float | int | complex) or hasattr(x, "__array__"):
@@ -95,6 +100,9 @@ def conditional(
       one with a cheap branch into a select, so that the branch runs in every call. A loop updates
       its carry in place, if its body reads it from the carry and closes over nothing of it.
 
+    Values that wait to be reduced over devices cannot enter a loop, or XLA would reduce them before
+    it, in every call. With them a GPU gets `lax.cond`, and its copies.
+
     A loop has no reverse mode, so both forms are differentiated as `lax.cond`. That needs a rule of
     its own, which must not close over tracers, so those of `step` become arguments.
     """
@@ -113,6 +121,9 @@ def conditional(
             )
 
         return lax.fori_loop(0, predicate.astype(jnp.int32), body, _hold(shapes, start))
+
+    if any(map(unreduced, jax.tree.leaves((start, closed_over)))):
+        return by_cond(predicate, start, closed_over)
 
     @jax.custom_jvp
     def run(*args):

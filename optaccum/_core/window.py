@@ -15,7 +15,7 @@ import jax
 from jax import lax
 import jax.numpy as jnp
 
-from optaccum._core.traced import select
+from optaccum._core.traced import select, unreduced
 
 
 class Sums(NamedTuple):
@@ -159,7 +159,6 @@ def weighted(grads: Any, weight: jax.Array | None) -> Any:
 
 def times(x: jax.Array, factor: jax.Array) -> jax.Array:
     """Returns `x * factor` in the dtype of `x`, which may wait to be reduced over devices."""
-    unreduced = getattr(jax.typeof(x).sharding.spec, "unreduced", ())
-    if unreduced:
-        factor = jax.reshard(factor, jax.P(reduced=unreduced))
+    if waiting := unreduced(x):
+        factor = jax.reshard(factor, jax.P(reduced=waiting))
     return x * factor.astype(x.dtype)
