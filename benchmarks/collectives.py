@@ -94,19 +94,12 @@ def measure(args: argparse.Namespace) -> Iterator[harness.Result]:
         for name in harness.progress(found, "Compiling")
     }
     units = {"time_to_multi_steps": MULTI_STEPS, "time_to_hand_written": BY_HAND}
-    reference, seconds, figures = training.compare(task, windows, args.rounds, units, BY_HAND)
-    for name, row in figures.items():
-        window, hold = traffic(windows[name].programs, args.every_k)
-        row |= {"window": window, "hold": None if name == FULL_BATCH else hold}
-        row["window_ms"] = harness.quartiles([1e3 * x for x in seconds[name]])
-    result = {
-        "devices": jax.device_count(),
-        "preset": args.parameters,
-        **task.figures(),
-        **{"rounds": args.rounds, "left_out": left_out, "reference": reference},
-        "contenders": training.rows_of(found, figures),
-        "by_every_k": [],
-    }
+    result = training.compare(task, windows, args.rounds, units)
+    result |= {"devices": jax.device_count(), "preset": args.parameters, "left_out": left_out}
+    result["by_every_k"] = []
+    for row in result["contenders"]:
+        row["window"], hold = traffic(windows[row["name"]].programs, args.every_k)
+        row["hold"] = None if row["name"] == FULL_BATCH else hold
     yield result
     lengths = [(name, every_k) for name in GROWING for every_k in (4, 16, 64)]
     for name, every_k in harness.progress(lengths, "Compiling windows of 4 to 64"):

@@ -51,30 +51,19 @@ def measure(args: argparse.Namespace) -> Iterator[harness.Result]:
         for name in names[turn:] + names[:turn]:
             windows[name] = task.compile(found[name], optimized=not args.quick)
             compiling[name].append(windows[name].trace_s + windows[name].compile_s)
-    sizes = {
-        name: {
-            "compile_to_hand_written": harness.ratios(compiling, name, SCAN),
-            "temporary_bytes": windows[name].temporary_bytes,
-            "peak_bytes": windows[name].peak_bytes,
-        }
-        for name in found
-    }
-    windows = training.with_room(windows, training.device_memory("bytes_limit"))
     units = {
-        "time_to_hand_written": SCAN,
-        "time_to_microbatch": MICROBATCH,
         "time_to_full_batch": FULL_BATCH,
+        "time_to_microbatch": MICROBATCH,
+        "time_to_hand_written": SCAN,
     }
-    reference, _, figures = training.compare(task, windows, args.rounds, units, SCAN)
+    budget = args.budget * 1e6 if args.budget else 1.25 * windows[VALUE_AND_GRAD].peak_bytes
+    room = training.device_memory("bytes_limit")
+    result = training.compare(task, windows, args.rounds, units, room)
     del windows  # a GPU tries out kernels when it compiles, and needs room for them
-    rows = training.rows_of(found, figures)
-    budget = args.budget * 1e6 if args.budget else 1.25 * sizes[VALUE_AND_GRAD]["peak_bytes"]
-    result = {
-        "preset": args.parameters,
-        **task.figures(),
-        "num_microbatches": args.every_k,
-        **{"rounds": args.rounds, "left_out": left_out, "reference": reference},
-        "contenders": [row | sizes[row["name"]] for row in rows],
+    for row in result["contenders"]:
+        row["compile_to_hand_written"] = harness.ratios(compiling, row["name"], SCAN)
+    result |= {
+        **{"preset": args.parameters, "num_microbatches": args.every_k, "left_out": left_out},
         **{"budget_bytes": round(budget), "largest": [], "drift": drift()},
     }
     yield result

@@ -19,13 +19,13 @@ class Table:
     notes: Sequence[str] = ()
 
     def terminal(self) -> str:
-        """Returns the table for a terminal, its headings and notes broken into lines."""
+        """Returns the table for a terminal, its headings, cells and notes broken into lines."""
         # Wide enough for the longest word; a heading of names stays whole.
         widths = [
             None if heading in TEXT else max(9, *map(len, heading.split()))
             for heading in self.headings
         ]
-        table = self._format("simple", maxheadercolwidths=widths)
+        table = self._format("simple", 12, maxheadercolwidths=widths)
         notes = (textwrap.fill(note, 100) for note in self.notes)
         return "\n".join([*([self.title] if self.title else []), table, *notes, ""])
 
@@ -33,10 +33,14 @@ class Table:
         """Returns the table for a README, its notes below."""
         return "\n".join([self._format("pipe"), *([""] if self.notes else []), *self.notes])
 
-    def _format(self, name: str, **options: Any) -> str:
+    def _format(self, name: str, width: int | None = None, **options: Any) -> str:
         from tabulate import tabulate  # here, so that the report's paths are known without it
 
-        rows = [[row.get(heading, "-") for heading in self.headings] for row in self.rows]
+        def cell(row, heading):
+            text = row.get(heading, "-")
+            return text if width is None or heading in TEXT else textwrap.fill(text, width)
+
+        rows = [[cell(row, heading) for heading in self.headings] for row in self.rows]
         align = ["left" if heading in TEXT else "right" for heading in self.headings]
         options |= {"colalign": align, "disable_numparse": True}
         return tabulate(rows, self.headings, name, **options)

@@ -11,7 +11,6 @@ from collections.abc import Iterator
 from typing import Any
 
 import jax.numpy as jnp
-import numpy as np
 
 from benchmarks import contenders, harness, training
 from benchmarks.contenders import APPLY_GRADIENTS, FULL_BATCH, HAND_WRITTEN, MULTI_STEPS
@@ -39,25 +38,12 @@ def measure(args: argparse.Namespace) -> Iterator[harness.Result]:
         name: task.compile(contender, optimized=not args.quick)
         for name, contender in harness.progress(found.items(), "Compiling")
     }
-    peaks = {name: window.peak_bytes for name, window in windows.items()}
     room = args.budget * 1e6 if args.budget else training.device_memory("bytes_limit")
-    windows = training.with_room(windows, room)
     units = {"time_to_multi_steps": MULTI_STEPS, "time_to_hand_written": HAND_WRITTEN}
-    compared = training.compare(task, windows, args.rounds, units, HAND_WRITTEN)
-    reference, seconds, figures = compared
-    tokens = args.every_k * args.microbatch * args.sequence
-    for name, row in figures.items():
-        row["tokens_per_second"] = harness.quartiles(np.divide(tokens, seconds[name]))
-    rows = training.rows_of(found, figures)
-    budget = args.budget * 1e6 if args.budget else 1.25 * peaks[APPLY_GRADIENTS]
-    del windows, compared  # a GPU tries out kernels when it compiles, and needs room for them
-    result = {
-        "preset": args.parameters,
-        **task.figures(),
-        **{"rounds": args.rounds, "reference": reference},
-        "contenders": [row | {"peak_bytes": peaks[row["name"]]} for row in rows],
-        **{"budget_bytes": round(budget), "largest": []},
-    }
+    budget = args.budget * 1e6 if args.budget else 1.25 * windows[APPLY_GRADIENTS].peak_bytes
+    result = training.compare(task, windows, args.rounds, units, room)
+    result |= {"preset": args.parameters, "budget_bytes": round(budget), "largest": []}
+    del windows  # a GPU tries out kernels when it compiles, and needs room for them
     yield result
     for name, contender in harness.progress(found.items(), "Compiling larger batches"):
         start, whole = task.rows, name == FULL_BATCH

@@ -1,7 +1,7 @@
 """A task, its check, its times and the batches that fit, for all that train a transformer."""
 
 import argparse
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 import dataclasses
 import functools
 from typing import Any
@@ -107,45 +107,54 @@ def tolerance(config: transformer.Config) -> float:
 
 
 def compare(
-    task: Task, windows: Mapping[str, Window], rounds: int, units: Mapping[str, str], instead: str
-) -> tuple[str, dict[str, list[float]], dict[str, dict[str, Any]]]:
-    """Checks contenders against the full batch, and lets them take turns.
+    task: Task,
+    windows: dict[str, Window],
+    rounds: int,
+    units: Mapping[str, str],
+    room: float | None = None,
+) -> dict[str, Any]:
+    """Checks contenders against the full batch, lets them take turns, and returns their figures.
 
     Args:
         task: a model and its batches.
         windows: the programs of each contender, by name.
         rounds: timed rounds.
-        units: for each ratio of times, the contender whose time is 1.
-        instead: the contender to check against where the full batch is not among them.
-
-    Returns:
-        The name of the contender that the others have to agree with; seconds, round by round; and
-        figures of each contender.
+        units: for each ratio of times, the contender whose time is 1. The last of them is the one
+            to check against where the full batch does not run.
+        room: the memory; a full batch that needs more does not run.
     """
-    batches = {name: task.batches(window) for name, window in windows.items()}
+    too_large = room and windows[FULL_BATCH].peak_bytes > room
+    ready = {name: x for name, x in windows.items() if name != FULL_BATCH or not too_large}
+    batches = {name: task.batches(window) for name, window in ready.items()}
     trained = {
         name: window.train(task.params, batches[name])
-        for name, window in harness.progress(windows.items(), "Checking")
+        for name, window in harness.progress(ready.items(), "Checking")
     }
-    reference, allowed = FULL_BATCH if FULL_BATCH in windows else instead, tolerance(task.config)
-    for window in windows.values():
+    reference = FULL_BATCH if FULL_BATCH in ready else list(units.values())[-1]
+    tokens, allowed = task.rows * task.every_k * task.sequence, tolerance(task.config)
+    for window in ready.values():
         window.start(task.params)
-    seconds = harness.take_turns(
-        {name: functools.partial(one.run, batches[name]) for name, one in windows.items()}, rounds
-    )
+    turns = {name: functools.partial(one.run, batches[name]) for name, one in ready.items()}
+    seconds = harness.take_turns(turns, rounds)
 
     def figures(name):
-        error = largest_error(trained[name], trained[reference], task.params, allowed)
+        row = {"name": name, "agrees": None, "error": None}
+        row |= {"window_ms": None, "tokens_per_second": None}
+        if name in ready:
+            error = largest_error(trained[name], trained[reference], task.params, allowed)
+            row |= {"agrees": error <= 1, "error": error}
+            row["window_ms"] = harness.quartiles(np.multiply(seconds[name], 1e3))
+            row["tokens_per_second"] = harness.quartiles(np.divide(tokens, seconds[name]))
+        sizes = {x: getattr(windows[name], x) for x in ("peak_bytes", "temporary_bytes")}
         times = {ratio: harness.ratios(seconds, name, unit) for ratio, unit in units.items()}
-        return {"agrees": error <= 1, "error": error} | times
+        return row | times | sizes
 
-    return reference, seconds, {name: figures(name) for name in windows}
-
-
-def with_room(windows: dict[str, Window], room: float | None) -> dict[str, Window]:
-    """Returns the contenders that run: all, but for a full batch that needs more memory."""
-    too_large = room and windows[FULL_BATCH].peak_bytes > room
-    return {name: windows[name] for name in windows if name != FULL_BATCH or not too_large}
+    return {
+        **task.figures(),
+        "rounds": rounds,
+        "reference": reference,
+        "contenders": [figures(name) for name in windows],
+    }
 
 
 def largest_batch(
@@ -174,9 +183,3 @@ def setting(result: Mapping[str, Any], several: str = "a window") -> str:
         f"{result.get('dtype', 'float32')}, {several} of {count}{devices} x {result['microbatch']} "
         f"sequences of {result['sequence']} tokens."
     )
-
-
-def rows_of(found: Iterable[str], figures: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Returns rows of figures by name, those of contenders that did not run with their names."""
-    empty = dict.fromkeys(next(iter(figures.values()), {}))
-    return [{"name": name} | figures.get(name, empty) for name in found]
