@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from optaccum._check import arguments, devices as check_devices
+from optaccum._check import arguments, devices as check_devices, extra_args as check_args
 from optaccum._check.gradients import Options, check_microbatch, check_parameters
 from optaccum._core import window
 from optaccum._core.traced import both, branch, cast_like, strongly_typed
@@ -140,12 +140,15 @@ def accumulate(
 
     References: `optax.MultiSteps`; github.com/google-deepmind/optax issues 320 and 472.
     """
+    inner = optax.identity() if inner is None else inner
+    arguments.check_transformation("`inner`", inner)
     options = Options(
         arguments.check_every_k(every_k),
-        arguments.check_average_args(average_args),
+        check_args.check_average_args(average_args),
         check_devices.check_axes(reduce_axes),
+        check_args.named_by(inner.update),
     )
-    inner = arguments.as_inner(optax.identity() if inner is None else inner)
+    inner = arguments.as_inner(inner)
     judge = arguments.as_judge(should_skip_update_fn)
     accumulator_dtype = arguments.check_accumulator_dtype(accumulator_dtype)
 

@@ -8,7 +8,7 @@ import jax
 from jax import lax
 import jax.numpy as jnp
 
-from optaccum._check import arguments, batch as check_batch, devices as check_devices
+from optaccum._check import arguments, batch as check_batch, devices as check_devices, extra_args
 from optaccum._core import batch, window
 from optaccum._core.traced import cast_like, strongly_typed, where
 from optaccum._core.window import Sums
@@ -20,7 +20,7 @@ def value_and_grad(
     has_aux: bool = False,
     *,
     num_microbatches: int,
-    batch_argnums: int | Sequence[int] = 1,
+    batch_argnums: int | Sequence[int] | None = None,
     weight_fn: Callable[..., Any] | None = None,
     rng_argnums: int | Sequence[int] = (),
     carry_argnum: int | None = None,
@@ -104,7 +104,8 @@ def value_and_grad(
         has_aux: whether `fun` returns `(scalar, aux)`.
         num_microbatches: n, an integer >= 1.
         batch_argnums: positions of the pytrees to split. All their leaves have the same leading
-            axis, which n divides.
+            axis, which n divides. None for the argument 1, and then no other positional argument
+            may have as many rows: pass 1 to give it to every microbatch whole.
         weight_fn: called as `fun` is, with the arguments of each microbatch; returns how much it
             counts, a scalar >= 0 such as its unpadded tokens. None for 1 each. Weights are summed
             in float32, token counts up to 2**24 exactly, or in float64 with `jax_enable_x64`. Sum
@@ -128,8 +129,9 @@ def value_and_grad(
             differs between devices whose gradients are summed, a carry that changes its type, or
             a loss or gradients that are reduced over `reduce_axes` already.
         ValueError: (here) for `num_microbatches` below 1, no batch, or a carry without `has_aux`;
-            (when traced) for batch leaves that cannot be split, an argument with two roles, or
-            `reduce_axes` that the mesh has not, or not as Manual or Explicit ones.
+            (when traced) for batch leaves that cannot be split, an argument with two roles or
+            with rows that `batch_argnums` does not name, or `reduce_axes` that the mesh has not,
+            or not as Manual or Explicit ones.
 
     References: `optax.microbatch`; github.com/google-research/t5x `trainer.py`.
     """
@@ -142,7 +144,7 @@ def value_and_grad(
     roles = check_batch.check_roles(
         {
             "`argnums`": argnums,
-            "`batch_argnums`": batch_argnums,
+            "`batch_argnums`": 1 if batch_argnums is None else batch_argnums,
             "`rng_argnums`": rng_argnums,
             "`carry_argnum`": () if carry_argnum is None else (carry_argnum,),
         },
@@ -153,6 +155,8 @@ def value_and_grad(
     @functools.wraps(fun)
     def value_and_grad_fn(*args, **kwargs):
         trained, rows, rngs, carries = check_batch.check_call(roles, args, kwargs, n)
+        if batch_argnums is None:
+            check_batch.check_no_other_rows(args, rows[0], (*trained, *rngs, *carries))
         over = check_devices.check_sums([args[j] for j in trained], axes)
         # Of parameters that all devices share JAX would sum the gradients, each time.
         args = [over.share(x) if j in (*trained, *carries) else x for j, x in enumerate(args)]
@@ -175,7 +179,7 @@ def value_and_grad(
             weight = None
             if weight_fn is not None:
                 weight = weight_fn(*own, **kwargs)
-                weight = jnp.asarray(arguments.as_weight("`weight_fn(...)`", weight, dtype), dtype)
+                weight = jnp.asarray(extra_args.as_weight("`weight_fn(...)`", weight, dtype), dtype)
             check_devices.check_gradients(loss, grads, weight, over)
             if carries:
                 new, aux = arguments.as_carry_and_aux(aux)

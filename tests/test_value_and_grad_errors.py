@@ -48,7 +48,6 @@ class Config:
         ({"batch_argnums": ()}, ValueError, r"`batch_argnums` must name at least one"),
         ({"argnums": ()}, ValueError, r"`argnums` must name at least one argument to diff"),
         ({"batch_argnums": "1"}, TypeError, r"`batch_argnums` must be an integer or a tuple.*'1'"),
-        ({"batch_argnums": None}, TypeError, r"`batch_argnums` must be an integer.*None"),
         ({"rng_argnums": True}, TypeError, r"`rng_argnums` must be an integer or a tuple.*True"),
         ({"carry_argnum": 2}, ValueError, r"`carry_argnum` needs `has_aux=True`"),
         ({"weight_fn": 3.0}, TypeError, r"`weight_fn` must be a function, got 3\.0"),
