@@ -80,7 +80,10 @@ def accumulate(
     `weight` 0                                    adds nothing, not even a NaN, but is counted
     weights of the window sum to 0                dropped when it closes: zero updates, `inner`
                                                   untouched, `gradient_step` unmoved
-    `weight` an array: negative, inf or NaN       the microbatch is rejected
+    `weight` below 2**-100                        as 0
+    `weight` negative, inf or NaN, or one that    the microbatch is rejected
+    takes their sum above 2**126; a Python        (of one device in `jax.shard_map`: counts 0, and
+    number, of NumPy or a `jax.Array` alike       its sum is bounded by 2**126 / devices)
     `should_skip_update_fn` says skip             the microbatch is rejected
     rejected                                      the window stays as it was, `skipped` counts
                                                   it, nothing is released (`release=True` too)
@@ -123,7 +126,8 @@ def accumulate(
         `update` takes two extra arguments of its own.
 
         * `weight`: scalar >= 0, how much this microbatch counts (default 1). Weights are summed
-          in float32, token counts up to 2**24 exactly.
+          in float32, token counts up to 2**24 exactly. The derivative with respect to a weight
+          of 0 is 0.
         * `release`: None to count (the default), a bool, or a bool[]. False is not None: to
           close only the last window of an epoch early, pass `True if last else None`.
 
@@ -134,9 +138,8 @@ def accumulate(
             that are reduced over `reduce_axes` already, or unreduced over others.
         ValueError: (here) for an `every_k` below 1; (in `init`) for a real `accumulator_dtype` on
             a complex parameter; (when `update` is traced) for gradients that do not fit the
-            state, a Python number `weight` that is negative or not finite, a missing averaged
-            argument, a `release` but None or True at `every_k` 1, `reduce_axes` that the mesh
-            has not. No error touches the state.
+            state, a missing averaged argument, a `release` but None or True at `every_k` 1,
+            `reduce_axes` that the mesh has not. No error touches the state.
 
     References: `optax.MultiSteps`; github.com/google-deepmind/optax issues 320 and 472.
     """
@@ -190,13 +193,15 @@ def accumulate(
             verdict = judge(grads, state.gradient_step, params, skip_state)
             skip, report = over.agree(*verdict)
             accept, skip_state = ~skip, cast_like(report, skip_state)
-        grads, weight = over.as_parts(grads, weight)
-        if isinstance(weight, jax.Array) and not over.owns(weight):
-            accept = both(accept, jnp.isfinite(weight) & (weight >= 0))
+        grads = over.as_parts(grads)
+        first = alone or state.mini_step == 0
+        if isinstance(weight, jax.Array):
+            before = 0.0 if alone else jnp.where(first, 0, over.load(jnp.asarray(state.weight)))
+            valid, weight = over.admit(weight, before)
+            accept = both(accept, valid)
 
         # Does the window close?
         count = jnp.asarray(optax.safe_increment(state.mini_step))
-        first = alone or state.mini_step == 0
         due = count >= given.length if given.due is None else given.due
         closes = both(accept, due)
 

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 
 from optaccum._check import arguments, batch as check_batch, devices as check_devices, extra_args
 from optaccum._core import batch, window
+from optaccum._core.devices import vary, varying
 from optaccum._core.traced import cast_like, strongly_typed, where
 from optaccum._core.window import Sums
 
@@ -68,8 +69,8 @@ def value_and_grad(
     `num_microbatches` 1                          `jax.value_and_grad(fun)`: no scan, no sums, the
                                                   caller's keys; aux has its leading axis of 1
                                                   (with `reduce_axes` there are sums)
-    weight 0, or an array: negative, inf or NaN   the microbatch adds nothing, not even a NaN, and
-                                                  leaves the carry as it was; its aux is kept
+    weight below 2**-100 (0), negative or NaN,    the microbatch adds nothing, not even a NaN, and
+    or one that takes their sum above 2**126      leaves the carry as it was; its aux is kept
     weights sum to 0                              loss and gradients are zeros
     n does not divide the rows                    an error that names the nearest divisors; pad,
                                                   and give the padding no weight
@@ -165,8 +166,8 @@ def value_and_grad(
         split = {j: batch.split(args[j], n) for j in rows if n > 1}
         differentiate = jax.value_and_grad(fun, at, has_aux)
 
-        def run(i, carry):
-            """Returns loss, aux, carry, gradients and weight of microbatch i, or of them all."""
+        def pick(i, carry):
+            """Returns the arguments of microbatch i, or of them all."""
             own = list(args)
             for j, leaves in split.items():
                 own[j] = batch.take(leaves, i)
@@ -174,43 +175,59 @@ def value_and_grad(
                 own[j] = batch.own_keys(args[j], i)
             for j in carries:
                 own[j] = carry
+            return own
+
+        def weigh(own):
+            weight = weight_fn(*own, **kwargs) if weight_fn else 1.0
+            return jnp.asarray(extra_args.as_weight("`weight_fn(...)`", weight, dtype), dtype)
+
+        def run(i, carry, before):
+            """Returns loss, aux, carry, gradients, weight and whether it counts."""
+            own = pick(i, carry)
             value, grads = differentiate(*own, **kwargs)
             loss, aux = value if has_aux else (value, None)
-            weight = None
+            weight = valid = None
             if weight_fn is not None:
-                weight = weight_fn(*own, **kwargs)
-                weight = jnp.asarray(extra_args.as_weight("`weight_fn(...)`", weight, dtype), dtype)
+                weight = weigh(own)
+                valid = window.counts(weight, before, over.largest)
             check_devices.check_gradients(loss, grads, weight, over)
             if carries:
                 new, aux = arguments.as_carry_and_aux(aux)
                 check_batch.check_carry(new, carry)
                 new = over.share(cast_like(new, carry))
-                carry = new if weight is None else where(window.counts(weight), new, carry)
-            return loss, aux, carry, grads, weight
+                carry = new if valid is None else where(valid, new, carry)
+            return loss, aux, carry, grads, weight, valid
 
         carry = jax.tree.map(strongly_typed, args[carries[0]]) if carries else None
         if n == 1 and not axes:
-            loss, aux, carry, grads, weight = run(0, carry)
-            if weight is not None:
+            loss, aux, carry, grads, _, valid = run(0, carry, 0)
+            if valid is not None:
                 zeros = jax.tree.map(jnp.zeros_like, (loss, grads))
-                loss, grads = where(window.counts(weight), (loss, grads), zeros)
+                loss, grads = where(valid, (loss, grads), zeros)
             aux = jax.tree.map(lambda x: jnp.asarray(x)[None], aux)
         else:
 
-            def body(sums_and_carry, i):
-                sums, carry = sums_and_carry
-                loss, aux, carry, grads, weight = run(i, carry)
+            def body(held, i):
+                sums, before, carry = held
+                loss, aux, carry, grads, weight, valid = run(i, carry, before)
                 # The sums begin as zeros in this program, so nothing is there to overwrite.
-                return (window.add(sums, grads, weight), carry), (loss, aux, weight)
+                sums = window.add(sums, grads, weight, valid=valid)
+                if valid is not None:
+                    before += jnp.where(valid, weight, 0)
+                return (sums, before, carry), (loss, aux, weight, valid)
 
             # Zeros of the gradients' type: where it is `unreduced`, that of `params` is not.
             zeros = jax.grad(lambda _: 0.0)(params)
             sums = window.open_sums(zeros, accumulator_dtype)
-            (sums, carry), (losses, aux, weights) = lax.scan(body, (sums, carry), jnp.arange(n))
-            total = jnp.asarray(n, dtype)
-            if weights is not None:
-                total = jnp.where(window.counts(weights), weights, 0).sum()
-            terms = window.add(window.open_sums(losses), losses, weights, first=True).sum()
+            total = jnp.zeros([], dtype)
+            if weight_fn is not None:
+                total = vary(total, tuple(varying(jax.eval_shape(weigh, pick(0, carry)))))
+            held, each = lax.scan(body, (sums, total, carry), jnp.arange(n))
+            (sums, total, carry), (losses, aux, weights, valid) = held, each
+            if weights is None:
+                total = jnp.asarray(n, dtype)
+            terms = window.open_sums(losses)
+            terms = window.add(terms, losses, weights, first=True, valid=valid).sum()
             sums, (total, terms) = over.reduce(sums, (total, terms))
             grads, loss = window.mean(Sums(total, sums, terms), Sums(None, params, losses))
         aux = (carry, aux) if carries else aux

@@ -8,6 +8,7 @@ from collections.abc import Iterable
 import difflib
 import functools
 import inspect
+import math
 from typing import Any
 
 import jax
@@ -15,8 +16,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from optaccum._check.arguments import check_names, check_scalar
+from optaccum._core.window import SMALLEST
 
-FLOAT32_MAX = float(np.finfo(np.float32).max)
 OURS = "weight", "release"
 # Optax's own: given to every optimizer alike, so that one can be exchanged for another.
 OPTAX = "value", "grad", "value_fn"
@@ -127,13 +128,25 @@ def averaged(names: Iterable[str], extra_args: dict[str, Any]) -> dict[str, jax.
 
 
 def as_weight(name: str, weight: Any, dtype: Any = jnp.float32) -> float | jax.Array:
-    """Returns a Python float (known now, finite and >= 0), or a `dtype`[] to judge later."""
+    """Returns a Python float, known now, in 0..2**64, or a `dtype`[] to judge later.
+
+    A weight that is no weight is for the window to judge: where it is known, too, so that an eager
+    loop and a jitted one do the same with it.
+    """
+    if jax.export.is_symbolic_dim(weight):
+        weight = jnp.asarray(weight)
     check_scalar(name, weight, jnp.floating, jnp.integer, jnp.bool_)
     if isinstance(weight, jax.Array):
         return weight.astype(dtype)
-    if not 0 <= weight <= FLOAT32_MAX:
-        raise ValueError(f"{name} must be finite in float32 and >= 0, got {weight!r}")
-    return float(np.dtype(dtype).type(weight))
+    try:
+        weight = float(weight)
+    except OverflowError:
+        weight = math.inf if weight > 0 else -math.inf
+    with np.errstate(over="ignore"):
+        rounded = np.dtype(dtype).type(weight)
+    if not 0 <= rounded <= 2.0**64:
+        return jnp.asarray(rounded)
+    return float(rounded) if rounded >= SMALLEST else 0.0
 
 
 def as_release(release: Any, *, alone: bool) -> bool | jax.Array | None:

@@ -32,7 +32,7 @@ class Checked(NamedTuple):
     """A microbatch that was not refused.
 
     Attributes:
-        weight: None for 1, a Python float (known now, finite and >= 0), or an f32[].
+        weight: None for 1, a Python float (known now, and allowed), or an f32[].
         due: None to count, or whether the window closes, as far as the caller decides.
         args: the extra arguments to average, floating scalars by name.
         length: i32[], the length of the window.
@@ -83,7 +83,7 @@ def check_microbatch(
     check_fits(grads, like)
     check_devices.check_parts(grads, over)
     if not alone:
-        check_devices.check_placed(over.as_parts(grads, None)[0], sums)
+        check_devices.check_placed(over.as_parts(grads), sums)
     check_args.check_spelling(extra_args, {*options.inner_args, *options.average_args})
     if weight is not None:
         weight = check_args.as_weight("`weight`", weight)

@@ -62,9 +62,18 @@ def open_sums(params: Any, accumulator_dtype: Any = None) -> Any:
     return jax.tree.map(zeros, params)
 
 
-def counts(weight: jax.Array) -> jax.Array:
-    """Returns whether a weight counts: positive and finite."""
-    return (weight > 0) & jnp.isfinite(weight)
+# Between these a weight and the sum of a window's have reciprocals that are normal in float32.
+SMALLEST, LARGEST = 2.0**-100, 2.0**126
+
+
+def fits(weight: jax.Array, before: Any = 0, largest: float = LARGEST) -> jax.Array:
+    """Returns whether a weight is one, and the sum with those `before` at most `largest`."""
+    return (weight >= 0) & (before + weight <= largest)
+
+
+def counts(weight: jax.Array, before: Any = 0, largest: float = LARGEST) -> jax.Array:
+    """Returns whether a weight fits, and is not so small that it means 0."""
+    return (weight >= SMALLEST) & (before + weight <= largest)
 
 
 def add(
@@ -74,6 +83,7 @@ def add(
     *,
     first: jax.Array | bool = False,
     accept: jax.Array | bool = True,
+    valid: jax.Array | None = None,
 ) -> Any:
     """Returns `sums` with `weight * values` added, or begun afresh with it.
 
@@ -91,7 +101,10 @@ def add(
         first: bool[], whether this microbatch opens the window: then the old sums are
             overwritten, not read.
         accept: bool[], whether this microbatch counts: if not, the sums stay as they are.
+        valid: bool[], whether the weight counts, where that is not for the weight alone to say.
     """
+    if weight is not None and valid is None:
+        valid = counts(weight)
 
     def leaf(x, s):
         if x is None:
@@ -103,7 +116,7 @@ def add(
             # x + -0.0 is x for every x. With 0.0 XLA:GPU would share, and keep, one large array
             # with the loop of a gradient that is scanned over layers.
             nothing = jnp.full_like(term, -0.0 if term.ndim else 0.0)
-            term = lax.select(counts(weight), times(term, weight), nothing)
+            term = lax.select(valid, times(term, weight), nothing)
         new = select(first, term, old + term)
         return select(accept, new.astype(s.dtype), s)
 
