@@ -6,13 +6,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 
 from optaccum._check import arguments, devices as check_devices, extra_args as check_args
 from optaccum._check.gradients import Options, check_microbatch, check_parameters
 from optaccum._core import window
-from optaccum._core.traced import both, branch, cast_like, strongly_typed
+from optaccum._core.traced import both, branch, cast_like, shapes_of_updates, strongly_typed
 from optaccum._core.window import Sums
 from optaccum._state import AccumulateState
 
@@ -22,6 +21,7 @@ def accumulate(
     inner: optax.GradientTransformation | None = None,
     *,
     use_grad_mean: bool = True,
+    loss_reduction: str = "mean",
     should_skip_update_fn: Callable[[Any, jax.Array, Any], tuple[Any, Any]] | None = None,
     accumulator_dtype: jax.typing.DTypeLike | None = None,
     average_args: tuple[str, ...] = (),
@@ -106,6 +106,9 @@ def accumulate(
         inner: the optimizer that steps once a window; None for `optax.identity()`. It gets every
             extra argument but `weight` and `release`.
         use_grad_mean: whether G is the weighted mean or the weighted sum.
+        loss_reduction: "mean" where g_i is the gradient of a mean over w_i examples or tokens;
+            "sum" where it is that of a sum, and G = (sum_i g_i) / (sum_i w_i). `average_args` are
+            taken for sums like the loss then, too.
         should_skip_update_fn: `(grads, gradient_step, params) -> (bool[], report)`, Optax's
             protocol: `optax.skip_not_finite`, `functools.partial(optax.skip_large_updates,
             max_squared_norm=...)`. The report is kept in `skip_state`.
@@ -152,6 +155,7 @@ def accumulate(
         check_args.named_by(inner.update),
     )
     inner = arguments.as_inner(inner)
+    summed = arguments.check_loss_reduction(loss_reduction) == "sum"
     judge = arguments.as_judge(should_skip_update_fn)
     accumulator_dtype = arguments.check_accumulator_dtype(accumulator_dtype)
 
@@ -208,13 +212,15 @@ def accumulate(
         # Add it.
         certain = weight is None or (isinstance(weight, float) and weight > 0)
         factor = None if weight is None else jnp.asarray(weight, jnp.float32)
-        values = Sums(jnp.float32(1), () if alone else grads, given.args)
+        one = factor if summed and factor is not None else jnp.float32(1)
+        values = Sums(one, () if alone else grads, given.args)
         sums = window.add(
             Sums(state.weight, state.grad_sum, state.arg_sums),
             over.store(values),
             factor,
             first=first,
             accept=accept,
+            summed=summed,
         )
         total = over.total(sums, due, closes)
         steps = closes if certain else both(closes, total > 0)
@@ -225,14 +231,15 @@ def accumulate(
             grad_sum, args = over.reduce(kept.grads, kept.scalars, trained)
             mean, args = window.mean(Sums(total, grad_sum, args), values, of_grads=use_grad_mean)
             if alone:
-                mean = grads if use_grad_mean else window.weighted(grads, factor)
+                mean = window.alone(grads, factor, summed=summed, of_mean=use_grad_mean)
             updates, new = inner.update(mean, inner_state, params, **{**extra_args, **args})
             result = apply_updates(params, updates) if apply else updates
             return result, cast_like(new, inner_state)
 
         def zeros(step):
             if step is None:
-                shapes = _shapes_of_updates(inner, grads, state.inner_state, params, extra_args)
+                given = grads, state.inner_state, params, extra_args
+                shapes = shapes_of_updates(inner.update, *given)
             else:
                 shapes = jax.eval_shape(step, state.inner_state)[0]
             return (optax.tree.zeros_like(shapes),)
@@ -289,18 +296,3 @@ def apply_updates(params: Any, updates: optax.Updates) -> Any:
 def _trained(params: Any) -> Any:
     """Returns the tree that gradients are taken of: lookahead's slow copy has none."""
     return params.fast if isinstance(params, optax.LookaheadParams) else params
-
-
-def _shapes_of_updates(
-    inner: Any, grads: Any, inner_state: Any, params: Any, extra_args: dict[str, Any]
-) -> Any:
-    """Returns shapes and dtypes of the updates of `inner`, whose trace JAX remembers by its types.
-
-    So a loop without `jax.jit` traces `inner` once and not on every hold.
-    """
-    known = (jax.Array, np.ndarray, np.generic, int, float, complex)
-    arrays = {name: x for name, x in extra_args.items() if isinstance(x, known)}
-    update, others = inner.update, {k: x for k, x in extra_args.items() if k not in arrays}
-    if others:  # functions and trees of them are no arguments of a traced function
-        update = functools.partial(update, **others)
-    return jax.eval_shape(update, grads, inner_state, params, **arrays)[0]

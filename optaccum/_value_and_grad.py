@@ -23,6 +23,7 @@ def value_and_grad(
     num_microbatches: int,
     batch_argnums: int | Sequence[int] | None = None,
     weight_fn: Callable[..., Any] | None = None,
+    loss_reduction: str = "mean",
     rng_argnums: int | Sequence[int] = (),
     carry_argnum: int | None = None,
     accumulator_dtype: jax.typing.DTypeLike | None = None,
@@ -111,6 +112,8 @@ def value_and_grad(
             counts, a scalar >= 0 such as its unpadded tokens. None for 1 each. Weights are summed
             in float32, token counts up to 2**24 exactly, or in float64 with `jax_enable_x64`. Sum
             masks in float32 or integers: bfloat16 rounds a count to 8 bits.
+        loss_reduction: "mean" where `fun` is a mean over w_i examples or tokens; "sum" where it is
+            a sum, and loss = (sum_i l_i) / (sum_i w_i), and the gradient likewise.
         rng_argnums: positions of keys, or pytrees of them such as `{"dropout": key}`: in
             microbatch i each key is `jax.random.fold_in(key, i)`. Typed keys elsewhere are
             refused; raw ones (`jax.random.PRNGKey`) cannot be told from data.
@@ -139,6 +142,7 @@ def value_and_grad(
     arguments.check_function("`fun`", fun)
     if weight_fn is not None:
         arguments.check_function("`weight_fn`", weight_fn)
+    summed = arguments.check_loss_reduction(loss_reduction) == "sum"
     n = arguments.check_count("`num_microbatches`", num_microbatches)
     accumulator_dtype = arguments.check_accumulator_dtype(accumulator_dtype)
     axes = check_devices.check_axes(reduce_axes)
@@ -200,8 +204,11 @@ def value_and_grad(
 
         carry = jax.tree.map(strongly_typed, args[carries[0]]) if carries else None
         if n == 1 and not axes:
-            loss, aux, carry, grads, _, valid = run(0, carry, 0)
+            loss, aux, carry, grads, weight, valid = run(0, carry, 0)
             if valid is not None:
+                if summed:
+                    each = Sums(weight, grads, loss)
+                    grads, loss = window.mean(each, each)
                 zeros = jax.tree.map(jnp.zeros_like, (loss, grads))
                 loss, grads = where(valid, (loss, grads), zeros)
             aux = jax.tree.map(lambda x: jnp.asarray(x)[None], aux)
@@ -211,7 +218,7 @@ def value_and_grad(
                 sums, before, carry = held
                 loss, aux, carry, grads, weight, valid = run(i, carry, before)
                 # The sums begin as zeros in this program, so nothing is there to overwrite.
-                sums = window.add(sums, grads, weight, valid=valid)
+                sums = window.add(sums, grads, weight, valid=valid, summed=summed)
                 if valid is not None:
                     before += jnp.where(valid, weight, 0)
                 return (sums, before, carry), (loss, aux, weight, valid)
@@ -227,7 +234,7 @@ def value_and_grad(
             if weights is None:
                 total = jnp.asarray(n, dtype)
             terms = window.open_sums(losses)
-            terms = window.add(terms, losses, weights, first=True, valid=valid).sum()
+            terms = window.add(terms, losses, weights, first=True, valid=valid, summed=summed).sum()
             sums, (total, terms) = over.reduce(sums, (total, terms))
             grads, loss = window.mean(Sums(total, sums, terms), Sums(None, params, losses))
         aux = (carry, aux) if carries else aux

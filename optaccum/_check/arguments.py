@@ -104,6 +104,16 @@ def window_length(
     return jnp.asarray(every_k, jnp.int32)
 
 
+def check_loss_reduction(reduction: Any) -> str:
+    """Returns `loss_reduction`, if it is one."""
+    if not isinstance(reduction, str) or reduction not in ("mean", "sum"):
+        raise ValueError(
+            f"`loss_reduction` must be 'mean' or 'sum', got {reduction!r}; it says what the loss "
+            "is of the examples or tokens that `weight` counts"
+        )
+    return reduction
+
+
 def check_transformation(name: str, tx: Any) -> None:
     """Raises unless `tx` has the `init` and `update` of a transformation."""
     if not (callable(getattr(tx, "init", None)) and callable(getattr(tx, "update", None))):

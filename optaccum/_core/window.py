@@ -84,6 +84,7 @@ def add(
     first: jax.Array | bool = False,
     accept: jax.Array | bool = True,
     valid: jax.Array | None = None,
+    summed: bool = False,
 ) -> Any:
     """Returns `sums` with `weight * values` added, or begun afresh with it.
 
@@ -102,6 +103,8 @@ def add(
             overwritten, not read.
         accept: bool[], whether this microbatch counts: if not, the sums stay as they are.
         valid: bool[], whether the weight counts, where that is not for the weight alone to say.
+        summed: whether `values` are sums already, that of the weights too: then the weight only
+            says whether they count.
     """
     if weight is not None and valid is None:
         valid = counts(weight)
@@ -116,7 +119,7 @@ def add(
             # x + -0.0 is x for every x. With 0.0 XLA:GPU would share, and keep, one large array
             # with the loop of a gradient that is scanned over layers.
             nothing = jnp.full_like(term, -0.0 if term.ndim else 0.0)
-            term = lax.select(valid, times(term, weight), nothing)
+            term = lax.select(valid, term if summed else times(term, weight), nothing)
         new = select(first, term, old + term)
         return select(accept, new.astype(s.dtype), s)
 
@@ -162,10 +165,12 @@ def mean(sums: Sums, like: Sums, *, of_grads: bool = True) -> tuple[Any, Any]:
     return tree(like.grads, sums.grads, of_grads), tree(like.scalars, sums.scalars, True)
 
 
-def weighted(grads: Any, weight: jax.Array | None) -> Any:
-    """Returns the weighted sum of a window of one microbatch, in the gradients' dtypes."""
-    if weight is None:
+def alone(grads: Any, weight: jax.Array | None, *, summed: bool, of_mean: bool) -> Any:
+    """Returns what a window of one microbatch releases, in the gradients' dtypes."""
+    if weight is None or summed != of_mean:
         return grads
+    if summed:
+        return mean(Sums(weight, grads, ()), Sums(None, grads, ()))[0]
     sums = add(open_sums(grads), grads, weight, first=True)
     return jax.tree.map(lambda s, g: s.astype(jnp.result_type(g)), sums, grads)
 
