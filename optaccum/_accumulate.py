@@ -10,12 +10,14 @@ import optax
 
 from optaccum._check import arguments, devices as check_devices, extra_args as check_args
 from optaccum._check.gradients import Options, check_microbatch, check_parameters
+from optaccum._check.multi_steps import Accumulate, explain_order
 from optaccum._core import window
 from optaccum._core.traced import both, branch, cast_like, shapes_of_updates, strongly_typed
 from optaccum._core.window import Sums
 from optaccum._state import AccumulateState
 
 
+@explain_order
 def accumulate(
     every_k: int | jax.Array | Callable[[jax.Array], jax.typing.ArrayLike],
     inner: optax.GradientTransformation | None = None,
@@ -247,8 +249,8 @@ def accumulate(
         if apply:
             result, inner_state = branch(due, steps, step, (params, state.inner_state))
         else:
-            step = functools.partial(step, params)
-            result, inner_state = branch(due, steps, step, (state.inner_state,), zeros)
+            update = functools.partial(step, params)
+            result, inner_state = branch(due, steps, update, (state.inner_state,), zeros)
         return result, AccumulateState(
             mini_step=jnp.where(closes, 0, jnp.where(accept, count, state.mini_step)),
             gradient_step=jnp.where(
@@ -270,7 +272,7 @@ def accumulate(
         return advance(grads, state, params, weight, release, extra_args, apply=True)
 
     vars(update_fn)["_apply"] = update_fn, apply_fn
-    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+    return Accumulate(init_fn, update_fn)
 
 
 def find_apply(update: Any) -> Callable[..., tuple[Any, AccumulateState]] | None:

@@ -220,7 +220,7 @@ def value_and_grad(
                 # The sums begin as zeros in this program, so nothing is there to overwrite.
                 sums = window.add(sums, grads, weight, valid=valid, summed=summed)
                 if valid is not None:
-                    before += jnp.where(valid, weight, 0)
+                    before += jnp.where(valid, jnp.asarray(weight), 0)
                 return (sums, before, carry), (loss, aux, weight, valid)
 
             # Zeros of the gradients' type: where it is `unreduced`, that of `params` is not.

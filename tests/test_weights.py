@@ -133,4 +133,6 @@ def test_the_derivative_with_respect_to_a_weight():
 
     assert float(jax.grad(run)(1.0)) == pytest.approx(0.5)
     assert float(jax.grad(run)(0.0)) == 0
-    assert "derivative with respect to a weight" in " ".join(optaccum.accumulate.__doc__.split())
+    assert "derivative with respect to a weight" in " ".join(
+        str(optaccum.accumulate.__doc__).split()
+    )

@@ -37,7 +37,7 @@ class Whole:
         """Returns a microbatch in the shapes that a state keeps."""
         return values
 
-    def load(self, sums: Sums) -> Sums:
+    def load(self, sums: Any) -> Any:
         """Returns sums that a state keeps, in the shapes of a microbatch."""
         return sums
 

@@ -83,7 +83,7 @@ def add(
     *,
     first: jax.Array | bool = False,
     accept: jax.Array | bool = True,
-    valid: jax.Array | None = None,
+    valid: Any = None,
     summed: bool = False,
 ) -> Any:
     """Returns `sums` with `weight * values` added, or begun afresh with it.
