@@ -6,22 +6,24 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 
-from optaccum._check import arguments, devices as check_devices
+from optaccum._check import arguments, devices as check_devices, extra_args as check_args
 from optaccum._check.gradients import Options, check_microbatch, check_parameters
+from optaccum._check.multi_steps import Accumulate, explain_order
 from optaccum._core import window
-from optaccum._core.traced import both, branch, cast_like, strongly_typed
+from optaccum._core.traced import both, branch, cast_like, shapes_of_updates, strongly_typed
 from optaccum._core.window import Sums
 from optaccum._state import AccumulateState
 
 
+@explain_order
 def accumulate(
     every_k: int | jax.Array | Callable[[jax.Array], jax.typing.ArrayLike],
     inner: optax.GradientTransformation | None = None,
     *,
     use_grad_mean: bool = True,
+    loss_reduction: str = "mean",
     should_skip_update_fn: Callable[[Any, jax.Array, Any], tuple[Any, Any]] | None = None,
     accumulator_dtype: jax.typing.DTypeLike | None = None,
     average_args: tuple[str, ...] = (),
@@ -73,6 +75,9 @@ def accumulate(
         inner: the optimizer that steps once per window; None for `optax.identity()`. It gets every
             extra argument but `weight` and `release`. Schedules inside it count releases.
         use_grad_mean: whether G is the weighted mean or the weighted sum.
+        loss_reduction: "mean" where g_i is the gradient of a mean over w_i examples or tokens;
+            "sum" where it is that of a sum, and G = (sum_i g_i) / (sum_i w_i). `average_args` are
+            taken for sums like the loss then, too.
         should_skip_update_fn: `(grads, gradient_step, params) -> (bool[], report)`, Optax's
             protocol: `optax.skip_not_finite`, `functools.partial(optax.skip_large_updates,
             max_squared_norm=...)`. The report is kept in `skip_state`.
@@ -88,7 +93,8 @@ def accumulate(
         `update` takes two extra arguments of its own.
 
         * `weight`: scalar >= 0, how much this microbatch counts (default 1). Weights are summed
-          in float32, token counts up to 2**24 exactly.
+          in float32, token counts up to 2**24 exactly. The derivative with respect to a weight
+          of 0 is 0.
         * `release`: None to count (the default). True closes the window now, False keeps it open.
           A Python bool compiles without a conditional; a bool[] is decided when the program runs.
           To close only the last window of an epoch early, pass `True if last else None`.
@@ -99,12 +105,16 @@ def accumulate(
 
     References: `optax.MultiSteps`; github.com/google-deepmind/optax issues 320 and 472.
     """
+    inner = optax.identity() if inner is None else inner
+    arguments.check_transformation("`inner`", inner)
     options = Options(
         arguments.check_every_k(every_k),
-        arguments.check_average_args(average_args),
+        check_args.check_average_args(average_args),
         check_devices.check_axes(reduce_axes),
+        check_args.named_by(inner.update),
     )
-    inner = arguments.as_inner(optax.identity() if inner is None else inner)
+    inner = arguments.as_inner(inner)
+    summed = arguments.check_loss_reduction(loss_reduction) == "sum"
     judge = arguments.as_judge(should_skip_update_fn)
     accumulator_dtype = arguments.check_accumulator_dtype(accumulator_dtype)
 
@@ -146,26 +156,30 @@ def accumulate(
             verdict = judge(grads, state.gradient_step, params, skip_state)
             skip, report = over.agree(*verdict)
             accept, skip_state = ~skip, cast_like(report, skip_state)
-        grads, weight = over.as_parts(grads, weight)
-        if isinstance(weight, jax.Array) and not over.owns(weight):
-            accept = both(accept, jnp.isfinite(weight) & (weight >= 0))
+        grads = over.as_parts(grads)
+        first = alone or state.mini_step == 0
+        if isinstance(weight, jax.Array):
+            before = 0.0 if alone else jnp.where(first, 0, over.load(jnp.asarray(state.weight)))
+            valid, weight = over.admit(weight, before)
+            accept = both(accept, valid)
 
         # Does the window close?
         count = jnp.asarray(optax.safe_increment(state.mini_step))
-        first = alone or state.mini_step == 0
         due = count >= given.length if given.due is None else given.due
         closes = both(accept, due)
 
         # Add it.
         certain = weight is None or (isinstance(weight, float) and weight > 0)
         factor = None if weight is None else jnp.asarray(weight, jnp.float32)
-        values = Sums(jnp.float32(1), () if alone else grads, given.args)
+        one = factor if summed and factor is not None else jnp.float32(1)
+        values = Sums(one, () if alone else grads, given.args)
         sums = window.add(
             Sums(state.weight, state.grad_sum, state.arg_sums),
             over.store(values),
             factor,
             first=first,
             accept=accept,
+            summed=summed,
         )
         total = over.total(sums, due, closes)
         steps = closes if certain else both(closes, total > 0)
@@ -176,7 +190,7 @@ def accumulate(
             grad_sum, args = over.reduce(kept.grads, kept.scalars, trained)
             mean, args = window.mean(Sums(total, grad_sum, args), values, of_grads=use_grad_mean)
             if alone:
-                mean = grads if use_grad_mean else window.weighted(grads, factor)
+                mean = window.alone(grads, factor, summed=summed, of_mean=use_grad_mean)
             updates, new = inner.update(mean, inner_state, params, **{**extra_args, **args})
             result = apply_updates(params, updates) if apply else updates
             return result, cast_like(new, inner_state)
@@ -184,7 +198,7 @@ def accumulate(
         def shapes(step):
             if step is not None:
                 return (jax.eval_shape(step, state.inner_state)[0],)
-            return (_shapes_of_updates(inner, grads, state.inner_state, params, extra_args),)
+            return (shapes_of_updates(inner.update, grads, state.inner_state, params, extra_args),)
 
         if apply:
             result, inner_state = branch(due, steps, step, (params, state.inner_state))
@@ -212,7 +226,7 @@ def accumulate(
         return advance(grads, state, params, weight, release, extra_args, apply=True)
 
     vars(update_fn)["_apply"] = update_fn, apply_fn
-    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+    return Accumulate(init_fn, update_fn)
 
 
 def find_apply(update: Any) -> Callable[..., tuple[Any, AccumulateState]] | None:
@@ -238,18 +252,3 @@ def apply_updates(params: Any, updates: optax.Updates) -> Any:
 def _trained(params: Any) -> Any:
     """Returns the tree that gradients are taken of: lookahead's slow copy has none."""
     return params.fast if isinstance(params, optax.LookaheadParams) else params
-
-
-def _shapes_of_updates(
-    inner: Any, grads: Any, inner_state: Any, params: Any, extra_args: dict[str, Any]
-) -> Any:
-    """Returns shapes and dtypes of the updates of `inner`, whose trace JAX remembers by its types.
-
-    So a loop without `jax.jit` traces `inner` once and not on every hold.
-    """
-    known = (jax.Array, np.ndarray, np.generic, int, float, complex)
-    arrays = {name: x for name, x in extra_args.items() if isinstance(x, known)}
-    update, others = inner.update, {k: x for k, x in extra_args.items() if k not in arrays}
-    if others:  # functions and trees of them are no arguments of a traced function
-        update = functools.partial(update, **others)
-    return jax.eval_shape(update, grads, inner_state, params, **arrays)[0]

@@ -8,6 +8,7 @@ import jax
 from jax import lax
 import jax.numpy as jnp
 
+from optaccum._core.window import counts as counts_as
 from optaccum._state import get_state
 
 
@@ -45,7 +46,7 @@ def take_in(
         )
     counts = advanced.skipped == window.skipped
     if weight is not None:
-        counts &= jnp.asarray(weight) > 0
+        counts &= counts_as(jnp.asarray(weight, jnp.float32))
     first = (window.mini_step == 0) | (window.weight == 0)
 
     def merge(largest, x):

@@ -5,6 +5,8 @@ from typing import Any, NamedTuple
 import jax
 import optax
 
+from optaccum._check.multi_steps import renamed
+
 
 class AccumulateState(NamedTuple):
     """State of :func:`optaccum.accumulate`.
@@ -35,6 +37,9 @@ class AccumulateState(NamedTuple):
     arg_sums: dict[str, jax.Array]
     skip_state: Any
     inner_state: Any
+
+    def __getattr__(self, name: str) -> Any:
+        raise renamed("AccumulateState", name)
 
 
 def get_state(opt_state: Any) -> AccumulateState:

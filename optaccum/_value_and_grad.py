@@ -8,8 +8,9 @@ import jax
 from jax import lax
 import jax.numpy as jnp
 
-from optaccum._check import arguments, batch as check_batch, devices as check_devices
+from optaccum._check import arguments, batch as check_batch, devices as check_devices, extra_args
 from optaccum._core import batch, window
+from optaccum._core.devices import vary, varying
 from optaccum._core.traced import cast_like, strongly_typed, where
 from optaccum._core.window import Sums
 
@@ -55,8 +56,9 @@ def value_and_grad(
     has_aux: bool = False,
     *,
     num_microbatches: int,
-    batch_argnums: int | Sequence[int] = 1,
+    batch_argnums: int | Sequence[int] | None = None,
     weight_fn: Callable[..., Any] | None = None,
+    loss_reduction: str = "mean",
     rng_argnums: int | Sequence[int] = (),
     carry_argnum: int | None = None,
     accumulator_dtype: jax.typing.DTypeLike | None = None,
@@ -103,8 +105,8 @@ def value_and_grad(
     `num_microbatches` 1                          `jax.value_and_grad(fun)`: no scan, no sums, the
                                                   caller's keys; aux has its leading axis of 1
                                                   (with `reduce_axes` there are sums)
-    weight 0, or an array: negative, inf or NaN   the microbatch adds nothing, not even a NaN, and
-                                                  leaves the carry as it was; its aux is kept
+    weight below 2**-100 (0), negative or NaN,    the microbatch adds nothing, not even a NaN, and
+    or one that takes their sum above 2**126      leaves the carry as it was; its aux is kept
     weights sum to 0                              loss and gradients are zeros
     n does not divide the rows                    an error that names the nearest divisors; pad,
                                                   and give the padding no weight
@@ -139,11 +141,14 @@ def value_and_grad(
         has_aux: whether `fun` returns `(scalar, aux)`.
         num_microbatches: n, an integer >= 1.
         batch_argnums: positions of the pytrees to split. All their leaves have the same leading
-            axis, which n divides.
+            axis, which n divides. None for the argument 1, and then no other positional argument
+            may have as many rows: pass 1 to give it to every microbatch whole.
         weight_fn: called as `fun` is, with the arguments of each microbatch; returns how much it
             counts, a scalar >= 0 such as its unpadded tokens. None for 1 each. Weights are summed
             in float32, token counts up to 2**24 exactly, or in float64 with `jax_enable_x64`. Sum
             masks in float32 or integers: bfloat16 rounds a count to 8 bits.
+        loss_reduction: "mean" where `fun` is a mean over w_i examples or tokens; "sum" where it is
+            a sum, and loss = (sum_i l_i) / (sum_i w_i), and the gradient likewise.
         rng_argnums: positions of keys, or pytrees of them such as `{"dropout": key}`: in
             microbatch i each key is `jax.random.fold_in(key, i)`. Typed keys elsewhere are
             refused; raw ones (`jax.random.PRNGKey`) cannot be told from data.
@@ -163,21 +168,23 @@ def value_and_grad(
             differs between devices whose gradients are summed, a carry that changes its type, or
             a loss or gradients that are reduced over `reduce_axes` already.
         ValueError: (here) for `num_microbatches` below 1, no batch, or a carry without `has_aux`;
-            (when traced) for batch leaves that cannot be split, an argument with two roles, or
-            `reduce_axes` that the mesh has not, or not as Manual or Explicit ones.
+            (when traced) for batch leaves that cannot be split, an argument with two roles or
+            with rows that `batch_argnums` does not name, or `reduce_axes` that the mesh has not,
+            or not as Manual or Explicit ones.
 
     References: `optax.microbatch`; github.com/google-research/t5x `trainer.py`.
     """
     arguments.check_function("`fun`", fun)
     if weight_fn is not None:
         arguments.check_function("`weight_fn`", weight_fn)
+    summed = arguments.check_loss_reduction(loss_reduction) == "sum"
     n = arguments.check_count("`num_microbatches`", num_microbatches)
     accumulator_dtype = arguments.check_accumulator_dtype(accumulator_dtype)
     axes = check_devices.check_axes(reduce_axes)
     roles = check_batch.check_roles(
         {
             "`argnums`": argnums,
-            "`batch_argnums`": batch_argnums,
+            "`batch_argnums`": 1 if batch_argnums is None else batch_argnums,
             "`rng_argnums`": rng_argnums,
             "`carry_argnum`": () if carry_argnum is None else (carry_argnum,),
         },
@@ -188,6 +195,8 @@ def value_and_grad(
     @functools.wraps(fun)
     def value_and_grad_fn(*args, **kwargs):
         trained, rows, rngs, carries = check_batch.check_call(roles, args, kwargs, n)
+        if batch_argnums is None:
+            check_batch.check_no_other_rows(args, rows[0], (*trained, *rngs, *carries))
         over, *_ = [check_devices.check_sums(args[j], axes) for j in trained]
         # Of parameters that all devices share JAX would sum the gradients, each time.
         args = [over.share(x) if j in (*trained, *carries) else x for j, x in enumerate(args)]
@@ -196,8 +205,8 @@ def value_and_grad(
         split = {j: batch.split(args[j], n) for j in rows if n > 1}
         differentiate = jax.value_and_grad(fun, at, has_aux)
 
-        def run(i, carry):
-            """Returns loss, aux, carry, gradients and weight of microbatch i, or of them all."""
+        def pick(i, carry):
+            """Returns the arguments of microbatch i, or of them all."""
             own = list(args)
             for j, leaves in split.items():
                 own[j] = batch.take(leaves, i)
@@ -205,43 +214,62 @@ def value_and_grad(
                 own[j] = batch.own_keys(args[j], i)
             for j in carries:
                 own[j] = carry
+            return own
+
+        def weigh(own):
+            weight = weight_fn(*own, **kwargs) if weight_fn else 1.0
+            return jnp.asarray(extra_args.as_weight("`weight_fn(...)`", weight, dtype), dtype)
+
+        def run(i, carry, before):
+            """Returns loss, aux, carry, gradients, weight and whether it counts."""
+            own = pick(i, carry)
             value, grads = differentiate(*own, **kwargs)
             loss, aux = value if has_aux else (value, None)
-            weight = None
+            weight = valid = None
             if weight_fn is not None:
-                weight = weight_fn(*own, **kwargs)
-                weight = jnp.asarray(arguments.as_weight("`weight_fn(...)`", weight, dtype), dtype)
+                weight = weigh(own)
+                valid = window.counts(weight, before, over.largest)
             check_devices.check_gradients(loss, grads, weight, over)
             if carries:
                 new, aux = arguments.as_carry_and_aux(aux)
                 check_batch.check_carry(new, carry)
                 new = over.share(cast_like(new, carry))
-                carry = new if weight is None else where(window.counts(weight), new, carry)
-            return loss, aux, carry, grads, weight
+                carry = new if valid is None else where(valid, new, carry)
+            return loss, aux, carry, grads, weight, valid
 
         carry = jax.tree.map(strongly_typed, args[carries[0]]) if carries else None
         if n == 1 and not axes:
-            loss, aux, carry, grads, weight = run(0, carry)
-            if weight is not None:
+            loss, aux, carry, grads, weight, valid = run(0, carry, 0)
+            if valid is not None:
+                if summed:
+                    each = Sums(weight, grads, loss)
+                    grads, loss = window.mean(each, each)
                 zeros = jax.tree.map(jnp.zeros_like, (loss, grads))
-                loss, grads = where(window.counts(weight), (loss, grads), zeros)
+                loss, grads = where(valid, (loss, grads), zeros)
             aux = jax.tree.map(lambda x: jnp.asarray(x)[None], aux)
         else:
 
-            def body(sums_and_carry, i):
-                sums, carry = sums_and_carry
-                loss, aux, carry, grads, weight = run(i, carry)
+            def body(held, i):
+                sums, before, carry = held
+                loss, aux, carry, grads, weight, valid = run(i, carry, before)
                 # The sums begin as zeros in this program, so nothing is there to overwrite.
-                return (window.add(sums, grads, weight), carry), (loss, aux, weight)
+                sums = window.add(sums, grads, weight, valid=valid, summed=summed)
+                if valid is not None:
+                    before += jnp.where(valid, jnp.asarray(weight), 0)
+                return (sums, before, carry), (loss, aux, weight, valid)
 
             # Zeros of the gradients' type: where it is `unreduced`, that of `params` is not.
             zeros = jax.grad(lambda _: 0.0)(params)
             sums = window.open_sums(zeros, accumulator_dtype)
-            (sums, carry), (losses, aux, weights) = lax.scan(body, (sums, carry), jnp.arange(n))
-            total = jnp.asarray(n, dtype)
-            if weights is not None:
-                total = jnp.where(window.counts(weights), weights, 0).sum()
-            terms = window.add(window.open_sums(losses), losses, weights, first=True).sum()
+            total = jnp.zeros([], dtype)
+            if weight_fn is not None:
+                total = vary(total, tuple(varying(jax.eval_shape(weigh, pick(0, carry)))))
+            held, each = lax.scan(body, (sums, total, carry), jnp.arange(n))
+            (sums, total, carry), (losses, aux, weights, valid) = held, each
+            if weights is None:
+                total = jnp.asarray(n, dtype)
+            terms = window.open_sums(losses)
+            terms = window.add(terms, losses, weights, first=True, valid=valid, summed=summed).sum()
             sums, (total, terms) = over.reduce(sums, (total, terms))
             grads, loss = window.mean(Sums(total, sums, terms), Sums(None, params, losses))
         aux = (carry, aux) if carries else aux

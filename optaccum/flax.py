@@ -36,7 +36,6 @@ To go on with another `every_k`, set `state.replace(tx=new)` or `optimizer.tx = 
 `nnx.update(new.opt_state, nnx.state(old.opt_state))`.
 """
 
-from collections.abc import Mapping
 import dataclasses
 from typing import Any
 
@@ -55,6 +54,7 @@ except ModuleNotFoundError as error:
 
 from optaccum import _flax_fp8
 from optaccum._apply import apply_gradients
+from optaccum._check.extra_args import check_read
 from optaccum._flax_fp8 import OVERWRITE_WITH_GRADIENT, OverwriteState
 from optaccum._state import AccumulateState, get_state, has_released
 
@@ -105,15 +105,15 @@ class TrainState(train_state.TrainState):
             weight: how much the microbatch counts; see :func:`optaccum.accumulate`.
             release: whether to close the window; see :func:`optaccum.accumulate`.
             **kwargs: fields to replace, as in Flax. Others, which Flax does not take, are extra
-                arguments of the transformation, such as `value=loss`.
+                arguments that the transformation reads, such as `value=loss`.
 
         Returns:
             A state with `step` one higher and the parameters, the optimizer's state and the named
             fields replaced.
 
         Raises:
-            TypeError: if the transformation does not take an extra argument (most of Optax's take
-                and ignore any), or for a collection, such as `batch_stats`, that is no field.
+            TypeError: for an argument that is no field and that nothing in the transformation
+                reads (but Optax's own `value`, `grad` and `value_fn`, which any may be given).
             ValueError: if the parameters hold a collection to be overwritten but the state was
                 not made with `create`.
             Exception: what the `update` of the transformation raises.
@@ -121,14 +121,15 @@ class TrainState(train_state.TrainState):
         names = {field.name for field in dataclasses.fields(self)}
         fields = {name: value for name, value in kwargs.items() if name in names}
         extra_args = {name: value for name, value in kwargs.items() if name not in names}
-        _check_no_collection(extra_args, grads, type(self).__name__)
         given = {"weight": weight, "release": release}
         extra_args |= {name: value for name, value in given.items() if value is not None}
 
+        def step(*microbatch):
+            check_read(self.tx, microbatch, extra_args, type(self), names)
+            return apply_gradients(self.tx, *microbatch, **extra_args)
+
         if not _flax_fp8.holds(grads):
-            params, opt_state = apply_gradients(
-                self.tx, grads, self.opt_state, self.params, **extra_args
-            )
+            params, opt_state = step(grads, self.opt_state, self.params)
             return self.replace(step=self.step + 1, params=params, opt_state=opt_state, **fields)
 
         state: Any = self.opt_state
@@ -140,9 +141,7 @@ class TrainState(train_state.TrainState):
                 "make the train state with `optaccum.flax.TrainState.create`, or give it one as "
                 "`optaccum.flax.OverwriteState` says"
             )
-        params, opt_state = apply_gradients(
-            self.tx, grads["params"], before, self.params["params"], **extra_args
-        )
+        params, opt_state = step(grads["params"], before, self.params["params"])
         overwritten = grads[OVERWRITE_WITH_GRADIENT]
         if wrapped:
             overwritten, opt_state = _flax_fp8.take_in(
@@ -271,16 +270,6 @@ class Optimizer(nnx.Optimizer):
 
 def _accumulates(opt_state: Any) -> bool:
     return bool(optax.tree.get_all_with_path(opt_state, AccumulateState.__name__))
-
-
-def _check_no_collection(extra_args: dict[str, Any], grads: Any, kind: str) -> None:
-    """Raises where a field is missing: Optax would take any argument and say nothing."""
-    for name, value in extra_args.items():
-        if isinstance(value, Mapping) and jax.tree.structure(value) != jax.tree.structure(grads):
-            raise TypeError(
-                f"`{name}` is no field of {kind} and no argument of an optimizer; subclass it, "
-                f"`class State({kind}): {name}: Any`"
-            )
 
 
 def _as_arrays(tree: Any) -> Any:

@@ -6,9 +6,11 @@ the other. Nothing here is shared with the library.
 
 from collections.abc import Callable, Mapping, Sequence
 import dataclasses
-import math
 
 import numpy as np
+
+# A weight below the first is 0; the sum of a window's weights is not above the second.
+SMALLEST, LARGEST = 2.0**-100, 2.0**126
 
 Leaves = list[np.ndarray | None]
 
@@ -83,7 +85,11 @@ def simulate(
     mini_step = gradient_step = skipped = 0
     for microbatch in microbatches:
         released, gradient, args, error_scale = False, None, None, None
-        if microbatch.rejected or not 0 <= microbatch.weight < math.inf:
+        if microbatch.weight < SMALLEST:
+            microbatch = dataclasses.replace(microbatch, weight=min(microbatch.weight, 0.0))
+        before = sum(m.weight for m in window) if mini_step else 0.0
+        is_weight = microbatch.weight >= 0 and before + microbatch.weight <= LARGEST
+        if microbatch.rejected or not is_weight:
             skipped += 1
         else:
             window = [*window, microbatch] if mini_step else [microbatch]

@@ -142,13 +142,37 @@ WINDOWS = {
         (5.0, {"weight": 2.0, "release": True}, -5.0, 0, 1, 0),
     ),
     **{
-        f"`weight` an array, {weight}: the microbatch is rejected": (
+        f"`weight` {weight}, {kind.__name__}: the microbatch is rejected": (
             accumulate(2, SGD),
             (2.0, {"weight": 1.0}, 0.0, 1, 0, 0),
-            (9.0, {"weight": jnp.float32(weight)}, 0.0, 1, 0, 1),
+            (9.0, {"weight": kind(weight)}, 0.0, 1, 0, 1),
             (4.0, {"weight": 3.0}, -3.5, 0, 1, 1),
         )
-        for weight in (-1.0, NAN, INF, -INF)
+        for weight in (-1.0, -1e-30, NAN, INF, -INF, 3e38)
+        for kind in (float, np.float32, np.float64, jnp.float32)
+    },
+    **{
+        f"`weight` {weight}, {kind.__name__}: below 2**-100 is 0": (
+            accumulate(2, SGD),
+            (9.0, {"weight": kind(weight)}, 0.0, 1, 0, 0),
+            (NAN, {"weight": kind(weight)}, 0.0, 0, 0, 0),
+            (9.0, {"weight": kind(weight)}, 0.0, 1, 0, 0),
+            (4.0, {"weight": kind(2.0**-100)}, -4.0, 0, 1, 0),
+        )
+        for weight in (1e-33, 2.0**-101, 1e-40, 1e-300)
+        for kind in (float, np.float32, np.float64, jnp.float32)
+    },
+    **{
+        f"weights, {kind.__name__}, whose sum would be above 2**126: the microbatch is rejected": (
+            accumulate(2, SGD),
+            (2.0, {"weight": kind(2.0**125)}, 0.0, 1, 0, 0),
+            (9.0, {"weight": kind(2.0**126)}, 0.0, 1, 0, 1),
+            (3.0, {"weight": kind(2.0**125)}, -2.5, 0, 1, 1),
+            (2.0, {"weight": kind(2.0**126)}, -2.5, 1, 1, 1),
+            (9.0, {"weight": kind(2.0**120)}, -2.5, 1, 1, 2),
+            (2.0, {"weight": kind(1.0)}, -4.5, 0, 2, 2),
+        )
+        for kind in (float, np.float32, np.float64, jnp.float32)
     },
     "`should_skip_update_fn` says skip: the microbatch is rejected": (
         skipping(3),
@@ -463,6 +487,11 @@ def weigh(first, second):
         pytest.param(2, weigh(-1, 3), 5.5, id="a negative weight adds nothing"),
         pytest.param(2, weigh(3, NAN), 2.0, id="a NaN weight adds nothing"),
         pytest.param(2, weigh(INF, 3), 5.5, id="an infinite weight adds nothing"),
+        pytest.param(2, weigh(3, 1e-33), 2.0, id="a weight below 2**-100 adds nothing"),
+        pytest.param(1, lambda *_: 1e-33, 0.0, id="a weight below 2**-100 alone: zeros"),
+        pytest.param(2, lambda *_: -1, 0.0, id="negative weights that are known: zeros"),
+        pytest.param(2, weigh(3e38, 3), 5.5, id="a weight above 2**126 adds nothing"),
+        pytest.param(2, weigh(2.0**125, 2.0**126), 2.0, id="weights above 2**126 add nothing"),
         pytest.param(2, weigh(0, -1), 0.0, id="weights sum to 0: loss and gradients are zeros"),
         pytest.param(1, lambda *_: 0, 0.0, id="weight 0 of one microbatch: zeros"),
     ],

@@ -266,7 +266,9 @@ def test_a_loss_that_is_reduced_already(mesh):
     with pytest.raises(TypeError, match=f"{message}.*check_vma=False"):
         make_value_and_grad(mesh, 2, check_vma=False)(PARAMS, *BATCH)
     with pytest.raises(ValueError, match=r"'data', but the mesh here has the axes \[\]"):
-        value_and_grad(loss_fn, num_microbatches=2, reduce_axes="data")(PARAMS, *BATCH)
+        value_and_grad(loss_fn, num_microbatches=2, batch_argnums=(1, 2), reduce_axes="data")(
+            PARAMS, *BATCH
+        )
 
 
 def test_specs_of_the_state(mesh):

@@ -12,8 +12,11 @@ import optaccum
 
 leaves = st.tuples(st.lists(st.integers(0, 3), max_size=2).map(tuple), st.sampled_from(DTYPES))
 trees = st.lists(st.none() | leaves, min_size=1, max_size=3)
-weights = st.sampled_from([0.0, -1.0, float("nan"), float("inf")]) | st.floats(
-    2**-10, 2**10, width=32
+weights = st.one_of(
+    st.sampled_from([0.0, -1.0, float("nan"), float("inf")]),
+    st.sampled_from([1e-40, 2.0**-101, 2.0**-100, 2.0**125, 2.0**126]),
+    st.floats(2**-10, 2**10, width=32),
+    st.floats(2**-10, 2**10, width=32),
 )
 
 
@@ -37,7 +40,10 @@ def _loss(params, batch):
 )
 def test_random_batches(tree, weights, size, nan, seed):
     rng, n = np.random.default_rng(seed), len(weights)
-    valid = [0 < w < np.inf for w in weights]
+    total, valid = 0.0, []
+    for w in weights:
+        valid.append(w >= reference.SMALLEST and total + w <= reference.LARGEST)
+        total += w if valid[-1] else 0.0
     params = [None if leaf is None else np.zeros(*leaf) for leaf in tree]
     hypothesis.assume(any(leaf is not None for leaf in tree))
     rows = [None if leaf is None else draw(rng, (size, n, *leaf[0]), leaf[1]) for leaf in tree]

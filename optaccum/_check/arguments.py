@@ -1,10 +1,6 @@
-"""Arguments: what may be passed to a factory or as an extra argument, brought into one form.
+"""Arguments: what may be passed to a factory, brought into one form."""
 
-Static arguments are checked when a transformation is built, extra arguments when an update is
-traced. A value that is known at trace time stays a Python value, so that the program need not ask.
-"""
-
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 import contextlib
 import inspect
 import operator
@@ -19,7 +15,6 @@ import optax
 from optaccum._core.devices import unreduced
 
 INT32_MAX = np.iinfo(np.int32).max
-FLOAT32_MAX = float(np.finfo(np.float32).max)
 
 
 def leaf_name(path: Any) -> str:
@@ -107,6 +102,16 @@ def window_length(
         check_scalar("`every_k(gradient_step)`", length, jnp.integer, remedy=remedy)
         every_k = length if isinstance(length, jax.Array) else check_count("`every_k`", int(length))
     return jnp.asarray(every_k, jnp.int32)
+
+
+def check_loss_reduction(reduction: Any) -> str:
+    """Returns `loss_reduction`, if it is one."""
+    if not isinstance(reduction, str) or reduction not in ("mean", "sum"):
+        raise ValueError(
+            f"`loss_reduction` must be 'mean' or 'sum', got {reduction!r}; it says what the loss "
+            "is of the examples or tokens that `weight` counts"
+        )
+    return reduction
 
 
 def check_transformation(name: str, tx: Any) -> None:
@@ -207,64 +212,6 @@ def check_accumulator_dtype(dtype: Any) -> jnp.dtype | None:
             "jax.config.update('jax_enable_x64', True)"
         )
     return result
-
-
-def check_average_args(names: Any) -> tuple[str, ...]:
-    """Returns the names of the averaged extra arguments as a tuple."""
-    names = check_names("`average_args`", names, "a tuple of names like ('value',)")
-    reserved = {"weight", "release"}.intersection(names)
-    if reserved:
-        raise ValueError(
-            f"`average_args` cannot name {min(reserved)!r}: `accumulate` uses that argument itself"
-        )
-    return names
-
-
-def averaged(names: Iterable[str], extra_args: dict[str, Any]) -> dict[str, jax.Array]:
-    """Returns the extra arguments to average, as floating scalars."""
-    values = {}
-    for name in names:
-        if name not in extra_args:
-            raise ValueError(
-                f"`average_args` names {name!r}, but the update was called without it; pass "
-                f"`{name}=` with every microbatch"
-            )
-        value = extra_args[name]
-        check_scalar(f"`{name}` (one of `average_args`)", value, jnp.floating, jnp.integer)
-        dtype = jnp.result_type(value)
-        floating = jnp.issubdtype(dtype, jnp.floating)
-        values[name] = jnp.asarray(value, dtype if floating else jnp.float32)
-    return values
-
-
-def as_weight(name: str, weight: Any, dtype: Any = jnp.float32) -> float | jax.Array:
-    """Returns a Python float (known now, finite and >= 0), or a `dtype`[] to judge later."""
-    check_scalar(name, weight, jnp.floating, jnp.integer, jnp.bool_)
-    if isinstance(weight, jax.Array):
-        return weight.astype(dtype)
-    if not 0 <= weight <= FLOAT32_MAX:
-        raise ValueError(f"{name} must be finite in float32 and >= 0, got {weight!r}")
-    return float(np.dtype(dtype).type(weight))
-
-
-def as_release(release: Any, *, alone: bool) -> bool | jax.Array | None:
-    """Returns None, a Python bool (known now) or a bool[].
-
-    Args:
-        release: what was passed.
-        alone: whether every window has one microbatch, which cannot be held open.
-    """
-    if release is None:
-        return None
-    check_scalar("`release`", release, jnp.bool_)
-    release = release if isinstance(release, jax.Array) else bool(release)
-    if alone and release is not True:
-        raise ValueError(
-            "`release` must be None or True where `every_k` is 1, which has no accumulator to hold "
-            f"a gradient in, got {release}; build with every_k >= 2 (`release` then overrides the "
-            "count)"
-        )
-    return release
 
 
 def as_carry_and_aux(aux: Any) -> tuple[Any, Any]:

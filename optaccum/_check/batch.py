@@ -133,6 +133,27 @@ def check_batch(batch: dict[int, Any], n: int) -> None:
             )
 
 
+def check_no_other_rows(args: tuple, batch: int, apart: tuple[int, ...]) -> None:
+    """Raises where an argument that nobody named has as many rows as the batch: it would broadcast.
+
+    Args:
+        args: the positional arguments.
+        batch: the position of the batch.
+        apart: the positions of arguments that have another role.
+    """
+    rows = jax.tree.leaves(args[batch])[0].shape[0]
+    others = {j: arg for j, arg in enumerate(args) if j not in (batch, *apart)}
+    for name, leaf in _named_leaves(others):
+        if getattr(leaf, "shape", None) and leaf.shape[0] == rows:
+            j = name.removeprefix("argument ").split("[")[0].split(".")[0]
+            raise ValueError(
+                f"{name} has {rows} rows, as many as the batch in argument {batch}, but "
+                "`batch_argnums` was left out, so that every microbatch would get all of them; "
+                f"pass `batch_argnums=({batch}, {j})` to split both, or `batch_argnums={batch}` to "
+                "give it to every microbatch whole"
+            )
+
+
 def _is_raw_key(x: Any) -> bool:
     size = jax.eval_shape(lambda: jax.random.key_data(jax.random.key(0))).shape
     return isinstance(x, jax.Array | np.ndarray) and x.dtype == jnp.uint32 and x.shape[-1:] == size

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optaccum._check import arguments, devices as check_devices
+from optaccum._check import arguments, devices as check_devices, extra_args as check_args
 from optaccum._check.arguments import leaf_name
 from optaccum._core import devices
 from optaccum._state import AccumulateState
@@ -19,6 +19,7 @@ class Options(NamedTuple):
     every_k: int | jax.Array | Callable[[jax.Array], Any]
     average_args: tuple[str, ...]
     reduce_axes: tuple[str, ...]
+    inner_args: frozenset[str]
 
     @property
     def keeps_sums(self) -> bool:
@@ -31,7 +32,7 @@ class Checked(NamedTuple):
     """A microbatch that was not refused.
 
     Attributes:
-        weight: None for 1, a Python float (known now, finite and >= 0), or an f32[].
+        weight: None for 1, a Python float (known now, and allowed), or an f32[].
         due: None to count, or whether the window closes, as far as the caller decides.
         args: the extra arguments to average, floating scalars by name.
         length: i32[], the length of the window.
@@ -82,11 +83,12 @@ def check_microbatch(
     check_fits(grads, like)
     check_devices.check_parts(grads, over)
     if not alone:
-        check_devices.check_placed(over.as_parts(grads, None)[0], sums)
+        check_devices.check_placed(over.as_parts(grads), sums)
+    check_args.check_spelling(extra_args, {*options.inner_args, *options.average_args})
     if weight is not None:
-        weight = arguments.as_weight("`weight`", weight)
-    due = arguments.as_release(release, alone=alone)
-    args = arguments.averaged(options.average_args, extra_args)
+        weight = check_args.as_weight("`weight`", weight)
+    due = check_args.as_release(release, alone=alone)
+    args = check_args.averaged(options.average_args, extra_args)
     length = arguments.window_length(options.every_k, state.gradient_step)
     check_devices.check_agreed(length if due is None else due, over)
     return Checked(weight, True if alone else due, args, length, alone, over)

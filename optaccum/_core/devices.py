@@ -23,6 +23,7 @@ class Whole:
     """Sums that need no reduction: every method returns what it is given."""
 
     axes: tuple[str, ...] = ()
+    largest: float = window.LARGEST
 
     def share(self, tree: Any) -> Any:
         """Returns values that all devices have alike, as each device's own."""
@@ -36,17 +37,22 @@ class Whole:
         """Returns a microbatch in the shapes that a state keeps."""
         return values
 
-    def load(self, sums: Sums) -> Sums:
+    def load(self, sums: Any) -> Any:
         """Returns sums that a state keeps, in the shapes of a microbatch."""
         return sums
 
-    def as_parts(self, grads: Any, weight: Any) -> tuple[Any, Any]:
-        """Returns gradients, of which some may be reduced, as parts, and a weight that fits."""
-        return grads, weight
+    def as_parts(self, grads: Any) -> Any:
+        """Returns gradients, of which some may be reduced, as parts."""
+        return grads
 
-    def owns(self, weight: Any) -> bool:
-        """Returns whether the weight is each device's own, so that nobody has to agree on it."""
-        return False
+    def admit(self, weight: jax.Array, before: jax.Array | float) -> tuple[jax.Array | bool, Any]:
+        """Returns whether a microbatch of this weight counts, and the weight to count it with.
+
+        Args:
+            weight: f32[].
+            before: f32[], the sum of the window's weights so far.
+        """
+        return window.fits(weight, before), weight
 
     def agree(self, skip: jax.Array, report: Any) -> tuple[jax.Array, Any]:
         """Returns whether any device would skip, and the largest of the reports."""
@@ -67,11 +73,12 @@ class PerDevice(Whole):
     A device keeps its sums, weights and scalars too, with a leading axis of 1, so that a state made
     by `tx.init` inside of it passes from call to call; all else is the same on all devices. The
     mean is that over all devices' tokens, `psum(sum of w g) / psum(sum of w)`, where each gave its
-    own `weight`. A weight that does not count is 0 on its device.
+    own `weight`. A weight that does not count is 0 on its device, so that nobody has to agree.
     """
 
     def __init__(self, axes: tuple[str, ...]):
         self.axes = axes
+        self.largest = window.LARGEST / lax.psum(1, axes)
 
     def share(self, tree):
         return vary(tree, self.axes)
@@ -85,13 +92,11 @@ class PerDevice(Whole):
     def load(self, sums):
         return jax.tree.map(lambda x: x[0], sums)
 
-    def as_parts(self, grads, weight):
-        if self.owns(weight):
-            weight = jnp.where(window.counts(weight), weight, 0)
-        return grads, weight
-
-    def owns(self, weight):
-        return isinstance(weight, jax.Array) and bool(set(self.axes) & varying(weight))
+    def admit(self, weight, before):
+        own = bool(set(self.axes) & varying(weight))
+        accept = True if own else window.fits(weight, 0)
+        valid = window.counts(weight, before, self.largest)
+        return accept, jnp.where(valid, weight, 0)
 
     def agree(self, skip, report):
         def largest(x):
@@ -126,10 +131,10 @@ class Unreduced(Whole):
         self.axes = axes
 
     def open(self, sums):
-        return sums._replace(grads=self.as_parts(sums.grads, None)[0])
+        return sums._replace(grads=self.as_parts(sums.grads))
 
-    def as_parts(self, grads, weight):
-        return jax.tree.map(lambda x: unreduce(x, self.axes), grads), weight
+    def as_parts(self, grads):
+        return jax.tree.map(lambda x: unreduce(x, self.axes), grads)
 
     def reduce(self, grads, scalars, like=None):
         def whole(x, place):

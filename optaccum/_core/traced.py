@@ -11,6 +11,7 @@ from jax.extend import core
 from jax.extend.mlir.dialects import sdy
 from jax.interpreters import ad, batching, mlir
 import jax.numpy as jnp
+import numpy as np
 
 
 def both(a: jax.Array | bool, b: jax.Array | bool) -> jax.Array | bool:
@@ -55,6 +56,20 @@ def cast_like(tree: Any, like: Any) -> Any:
         return x if x.dtype == dtype and not jax.typeof(x).weak_type else x.astype(dtype)
 
     return jax.tree.map(cast, tree, like)
+
+
+def shapes_of_updates(
+    update: Callable[..., tuple], grads: Any, state: Any, params: Any, extra_args: dict[str, Any]
+) -> Any:
+    """Returns shapes and dtypes of the updates, by a trace that JAX remembers by its types.
+
+    So a loop without `jax.jit` traces `update` once and not on every hold.
+    """
+    known = (jax.Array, np.ndarray, np.generic, int, float, complex)
+    arrays = {name: x for name, x in extra_args.items() if isinstance(x, known)}
+    if others := {name: x for name, x in extra_args.items() if name not in arrays}:
+        update = functools.partial(update, **others)  # functions and trees are no arguments
+    return jax.eval_shape(update, grads, state, params, **arrays)[0]
 
 
 def branch(

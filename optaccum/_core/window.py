@@ -62,9 +62,18 @@ def open_sums(params: Any, accumulator_dtype: Any = None) -> Any:
     return jax.tree.map(zeros, params)
 
 
-def counts(weight: jax.Array) -> jax.Array:
-    """Returns whether a weight counts: positive and finite."""
-    return (weight > 0) & jnp.isfinite(weight)
+# Between these a weight and the sum of a window's have reciprocals that are normal in float32.
+SMALLEST, LARGEST = 2.0**-100, 2.0**126
+
+
+def fits(weight: jax.Array, before: Any = 0, largest: float = LARGEST) -> jax.Array:
+    """Returns whether a weight is one, and the sum with those `before` at most `largest`."""
+    return (weight >= 0) & (before + weight <= largest)
+
+
+def counts(weight: jax.Array, before: Any = 0, largest: float = LARGEST) -> jax.Array:
+    """Returns whether a weight fits, and is not so small that it means 0."""
+    return (weight >= SMALLEST) & (before + weight <= largest)
 
 
 def add(
@@ -74,6 +83,8 @@ def add(
     *,
     first: jax.Array | bool = False,
     accept: jax.Array | bool = True,
+    valid: Any = None,
+    summed: bool = False,
 ) -> Any:
     """Returns `sums` with `weight * values` added, or begun afresh with it.
 
@@ -91,7 +102,12 @@ def add(
         first: bool[], whether this microbatch opens the window: then the old sums are
             overwritten, not read.
         accept: bool[], whether this microbatch counts: if not, the sums stay as they are.
+        valid: bool[], whether the weight counts, where that is not for the weight alone to say.
+        summed: whether `values` are sums already, that of the weights too: then the weight only
+            says whether they count.
     """
+    if weight is not None and valid is None:
+        valid = counts(weight)
 
     def leaf(x, s):
         if x is None:
@@ -103,7 +119,7 @@ def add(
             # x + -0.0 is x for every x. With 0.0 XLA:GPU would share, and keep, one large array
             # with the loop of a gradient that is scanned over layers.
             nothing = jnp.full_like(term, -0.0 if term.ndim else 0.0)
-            term = lax.select(counts(weight), times(term, weight), nothing)
+            term = lax.select(valid, term if summed else times(term, weight), nothing)
         new = select(first, term, old + term)
         return select(accept, new.astype(s.dtype), s)
 
@@ -149,10 +165,12 @@ def mean(sums: Sums, like: Sums, *, of_grads: bool = True) -> tuple[Any, Any]:
     return tree(like.grads, sums.grads, of_grads), tree(like.scalars, sums.scalars, True)
 
 
-def weighted(grads: Any, weight: jax.Array | None) -> Any:
-    """Returns the weighted sum of a window of one microbatch, in the gradients' dtypes."""
-    if weight is None:
+def alone(grads: Any, weight: jax.Array | None, *, summed: bool, of_mean: bool) -> Any:
+    """Returns what a window of one microbatch releases, in the gradients' dtypes."""
+    if weight is None or summed != of_mean:
         return grads
+    if summed:
+        return mean(Sums(weight, grads, ()), Sums(None, grads, ()))[0]
     sums = add(open_sums(grads), grads, weight, first=True)
     return jax.tree.map(lambda s, g: s.astype(jnp.result_type(g)), sums, grads)
 
