@@ -268,7 +268,7 @@ def accumulate(
     def update_fn(updates, state, params=None, *, weight=None, release=None, **extra_args):
         return advance(updates, state, params, weight, release, extra_args, apply=False)
 
-    def apply_fn(grads, state, params, *, weight=None, release=None, **extra_args):
+    def apply_fn(grads, state, params, /, *, weight=None, release=None, **extra_args):
         return advance(grads, state, params, weight, release, extra_args, apply=True)
 
     vars(update_fn)["_apply"] = update_fn, apply_fn

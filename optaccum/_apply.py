@@ -15,6 +15,7 @@ def apply_gradients(
     grads: Any,
     opt_state: optax.OptState,
     params: Params,
+    /,
     **extra_args: Any,
 ) -> tuple[Params, optax.OptState]:
     """Update the parameters: `tx.update` and `optax.apply_updates` in one.
