@@ -29,7 +29,14 @@ def check_call(
 ) -> list[tuple[int, ...]]:
     """Returns the positions of each role in a call, none negative, if its arguments fit them."""
     positions = _positions(roles, len(args))
-    _, rows, rngs, carries = positions
+    trained, rows, rngs, carries = positions
+    for name, leaf in _named_leaves({j: args[j] for j in trained}):
+        if not isinstance(leaf, jax.Array | np.ndarray | np.generic | int | float | complex):
+            raise TypeError(
+                f"{name} is no array but {describe(leaf)}, and `argnums` names it; take the arrays "
+                "out, `params, static = equinox.partition(model, equinox.is_inexact_array)`, and "
+                "let `fun` begin with `model = equinox.combine(params, static)`"
+            )
     check_batch({j: args[j] for j in rows}, n)
     check_keys({j: args[j] for j in rngs}, args, kwargs, apart=(*rows, *rngs, *carries))
     return positions
