@@ -3,7 +3,7 @@
 from optaccum._accumulate import accumulate
 from optaccum._apply import apply_gradients
 from optaccum._fit import Fit, fit_num_microbatches
-from optaccum._migrate import from_multi_steps
+from optaccum._migrate import from_multi_steps, to_multi_steps
 from optaccum._skip import skip_not_finite
 from optaccum._state import AccumulateState, get_state, has_released
 from optaccum._state_shardings import state_shardings
@@ -21,5 +21,6 @@ __all__ = (
     "has_released",
     "skip_not_finite",
     "state_shardings",
+    "to_multi_steps",
     "value_and_grad",
 )

@@ -12,7 +12,14 @@ from optaccum._check import arguments, devices as check_devices, extra_args as c
 from optaccum._check.gradients import Options, check_microbatch, check_parameters
 from optaccum._check.multi_steps import Accumulate, explain_order
 from optaccum._core import window
-from optaccum._core.traced import both, branch, cast_like, shapes_of_updates, strongly_typed
+from optaccum._core.traced import (
+    both,
+    branch,
+    cast_like,
+    shapes_of_updates,
+    strongly_typed,
+    take_apart,
+)
 from optaccum._core.window import Sums
 from optaccum._state import AccumulateState
 
@@ -185,14 +192,17 @@ def accumulate(
         steps = closes if certain else both(closes, total > 0)
 
         # Step, or hold.
+        arrays, join = take_apart(params)
+
         def step(params, inner_state):
             kept = over.load(sums)
             grad_sum, args = over.reduce(kept.grads, kept.scalars, trained)
             mean, args = window.mean(Sums(total, grad_sum, args), values, of_grads=use_grad_mean)
             if alone:
                 mean = window.alone(grads, factor, summed=summed, of_mean=use_grad_mean)
+            params = join(params) if apply else params
             updates, new = inner.update(mean, inner_state, params, **{**extra_args, **args})
-            result = apply_updates(params, updates) if apply else updates
+            result = take_apart(apply_updates(params, updates))[0] if apply else updates
             return result, cast_like(new, inner_state)
 
         def shapes(step):
@@ -201,7 +211,8 @@ def accumulate(
             return (shapes_of_updates(inner.update, grads, state.inner_state, params, extra_args),)
 
         if apply:
-            result, inner_state = branch(due, steps, step, (params, state.inner_state))
+            result, inner_state = branch(due, steps, step, (arrays, state.inner_state))
+            result = join(result)
         else:
             update = functools.partial(step, params)
             result, inner_state = branch(due, steps, update, (state.inner_state,), shapes)
@@ -222,7 +233,7 @@ def accumulate(
     def update_fn(updates, state, params=None, *, weight=None, release=None, **extra_args):
         return advance(updates, state, params, weight, release, extra_args, apply=False)
 
-    def apply_fn(grads, state, params, *, weight=None, release=None, **extra_args):
+    def apply_fn(grads, state, params, /, *, weight=None, release=None, **extra_args):
         return advance(grads, state, params, weight, release, extra_args, apply=True)
 
     vars(update_fn)["_apply"] = update_fn, apply_fn

@@ -6,6 +6,7 @@ import optax
 
 from optaccum._accumulate import apply_updates, find_apply
 from optaccum._check.arguments import check_transformation
+from optaccum._check.misplaced import warn_if_misplaced
 
 Params = TypeVar("Params")
 
@@ -15,6 +16,7 @@ def apply_gradients(
     grads: Any,
     opt_state: optax.OptState,
     params: Params,
+    /,
     **extra_args: Any,
 ) -> tuple[Params, optax.OptState]:
     """Update the parameters: `tx.update` and `optax.apply_updates` in one.
@@ -53,14 +55,20 @@ def apply_gradients(
     Returns:
         `(params, opt_state)`.
 
+    Warns:
+        UserWarning: once, if in `tx` an :func:`accumulate` without an optimizer stands in front of
+            a link that keeps state, or around or inside of `optax.MultiSteps`.
+
     Raises:
         TypeError: if `tx` is no transformation.
         Exception: what `tx.update` raises.
     """
     apply = find_apply(getattr(tx, "update", None))
     if apply is not None:
+        warn_if_misplaced(tx.update, opt_state)
         return apply(grads, opt_state, params, **extra_args)
     check_transformation("`tx`", tx)
+    warn_if_misplaced(tx.update, opt_state)
     tree: Any = params
     updates, opt_state = tx.update(grads, opt_state, tree, **extra_args)
     return apply_updates(tree, updates), opt_state

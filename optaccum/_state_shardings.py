@@ -85,20 +85,27 @@ def state_shardings(tx: optax.GradientTransformation, params: Any, shardings: An
             return _place(everywhere, 0, x)
         return _place(s, extra, x)
 
+    def place_by_suffix(path, x):
+        """As `place`, where nobody knows which part of a state is a tree like the parameters."""
+        own = (path[n:] for n in range(len(path) + 1) if path[n:] in parameters)
+        return place(next(own, path), x)
+
     placed, waiting = [], []
 
     def trace(params):
         state = jax.tree.map(jnp.asarray, tx.init(params))
         waiting[:] = filter(unreduced, jax.tree.leaves(state))
-        placed[:] = [
-            optax.tree.map_params(
+        try:
+            shardings = optax.tree.map_params(
                 tx,
                 lambda tree: jax.tree_util.tree_map_with_path(place, tree),
                 state,
                 transform_non_params=lambda x: _place(everywhere, 0, x),
                 is_leaf=lambda _: True,  # a whole tree like the parameters at once
             )
-        ]
+        except IndexError:  # an `init` that needs a leaf, such as that of `optax.lbfgs`
+            shardings = jax.tree_util.tree_map_with_path(place_by_suffix, state)
+        placed[:] = [shardings]
         return ()
 
     if isinstance(everywhere, NamedSharding):

@@ -63,6 +63,7 @@ def test_a_chain_whose_last_link_only_wraps_an_accumulate(step, jit):
     np.testing.assert_array_equal(params["a"], np.full(2, 0.5))
 
 
+@pytest.mark.filterwarnings("ignore:`accumulate` and optax.MultiSteps:UserWarning")
 @every_step
 def test_multi_steps_inside_gets_the_extra_arguments(step):
     tx = accumulate(2, optax.MultiSteps(optax.polyak_sgd(), 1))

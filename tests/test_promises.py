@@ -362,11 +362,11 @@ def test_updates_of_a_hold_are_exact_zeros_of_the_shapes_and_dtypes_of_a_release
 
 
 def test_state_leaves_keep_the_dtype_that_init_gave_them_and_scan_can_carry_them():
-    """This inner optimizer returns everything in float32."""
+    """This inner optimizer returns its numbers in float32."""
 
     def update(updates, state, params=None):
         return updates, {
-            "count": state["count"] + jnp.float32(1),
+            "count": state["count"] + jnp.int8(1),
             "low": state["low"] + jnp.float32(1),
         }
 

@@ -101,6 +101,9 @@ def window_length(
         length, remedy = every_k(gradient_step), "; cast a float schedule with `.astype(int)`"
         check_scalar("`every_k(gradient_step)`", length, jnp.integer, remedy=remedy)
         every_k = length if isinstance(length, jax.Array) else check_count("`every_k`", int(length))
+    dtype = jnp.result_type(every_k)
+    if isinstance(every_k, jax.Array) and jnp.iinfo(dtype).max > INT32_MAX:  # it would wrap
+        every_k = jnp.clip(every_k, 1, jnp.asarray(INT32_MAX, dtype))
     return jnp.asarray(every_k, jnp.int32)
 
 
@@ -191,6 +194,20 @@ def check_same_state(name: str, tree: Any, like: Any) -> None:
             f"`{name}` returned a state of the tree structure {jax.tree.structure(tree)}, but "
             f"began with {jax.tree.structure(like)}; the structure of a state cannot change"
         )
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    for (path, x), y in zip(leaves, jax.tree.leaves(like), strict=True):
+        if kind(x) > kind(y):
+            raise TypeError(
+                f"`{name}` returned a state whose leaf {leaf_name(path)} is "
+                f"{jnp.result_type(x)}, but began as {jnp.result_type(y)}, to which it would be "
+                f"cut off; begin with {jnp.result_type(x)}"
+            )
+
+
+def kind(x: Any) -> int:
+    """Returns the place of a value's dtype among booleans, integers, real and complex numbers."""
+    kinds = jax.dtypes.prng_key, jnp.bool_, jnp.integer, jnp.floating, jnp.complexfloating
+    return [jnp.issubdtype(jnp.result_type(x), k) for k in kinds].index(True)
 
 
 def check_accumulator_dtype(dtype: Any) -> jnp.dtype | None:

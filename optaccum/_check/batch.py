@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from optaccum._check.arguments import check_argnums, describe
+from optaccum._check.arguments import check_argnums, describe, kind
 from optaccum._core.batch import is_typed_key
 
 
@@ -29,7 +29,14 @@ def check_call(
 ) -> list[tuple[int, ...]]:
     """Returns the positions of each role in a call, none negative, if its arguments fit them."""
     positions = _positions(roles, len(args))
-    _, rows, rngs, carries = positions
+    trained, rows, rngs, carries = positions
+    for name, leaf in _named_leaves({j: args[j] for j in trained}):
+        if not isinstance(leaf, jax.Array | np.ndarray | np.generic | int | float | complex):
+            raise TypeError(
+                f"{name} is no array but {describe(leaf)}, and `argnums` names it; take the arrays "
+                "out, `params, static = equinox.partition(model, equinox.is_inexact_array)`, and "
+                "let `fun` begin with `model = equinox.combine(params, static)`"
+            )
     check_batch({j: args[j] for j in rows}, n)
     check_keys({j: args[j] for j in rngs}, args, kwargs, apart=(*rows, *rngs, *carries))
     return positions
@@ -82,11 +89,6 @@ def check_keys(keys: dict, args: tuple, kwargs: dict, apart: tuple[int, ...]) ->
 
 def check_carry(new: Any, carry: Any) -> None:
     """Raises unless `fun` returned a carry that can be kept in the types that it began with."""
-    kinds = jnp.bool_, jnp.integer, jnp.floating, jnp.complexfloating
-
-    def kind(x):
-        return [jnp.issubdtype(jnp.result_type(x), k) for k in kinds].index(True)
-
     if jax.tree.structure(new) != jax.tree.structure(carry):
         raise TypeError(
             f"`fun` returned a carry of the tree structure {jax.tree.structure(new)}, but it "
@@ -96,12 +98,19 @@ def check_carry(new: Any, carry: Any) -> None:
     for (name, x), old in leaves:
         if is_typed_key(x) and is_typed_key(old) and x.shape == old.shape:
             continue
-        if jnp.shape(x) != jnp.shape(old) or is_typed_key(x) or kind(x) > kind(old):
+        keys = is_typed_key(x) or is_typed_key(old)
+        if jnp.shape(x) != jnp.shape(old) or keys or _widens(x, old):
             raise TypeError(
                 f"`fun` returned a carry whose leaf {name.removeprefix('argument ')} is "
                 f"{describe(x)}, but it began as {describe(old)}; begin "
-                "with the shape and kind that it will have"
+                "with the shape and dtype that it will have"
             )
+
+
+def _widens(x: Any, old: Any) -> bool:
+    """Returns whether `x` would lose bits in the dtype of `old`."""
+    with jax.numpy_dtype_promotion("standard"):
+        return kind(x) > kind(old) or jnp.result_type(x, old) != jnp.result_type(old)
 
 
 def check_batch(batch: dict[int, Any], n: int) -> None:

@@ -58,6 +58,26 @@ def cast_like(tree: Any, like: Any) -> Any:
     return jax.tree.map(cast, tree, like)
 
 
+ARRAYS = jax.Array, np.ndarray, np.generic, int, float, complex
+
+
+def take_apart(tree: Any) -> tuple[list, Callable[[Any], Any]]:
+    """Returns the arrays of a tree, and a function that puts such among its other leaves.
+
+    A whole module of Equinox has functions among its leaves, which no branch can return.
+    """
+    leaves, structure = jax.tree.flatten(tree)
+    places = [i for i, x in enumerate(leaves) if isinstance(x, ARRAYS)]
+
+    def join(arrays):
+        whole = list(leaves)
+        for i, x in zip(places, arrays, strict=True):
+            whole[i] = x
+        return structure.unflatten(whole)
+
+    return [leaves[i] for i in places], join
+
+
 def shapes_of_updates(
     update: Callable[..., tuple], grads: Any, state: Any, params: Any, extra_args: dict[str, Any]
 ) -> Any:
@@ -65,11 +85,17 @@ def shapes_of_updates(
 
     So a loop without `jax.jit` traces `update` once and not on every hold.
     """
-    known = (jax.Array, np.ndarray, np.generic, int, float, complex)
-    arrays = {name: x for name, x in extra_args.items() if isinstance(x, known)}
+    arrays = {name: x for name, x in extra_args.items() if isinstance(x, ARRAYS)}
     if others := {name: x for name, x in extra_args.items() if name not in arrays}:
         update = functools.partial(update, **others)  # functions and trees are no arguments
-    return jax.eval_shape(update, grads, state, params, **arrays)[0]
+    leaves, join = take_apart(params)
+    if len(leaves) == len(jax.tree.leaves(params)):
+        return jax.eval_shape(update, grads, state, params, **arrays)[0]
+
+    def rejoined(grads, state, leaves, **arrays):
+        return update(grads, state, join(leaves), **arrays)
+
+    return jax.eval_shape(rejoined, grads, state, leaves, **arrays)[0]
 
 
 def branch(
