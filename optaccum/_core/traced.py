@@ -7,7 +7,7 @@ from typing import Any
 import jax
 from jax import lax
 from jax.core import Tracer
-from jax.extend.core import Primitive
+from jax.extend.core import ClosedJaxpr, Primitive, jaxpr_as_fun
 from jax.extend.mlir.dialects import sdy
 from jax.interpreters import ad, batching, mlir
 import jax.numpy as jnp
@@ -50,6 +50,24 @@ def cast_like(tree: Any, like: Any) -> Any:
         return x if x.dtype == dtype and not jax.typeof(x).weak_type else x.astype(dtype)
 
     return jax.tree.map(cast, tree, like)
+
+
+def hoisted(fun: Callable[..., Any], *example: jax.Array) -> tuple[Callable[..., Any], list, Any]:
+    """Returns `fun` as a function `(closed_over, *arrays)`, what it closes over, and its shapes.
+
+    All of it, where `jax.closure_convert` leaves integers: under `jax.vmap` these are tracers too.
+
+    Args:
+        fun: a function of arrays, which is traced once.
+        *example: arrays like those that it will be called with.
+    """
+    closed, shapes = jax.make_jaxpr(fun, return_shape=True)(*example)
+
+    def call(closed_over, *arrays):
+        leaves = jaxpr_as_fun(ClosedJaxpr(closed.jaxpr, closed_over))(*arrays)
+        return jax.tree.unflatten(jax.tree.structure(shapes), leaves)
+
+    return call, list(closed.consts), shapes
 
 
 def branch(
