@@ -165,6 +165,9 @@ def microbatched(
                 def of_trained(trained):
                     return of_arrays(closed_over, *(trained.get(k, x) for k, x in enumerate(own)))
 
+                # With the fences of `jax.checkpoint` compilers go through the parts of `fun` one
+                # after the other. Without, XLA:GPU keeps what two towers compute at the same time.
+                of_trained = jax.checkpoint(of_trained)
                 outputs, vjp = jax.vjp(of_trained, {k: own[k] for k in trained})
                 (found,) = vjp(passes.own_cotangents(outputs, cotangents, i))
                 return call.divide(found)
