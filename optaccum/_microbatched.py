@@ -139,7 +139,7 @@ def microbatched(
 
         # What `fun` closes over becomes an argument of the rule, which can then tell whether it
         # is differentiated.
-        example = call.own(call.share(arrays, over), 0)
+        example = call.own(call.share(arrays, over), jnp.int32(0))
         of_arrays, closed_over, shapes = hoisted(of_arrays, *example)
         check_batch.check_outputs(shapes)
 
@@ -174,7 +174,6 @@ def microbatched(
 
             whole, rows = call.divide({k: shared[k] for k in trained})
             sums, of_rows = passes.cotangents(pull, whole, rows, n, accumulator_dtype)
-            # A leaf that each device has for itself is the sum of nothing but its own.
             sums = {k: devices.reduce_like(s, arrays[k], over) for k, s in sums.items()}
             found = cast_like(sums, {k: arrays[k] for k in sums}) | of_rows
             return [found.get(k) for k in range(len(arrays))], [None for _ in closed_over]
@@ -195,15 +194,15 @@ class _Call:
 
     def __init__(self, args: tuple, kwargs: dict, rows: tuple, rngs: tuple, n: int):
         self.rows, self.rngs = rows, rngs
-        args = list(args)
-        for j in (*rows, *rngs):
-            args[j] = jax.tree.map(jnp.asarray, args[j])
+        divided = [
+            jax.tree.map(jnp.asarray, x) if j in (*rows, *rngs) else x for j, x in enumerate(args)
+        ]
         for j in rows:
-            args[j] = batch.split(args[j], n)
-        self.leaves, self.treedef = jax.tree.flatten((args, kwargs))
+            divided[j] = batch.split(divided[j], n)
+        self.leaves, self.treedef = jax.tree.flatten((divided, kwargs))
         self.at = [k for k, x in enumerate(self.leaves) if isinstance(x, jax.Array)]
         self.arrays = [self.leaves[k] for k in self.at]
-        of_rows = [jax.tree.map(lambda _, j=j: j in rows, x) for j, x in enumerate(args)]
+        of_rows = [jax.tree.map(lambda _, j=j: j in rows, x) for j, x in enumerate(divided)]
         is_row = jax.tree.leaves((of_rows, jax.tree.map(lambda _: False, kwargs)))
         self.is_row = [is_row[k] for k in self.at]
 
@@ -216,12 +215,12 @@ class _Call:
 
     def only(self, some: dict[int, jax.Array]) -> tuple[list[Any], dict[str, Any]]:
         """Returns arguments and keyword arguments that are None but for some arrays."""
-        leaves = [None] * len(self.leaves)
+        leaves: list[Any] = [None] * len(self.leaves)
         for k, x in some.items():
             leaves[self.at[k]] = x
         return self.treedef.unflatten(leaves)
 
-    def own(self, arrays: Sequence[jax.Array], i: jax.Array | int) -> list[jax.Array]:
+    def own(self, arrays: Sequence[jax.Array], i: jax.Array) -> list[jax.Array]:
         """Returns the arrays of microbatch i: its rows and keys, and all others whole."""
         args, kwargs = self.fill(arrays)
         for j in self.rows:
@@ -233,14 +232,13 @@ class _Call:
 
     def share(self, arrays: Sequence[jax.Array], over: devices.Whole) -> list[jax.Array]:
         """Returns arrays of which what has a gradient is each device's own, except for rows."""
-        whole = zip(arrays, self.is_row, strict=True)
-        return [x if is_row else share(x, over) for x, is_row in whole]
+        known = zip(arrays, self.is_row, strict=True)
+        return [x if is_row else share(x, over) for x, is_row in known]
 
     def divide(self, some: dict[int, Any]) -> tuple[dict[int, Any], dict[int, Any]]:
         """Returns what belongs to arrays that all microbatches share, and what to rows."""
-        return tuple(
-            {k: x for k, x in some.items() if self.is_row[k] == is_row} for is_row in (False, True)
-        )
+        whole = {k: x for k, x in some.items() if not self.is_row[k]}
+        return whole, {k: x for k, x in some.items() if self.is_row[k]}
 
 
 def share(tree: Any, over: devices.Whole) -> Any:
