@@ -4,65 +4,56 @@ Devices share the rows of every microbatch; parameters and AdamW's moments are r
 different numbers of tokens, and after two windows all contenders have to agree with AdamW on the
 full batch. Then they take turns. Collectives are counted in the compiled programs: those of a scan
 as often as it has trips, and those of a branch in the last call of a window, which releases it.
-`--output` writes, as JSON::
-
-    benchmark, date, device, versions      as of every benchmark
-    devices                                how many
-    preset, parameters, parameter_bytes    the model
-    every_k, microbatch                    microbatches a window, sequences of a device in one
-    sequence, rounds                       tokens a sequence, timed rounds
-    left_out                               {contender: why it is not here}
-    reference                              the contender that the others have to agree with
-    contenders: a list, and for each
-        name, agrees                       what it is, and whether it agrees
-        error                              its largest error, 1 being what rounding explains
-        window                             its collectives in a window: a list of {kind, bytes,
-                                           times}, with the bytes of a device's operands each time
-        hold                               the same of a microbatch that does not release; null for
-                                           the full batch, which has none
-        window_ms                          the time of a window {q1, median, q3}
-        time_to_multi_steps                the same in that of optax.MultiSteps
-        time_to_hand_written               the same in that of the loop by hand
-    by_every_k: a list, and for each
-        name, every_k, bytes               of all collectives in a window of that length
 """
 
 import argparse
 import collections
+from collections.abc import Iterator
 import dataclasses
-import functools
+import itertools
 import os
 from typing import Any
 
 import jax
 
-from benchmarks import collectives_tables, harness, hlo, product_model, scaling_tables, trainers
+from benchmarks import contenders, harness, hlo, training
+from benchmarks.contenders import APPLY_GRADIENTS, FULL_BATCH, MULTI_STEPS, VALUE_AND_GRAD
 from benchmarks.parallel import (
     BY_HAND,
     CALLS_DEFERRED,
-    FULL_BATCH,
+    CALLS_EXPLICIT,
     IN_STEP_DEFERRED,
-    MULTI_STEPS,
-    Runner,
-    make_ways,
+    IN_STEP_EXPLICIT,
 )
+from benchmarks.tables import AGREES, Table, median, where
 
 CPU_DEVICES = 8
 CPU_FLAG = "xla_force_host_platform_device_count"
+NAMES = (
+    FULL_BATCH,
+    MULTI_STEPS,
+    APPLY_GRADIENTS,
+    CALLS_DEFERRED,
+    CALLS_EXPLICIT,
+    VALUE_AND_GRAD,
+    IN_STEP_DEFERRED,
+    IN_STEP_EXPLICIT,
+    BY_HAND,
+)
 GROWING = (MULTI_STEPS, CALLS_DEFERRED, IN_STEP_DEFERRED)
-DEFAULTS = {  # quick, CPU, GPU
-    "parameters": ("80k", "3m", "110m"),
+DEFAULTS = {  # quick, CPU, GPU or TPU
+    "parameters": ("100k", "3m", "110m"),
     "microbatch": (1, 1, 4),
     "sequence": (16, 32, 1024),
     "rounds": (3, 15, 15),
 }
 
 
-def traffic(programs: list[Any], every_k: int) -> tuple[list[Any], list[Any]]:
+def traffic(programs: list[Any], every_k: int) -> tuple[list[Any], list[Any] | None]:
     """Returns the collectives of a window, and those of a microbatch that does not release it.
 
     Args:
-        programs: one compiled program a call: for each microbatch, or one for the whole batch.
+        programs: one compiled program for each call: with a microbatch, or with the whole batch.
         every_k: microbatches of the window.
     """
     found = {program: hlo.collectives(program.as_text()) for program in dict.fromkeys(programs)}
@@ -70,12 +61,14 @@ def traffic(programs: list[Any], every_k: int) -> tuple[list[Any], list[Any]]:
     window = [one for call in calls[:-1] for one in call] + found[programs[-1]]
     if len(programs) > 1:
         return summed(window), summed(calls[0])
-    # The scan of a whole batch has a trip for each microbatch.
-    trips = [one for one in window if one.trips == every_k]
-    return summed(window), summed([dataclasses.replace(one, trips=1) for one in trips])
+    # The scan of a whole batch has a trip for each microbatch, or some for the layers of each.
+    trips = [one for one in window if one.trips % every_k == 0]
+    return summed(window), summed(
+        dataclasses.replace(one, trips=one.trips // every_k) for one in trips
+    )
 
 
-def summed(found: list[hlo.Collective]) -> list[dict[str, Any]]:
+def summed(found: Any) -> list[dict[str, Any]]:
     """Returns how many times collectives of each kind and size run, the largest first."""
     times = collections.Counter()
     for one in found:
@@ -86,94 +79,87 @@ def summed(found: list[hlo.Collective]) -> list[dict[str, Any]]:
     ]
 
 
-def measure(args: argparse.Namespace) -> dict[str, Any]:
-    """Returns every figure of the benchmark, ready for JSON."""
-    config = product_model.PRESETS[args.parameters]
-    params = product_model.make_params(config)
-    rows = jax.device_count() * args.microbatch
+def total(found: list[dict[str, Any]]) -> int:
+    """Returns the bytes of all collectives in a list of {kind, bytes, times}."""
+    return sum(one["bytes"] * one["times"] for one in found)
 
-    def compiled(name, every_k, optimized):
-        window = product_model.make_window(config, every_k, rows, args.sequence)
-        return Runner(make_ways(every_k)[0][name], params, window, optimized)
 
-    ways, left_out = make_ways(args.every_k)
-    runners = {
-        name: compiled(name, args.every_k, not args.quick)
-        for name in harness.progress(ways, "Compiling")
+def measure(args: argparse.Namespace) -> Iterator[harness.Result]:
+    """Yields every figure of the benchmark, ready for JSON."""
+    # Under explicit sharding gradients stay unreduced where parameters stand in products.
+    task = training.Task.of(args, jax.devices(), one_hot=True, tied=False)
+    found, left_out = contenders.make(NAMES, training.INNER, args.every_k)
+    windows = {
+        name: task.compile(found[name], optimized=not args.quick)
+        for name in harness.progress(found, "Compiling")
     }
-    trained = {}
-    for name, runner in harness.progress(runners.items(), "Checking"):
-        runner.start(params)
-        for _ in range(trainers.WINDOWS):
-            jax.block_until_ready(runner.run_window())
-        trained[name] = jax.device_get(runner.params)
-    errors = {
-        name: trainers.largest_error(tree, trained[FULL_BATCH], params, config)
-        for name, tree in trained.items()
-    }
-    seconds = harness.take_turns(
-        {name: runner.run_window for name, runner in runners.items()}, args.rounds
-    )
-
-    @functools.cache
-    def traffic_of(name, every_k):
-        same = every_k == args.every_k
-        runner = runners[name] if same else compiled(name, every_k, optimized=False)
-        return traffic(runner.programs, every_k)
-
-    def figures(name):
-        window, hold = traffic_of(name, args.every_k)
-        return {
-            "name": name,
-            "agrees": errors[name] <= 1,
-            "error": errors[name],
-            "window": window,
-            "hold": None if name == FULL_BATCH else hold,
-            "window_ms": harness.quartiles([1e3 * x for x in seconds[name]]),
-            "time_to_multi_steps": harness.ratios(seconds, name, MULTI_STEPS),
-            "time_to_hand_written": harness.ratios(seconds, name, BY_HAND),
-        }
-
-    leaves = jax.tree.leaves(params)
+    units = {"time_to_multi_steps": MULTI_STEPS, "time_to_hand_written": BY_HAND}
+    result = training.compare(task, windows, args.rounds, units)
+    result |= {"devices": jax.device_count(), "preset": args.parameters, "left_out": left_out}
+    result["by_every_k"] = []
+    for row in result["contenders"]:
+        row["window"], hold = traffic(windows[row["name"]].programs, args.every_k)
+        row["hold"] = None if row["name"] == FULL_BATCH else hold
+    yield result
     lengths = [(name, every_k) for name in GROWING for every_k in (4, 16, 64)]
-    given = "every_k", "microbatch", "sequence", "rounds"
-    return {
-        **harness.origin("collectives"),
-        "devices": jax.device_count(),
-        "preset": args.parameters,
-        "parameters": sum(leaf.size for leaf in leaves),
-        "parameter_bytes": sum(leaf.nbytes for leaf in leaves),
-        **{name: getattr(args, name) for name in given},
-        "left_out": left_out,
-        "reference": FULL_BATCH,
-        "contenders": [figures(name) for name in runners],
-        "by_every_k": [
-            {"name": name, "every_k": every_k, "bytes": collectives_tables.total(window)}
-            for name, every_k in harness.progress(lengths, "Compiling windows of 4 to 64")
-            for window, _ in [traffic_of(name, every_k)]
-        ],
-    }
+    for name, every_k in harness.progress(lengths, "Compiling windows of 4 to 64"):
+        longer = dataclasses.replace(task, every_k=every_k)
+        contender = contenders.ADAPTERS[name](training.INNER, every_k)
+        window, _ = traffic(longer.compile(contender, optimized=False).programs, every_k)
+        result["by_every_k"].append({"name": name, "every_k": every_k, "bytes": total(window)})
+        yield result
 
 
-def print_tables(result: dict[str, Any]) -> None:
-    """Prints the figures as tables that fit into 100 columns."""
-    title = f"{collectives_tables.setting(result)}, on {result['device']}"
-    scaling_tables.print_rows(collectives_tables.traffic_rows(result), title)
-    scaling_tables.print_rows(collectives_tables.time_rows(result), "The same window")
-    title = "Parameter sizes that a device reduces in a window of k microbatches"
-    scaling_tables.print_rows(collectives_tables.length_rows(result), title)
-    for name, reason in result["left_out"].items():
-        print(f"Left out: {name}, for {reason}.")
+def sent(found: list[dict[str, Any]] | None, parameter_bytes: int) -> str:
+    """Returns how often collectives run, times their mean size in that of the parameters.
+
+    Those below a thousandth of it come apart, in bytes. An all-reduce goes without saying.
+    """
+    if not found:
+        return "-" if found is None else "none"
+    cells = []
+    for kind in dict.fromkeys(one["kind"] for one in found):
+        ours = [one for one in found if one["kind"] == kind]
+        large = [one for one in ours if one["bytes"] >= 1e-3 * parameter_bytes]
+        small = [one for one in ours if one not in large]
+        name = "" if kind == "all-reduce" else f"{kind} "
+        for group, unit, size in ((large, parameter_bytes, "{:.2f}"), (small, 1, "{:.0f} B")):
+            if times := sum(one["times"] for one in group):
+                cells.append(f"{name}{times} x {size.format(total(group) / times / unit)}")
+    return " + ".join(cells)
+
+
+def tables(result: dict[str, Any]) -> dict[str, list[Table]]:
+    """Returns what each contender's devices send, its time, and how that grows with k."""
+    size = result["parameter_bytes"]
+    rows = [
+        {
+            "contender": row["name"],
+            "all-reduces per window": sent(row["window"], size),
+            "in a hold": sent(row["hold"], size),
+            "window ms": median(row["window_ms"], "{:,.0f}"),
+            "to MultiSteps": median(row["time_to_multi_steps"]),
+            "to hand-written": median(row["time_to_hand_written"]),
+            "agrees": AGREES[row["agrees"]],
+        }
+        for row in result["contenders"]
+    ]
+    lengths = [
+        {"contender": name} | {f"k = {row['every_k']}": f"{row['bytes'] / size:.2f}" for row in of}
+        for name, of in itertools.groupby(result["by_every_k"], key=lambda row: row["name"])
+    ]
+    left_out = [f"Left out: {name}, for {why}." for name, why in result["left_out"].items()]
+    notes = [*left_out, f"{training.setting(result)} {where(result)}"]
+    several = (
+        [Table(lengths, "Parameter sizes that a device reduces per window")] if lengths else []
+    )
+    return {"collectives": [Table(rows, "A window", notes), *several]}
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    """Returns the command line, what it leaves open filled in for the device."""
-    parser = harness.make_parser("collectives", (__doc__ or "").split("\n\n")[0])
-    add, at_least = parser.add_argument, harness.at_least
-    add("--parameters", choices=product_model.PRESETS, help="the model (3m; GPU: 110m)")
-    add("--every-k", type=at_least(2), default=16, help="microbatches a window (16)")
-    add("--microbatch", type=at_least(1), help="sequences of a device in one (1; GPU: 4)")
-    add("--sequence", type=at_least(1), help="tokens a sequence (32; GPU: 1024)")
+    """Returns the command line, with defaults for the device."""
+    parser = harness.make_parser("collectives", __doc__)
+    training.add_arguments(parser, 16)
     args = harness.parse_args(parser, DEFAULTS, argv)
     if jax.device_count() < 2:
         found = f"{jax.device_count()} {jax.devices()[0].device_kind}"
@@ -194,7 +180,7 @@ def make_cpu_devices() -> None:
 def main() -> None:
     """Runs the benchmark."""
     make_cpu_devices()  # before anything asks for one
-    harness.run(parse_args(), measure, print_tables)
+    harness.run("collectives", parse_args(), measure, tables)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,13 @@
-"""What a compiled program moves in memory and sends to other devices, read from optimized HLO."""
+"""Read from optimized HLO the bytes that a program moves in memory and sends to other devices.
+
+A program has instructions that always run and one *step*, which only some calls take. The step
+stands in a branch, the largest of a conditional, or in a loop whose trips the compiler does not
+know, taken to have one. Other loops run as often as they have trips.
+"""
 
 from collections.abc import Iterator
 import dataclasses
+import functools
 import math
 import re
 from typing import NamedTuple
@@ -22,25 +28,17 @@ _CALLEES = re.compile(
     r"\b(body|condition|to_apply|calls|called_computations|branch_computations|true_computation"
     r"|false_computation)=(?:\{([^}]*)\}|(%?[\w.\-]+))"
 )
-# Names of what another instruction made: nothing runs.
+_TRIPS = re.compile(r'"known_trip_count":\s*\{"n":\s*"?(\d+)')
+_CHANNEL = re.compile(r"channel_id=(\d+)")
+_NAMES = re.compile(r"%([\w.\-]+)")
+_ARRAYS = re.compile(r"\b([a-z]\w*)\[([\d,]*)\](\{[^}]*\})?")
+# These name arrays that another instruction made: nothing runs.
 _FREE = frozenset(
     {
-        "parameter",
-        "constant",
-        "tuple",
-        "get-tuple-element",
-        "bitcast",
-        "after-all",
-        "add-dependency",
-        "partition-id",
-        "replica-id",
-        "opt-barrier",
-        "domain",
+        *("parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "domain"),
+        *("add-dependency", "partition-id", "replica-id", "opt-barrier"),
     }
 )
-_BRANCHES = ("branch_computations", "true_computation", "false_computation")
-_TRIPS = re.compile(r'"known_trip_count":\s*\{"n":\s*"?(\d+)')
-_NAMES = re.compile(r"%([\w.\-]+)")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,7 +50,7 @@ class Collective:
         bytes: of its operands on one device, of all of them where XLA merged several. In a ring a
             device sends 2 (n - 1) / n of that for an all-reduce, (n - 1) / n for a reduce-scatter.
         trips: times that a call of the program runs it.
-        conditional: whether it stands in a branch, which not every call takes.
+        conditional: whether it stands in the step, which not every call takes.
     """
 
     kind: str
@@ -61,33 +59,9 @@ class Collective:
     conditional: bool
 
 
-class _Instruction(NamedTuple):
-    shape: str
-    opcode: str
-    operands: str
-    attributes: str
-
-
-def collectives(text: str) -> list[Collective]:
-    """Returns the collectives that a call of a program runs.
-
-    Fusions and calls run their computations once, and a loop its body as often as it has trips. Of
-    a conditional all branches are listed, and what is in them is marked; so is the body of a loop
-    of which the compiler does not know the trips, taken to have no or one.
-
-    Args:
-        text: `compiled.as_text()`.
-
-    Raises:
-        ValueError: if `text` is no program.
-    """
-    computations, entry = _read(text)
-    return list(_walk(computations, entry, 1, False))
-
-
 @dataclasses.dataclass(frozen=True)
 class Moved:
-    """What a call of a program with one conditional step reads from memory and writes to it.
+    """The bytes that a call of a program reads from memory and writes to it.
 
     Attributes:
         hold: bytes of a call that does not take the step.
@@ -102,12 +76,8 @@ class Moved:
     kernels_of_release: int
 
 
-def moved(text: str) -> Moved:
-    """Returns the bytes that a call moves: operands and results of all that is not in a fusion.
-
-    A step is what stands in a branch, the largest of a conditional, or in a loop of which the
-    compiler does not know the trips, taken to have one. Arrays that the program keeps on the chip
-    (the memory space 1 of a TPU) move nothing.
+def collectives(text: str) -> list[Collective]:
+    """Returns the collectives of a program.
 
     Args:
         text: `compiled.as_text()`.
@@ -115,68 +85,148 @@ def moved(text: str) -> Moved:
     Raises:
         ValueError: if `text` is no program.
     """
-    computations, entry = _read(text)
-    always, step = _sizes(computations, entry)
-    hold, release = sum(always), sum(always) + sum(step)
-    kernels, more = (sum(size >= release / 1000 for size in sizes) for sizes in (always, step))
-    return Moved(hold, release, kernels, kernels + more)
+    program, found, seen = _Program(text), [], set()
+    for in_step, runs in zip((False, True), program.runs(program.entry), strict=True):
+        for run in runs:
+            for kind, size, channel in program.collectives_in(run.computation, run.name):
+                # A TPU starts one in a fusion, goes on with it in others and ends it in the last.
+                if channel is None or channel not in seen:
+                    found.append(Collective(kind, size, run.times, in_step))
+                    seen.add(channel)
+    return found
 
 
-def _sizes(
-    computations: dict[str, dict[str, _Instruction]], name: str
-) -> tuple[list[int], list[int]]:
-    """Returns the bytes of each instruction that always runs, and of each that a step runs."""
-    instructions = computations[name]
-    always, step = [], []
-    for shape, opcode, operands, attributes in instructions.values():
-        if opcode in _FREE or opcode.endswith(("-done", "-update")):
-            continue
-        callees = {}
-        for attribute, several, single in _CALLEES.findall(attributes):
-            callees.setdefault(attribute, []).extend(_NAMES.findall(several or single))
-        if opcode == "conditional":
-            branches = [b for names in callees.values() for b in names]
-            step += max((_all(computations, branch) for branch in branches), key=sum)
-        elif opcode == "while":
-            (body,), (condition,) = callees["body"], callees["condition"]
-            trips = _TRIPS.search(attributes)
-            always += _all(computations, condition)
-            if trips:
-                inside = _sizes(computations, body)
-                always += inside[0] * int(trips[1])
-                step += inside[1] * int(trips[1])
+def moved(text: str) -> Moved:
+    """Returns the bytes that a call moves: operands and results of all that is not in a fusion.
+
+    Arrays that the program keeps on the chip (the memory space 1 of a TPU) move nothing.
+
+    Args:
+        text: `compiled.as_text()`.
+
+    Raises:
+        ValueError: if `text` is no program.
+    """
+    program = _Program(text)
+    always, step = program.runs(program.entry)
+    hold, both = (sum(run.bytes * run.times for run in runs) for runs in (always, always + step))
+    large = [[run.times for run in runs if run.bytes >= both / 1000] for runs in (always, step)]
+    return Moved(hold, both, sum(large[0]), sum(map(sum, large)))
+
+
+class _Instruction(NamedTuple):
+    shape: str
+    opcode: str
+    operands: str
+    attributes: str
+
+    def callees(self, *attributes: str) -> list[str]:
+        """Returns the computations that it names, as these attributes or as any."""
+        return [
+            name
+            for attribute, several, single in _CALLEES.findall(self.attributes)
+            for name in _NAMES.findall(several or f"%{single.removeprefix('%')}")
+            if not attributes or attribute in attributes
+        ]
+
+
+class _Run(NamedTuple):
+    computation: str
+    name: str
+    bytes: int
+    times: int
+
+
+class _Program:
+    """A program, taken apart: `computations` by name, their instructions by name."""
+
+    def __init__(self, text: str):
+        self.computations: dict[str, dict[str, _Instruction]] = {}
+        entry, body = None, {}
+        for line in re.sub(r"/\*.*?\*/", "", text).splitlines():  # `/*index=5*/` in long tuples
+            if found := _INSTRUCTION.match(line):
+                body[found["name"]] = _parse(found["rest"])
+            elif found := _COMPUTATION.match(line):
+                body = self.computations[found["name"]] = {}
+                entry = found["name"] if found["entry"] else entry
+        if entry is None:
+            raise ValueError("`text` has no ENTRY computation; pass `compiled.as_text()`")
+        self.entry = entry
+
+    @functools.cache  # noqa: B019  (programs are short-lived)
+    def runs(self, name: str) -> tuple[list[_Run], list[_Run]]:
+        """Returns the instructions that a computation always runs, and those of its step."""
+        always, step = [], []
+
+        def both(runs: tuple[list[_Run], list[_Run]]) -> list[_Run]:
+            return runs[0] + runs[1]
+
+        for own, instruction in self.computations[name].items():
+            opcode = instruction.opcode
+            if opcode in _FREE or opcode.endswith(("-done", "-update")):
+                continue  # counted where it starts
+            if opcode == "conditional":
+                branches = [both(self.runs(branch)) for branch in instruction.callees()]
+                step += max(branches, key=lambda runs: sum(run.bytes * run.times for run in runs))
+            elif opcode == "while":
+                (condition,), (body,) = map(instruction.callees, ("condition", "body"))
+                always += both(self.runs(condition))
+                inside, trips = self.runs(body), self._trips(instruction)
+                always += _repeated(inside[0], trips) if trips else []
+                step += _repeated(inside[1], trips) if trips else both(inside)
+            elif opcode == "call":
+                for callee in instruction.callees("to_apply"):
+                    inside = self.runs(callee)
+                    always, step = always + inside[0], step + inside[1]
             else:
-                step += _all(computations, body)
-        elif opcode == "call":
-            for names in callees.values():
-                inside = _sizes(computations, names[0])
-                always, step = always + inside[0], step + inside[1]
-        else:
-            reads = [_bytes(instructions[x].shape, True) for x in _NAMES.findall(operands)]
-            # What starts a copy names its source and its target; it reads one and writes one.
-            writes = reads[0] if opcode in ("copy-start", "slice-start") else _bytes(shape, True)
-            always.append(sum(reads) + writes)
-    return always, step
+                always.append(_Run(name, own, self._bytes(name, instruction), 1))
+        return always, step
+
+    def collectives_in(
+        self, computation: str, name: str, fused: bool = False
+    ) -> Iterator[tuple[str, int, str | None]]:
+        """Yields kind, bytes and, in a fusion, channel of a collective, or of those inside it."""
+        instruction = self.computations[computation][name]
+        kind = instruction.opcode.removesuffix("-start")
+        if kind in KINDS:
+            if computation.startswith("all-reduce-scatter"):
+                kind = "reduce-scatter"  # as a TPU fuses one
+            channel = _CHANNEL.search(instruction.attributes) if fused else None
+            size = sum(self._operands(computation, instruction, on_chip=True))
+            yield kind, size, channel and channel[1]
+            return
+        fused = fused or instruction.opcode == "fusion"
+        for callee in instruction.callees("calls", "called_computations"):
+            for inner in self.computations[callee]:
+                yield from self.collectives_in(callee, inner, fused)
+
+    def _trips(self, loop: _Instruction) -> int | None:
+        """Returns the trips of a loop, if the compiler says it or its condition counts to them."""
+        if known := _TRIPS.search(loop.attributes):
+            return int(known[1])
+        instructions = self.computations[loop.callees("condition")[0]]
+        root = list(instructions.values())[-1]
+        if root.opcode != "compare" or "direction=LT" not in root.attributes:
+            return None
+        counter, end = (instructions[name] for name in _NAMES.findall(root.operands))
+        counts = counter.opcode == "get-tuple-element" and end.opcode == "constant"
+        return int(end.operands) if counts else None
+
+    def _bytes(self, computation: str, instruction: _Instruction) -> int:
+        reads = self._operands(computation, instruction)
+        # The start of a copy names its source and its target; it reads one and writes one.
+        copies = instruction.opcode in ("copy-start", "slice-start")
+        return sum(reads) + (reads[0] if copies else _size(instruction.shape))
+
+    def _operands(
+        self, computation: str, instruction: _Instruction, on_chip: bool = False
+    ) -> list[int]:
+        names = _NAMES.findall(instruction.operands)
+        return [_size(self.computations[computation][name].shape, on_chip) for name in names]
 
 
-def _all(computations: dict[str, dict[str, _Instruction]], name: str) -> list[int]:
-    always, step = _sizes(computations, name)
-    return always + step
-
-
-def _read(text: str) -> tuple[dict[str, dict[str, _Instruction]], str]:
-    """Returns the instructions of each computation by name, and the computation that is called."""
-    computations: dict[str, dict[str, _Instruction]] = {}
-    entry, body = None, {}
-    for line in re.sub(r"/\*.*?\*/", "", text).splitlines():  # `/*index=5*/` in long tuples
-        if found := _INSTRUCTION.match(line):
-            body[found["name"]] = _parse(found["rest"])
-        elif found := _COMPUTATION.match(line):
-            body = computations[found["name"]] = {}
-            entry = found["name"] if found["entry"] else entry
-    if entry is None:
-        raise ValueError("`text` has no ENTRY computation; pass `compiled.as_text()`")
-    return computations, entry
+def _repeated(runs: list[_Run], trips: int) -> list[_Run]:
+    return [run._replace(times=trips * run.times) for run in runs]
 
 
 def _parse(text: str) -> _Instruction:
@@ -191,38 +241,16 @@ def _parse(text: str) -> _Instruction:
     return _Instruction(text[: found.start()], found[1], operands, attributes)
 
 
-def _walk(
-    computations: dict[str, dict[str, _Instruction]],
-    name: str,
-    trips: int,
-    conditional: bool,
-) -> Iterator[Collective]:
-    instructions = computations[name]
-    for _, opcode, operands, attributes in instructions.values():
-        kind = opcode.removesuffix("-start")
-        if kind in KINDS:
-            size = sum(_bytes(instructions[name].shape) for name in _NAMES.findall(operands))
-            yield Collective(kind, size, trips, conditional)
-        if opcode.endswith(("-done", "-update")):
-            continue  # its start names the same computation
-        times, step = trips, False
-        if opcode == "while":
-            known = _TRIPS.search(attributes)
-            times, step = trips * int(known[1]) if known else trips, not known
-        for attribute, several, single in _CALLEES.findall(attributes):
-            for callee in _NAMES.findall(several or single):
-                branch = conditional or step or attribute in _BRANCHES
-                yield from _walk(computations, callee, times, branch)
-
-
-def _bytes(shape: str, memory_only: bool = False) -> int:
+def _size(shape: str, on_chip: bool = False) -> int:
     """Returns the bytes of an array, or of all in a tuple, from a text such as `f32[4,2]{1,0}`.
 
-    With `memory_only` without those that a TPU keeps on the chip, in its memory space 1.
+    Args:
+        shape: the text.
+        on_chip: whether those count that a TPU keeps on the chip, in its memory space 1.
     """
     total = 0
-    for dtype, dims, layout in re.findall(r"\b([a-z]\w*)\[([\d,]*)\](\{[^}]*\})?", shape):
-        if memory_only and "S(1)" in layout:
+    for dtype, dims, layout in _ARRAYS.findall(shape):
+        if "S(1)" in layout and not on_chip:
             continue
         bits = re.search(r"\d+", dtype)
         size = 1 if dtype == "pred" else math.ceil(int(bits[0]) / 8) if bits else 0

@@ -1,40 +1,16 @@
 """Measure what accumulating gradients costs on the optimizer's side, contender by contender.
 
 There is no model: the gradients lie ready, and a window is its k steps of accumulation and the
-one step of the inner optimizer. Every contender is first checked against one optimizer step a
-window on the mean gradient. Then all take turns, two windows each a round: one at full speed,
+one step of the inner optimizer. Every contender is first checked against one optimizer step per
+window on the mean gradient. Then all take turns, two windows each in a round: one at full speed,
 one that waits before its release and after it, for holds and releases apart. Kernels that measure
 the bandwidth take turns with them, and wait as seldom. Absolute times are noise: the medians of
 the ratios, taken round by round, are what counts.
-
-The JSON, where Q stands for {"q1", "median", "q3"} and every time of W for {"window": Q,
-"hold": Q, "release": Q}:
-
-    benchmark, date, device, versions     where the figures came from
-    every_k, leaves, rounds               of all runs
-    runs[]                                one for each inner optimizer
-      inner, parameter_bytes              its name, the size of the parameters
-      floor                               see floor.py
-        bandwidth_bound                   whether the inner optimizer is
-        bandwidth {triad: Q, copy: Q}     bytes per second
-        streams {hold, release}           bytes to move, in sizes of the parameters
-        dispatch_ms                       Q: a call that only passes its arrays through
-        window_ms, hold_ms, release_ms    Q: the least time
-      contenders[]
-        name, equivalent, agrees          whether it means to and does match the full batch
-        window_ms, hold_ms, release_ms    Q
-        ratio_to_floor, ratio_to_multi_steps, ratio_to_hand_written,
-        ratio_to_hand_written_no_zeroing  W
-        temporaries                       of the hungriest program, in sizes of the parameters
-        compile_s                         trace and compile all programs of a window
-      left_out[] {name, why}              contenders that are not installed
-    compilation_of_apply_gradients[] {every_k, compile_s, temporaries}    of the first inner
 """
 
 import argparse
-import contextlib
+from collections.abc import Iterator
 import functools
-import importlib.metadata
 import time
 from typing import Any
 
@@ -42,20 +18,45 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from benchmarks import floor, harness, keras_peer, overhead_tables, peers
+from benchmarks import contenders, floor, harness
 from benchmarks.inners import INNERS
+from benchmarks.programs import Window, full_batch, largest_error, nbytes
+from benchmarks.tables import (
+    AGREES,
+    NOT_EQUIVALENT,
+    Table,
+    median,
+    name_of,
+    three_digits,
+    where,
+)
 
+NAMES = (
+    contenders.APPLY_GRADIENTS,
+    contenders.RELEASE,
+    contenders.UPDATE,
+    contenders.MULTI_STEPS,
+    contenders.AGGREGATING,
+    contenders.APPLY_EVERY,
+    contenders.HAND_WRITTEN,
+    contenders.NOT_ZEROING,
+    contenders.KERAS,
+)
 MAX_DISTINCT_MICROBATCHES = 8
+TOLERANCE = 1e-3  # Keras corrects Adam's bias by a difference of numbers near 1
+PARTS = ("window", "hold", "release")
 # The states of all contenders lie side by side, about 40 times the parameters with AdamW. Muon
 # multiplies matrices on every microbatch where the inner optimizer is masked, not skipped.
-MEGABYTES = {
-    "cpu": {"sgd": 25.0, "adamw": 25.0, "muon": 1.6},
-    "gpu": {"sgd": 1000.0, "adamw": 1000.0, "muon": 100.0},
+MEGABYTES = {  # quick, CPU, GPU or TPU
+    "sgd": (0.1, 25.0, 1000.0),
+    "adamw": (0.1, 25.0, 1000.0),
+    "muon": (0.1, 1.6, 100.0),
 }
+DEFAULTS = {"leaves": (4, 24, 24), "rounds": (3, 15, 15)} | MEGABYTES
 UNITS = {
-    "ratio_to_multi_steps": "optax.MultiSteps",
-    "ratio_to_hand_written": "hand-written loop",
-    "ratio_to_hand_written_no_zeroing": "hand-written, no zeroing",
+    "multi_steps": contenders.MULTI_STEPS,
+    "hand_written": contenders.HAND_WRITTEN,
+    "hand_written_no_zeroing": contenders.NOT_ZEROING,
 }
 
 
@@ -66,65 +67,40 @@ def make_tree(seed: int, leaves: int, megabytes: float) -> dict[str, jax.Array]:
     return {f"layer_{i:03d}": jax.random.normal(key, (side, side)) for i, key in enumerate(keys)}
 
 
-def find_contenders(inner: str, every_k: int) -> tuple[dict[str, Any], list[dict[str, str]]]:
-    """Returns functions that make the contenders, by name, and those that are not installed."""
-    factories = [functools.partial(f, INNERS[inner].transformation, every_k) for f in peers.PEERS]
-    factories += [functools.partial(keras_peer.keras_optimizer, INNERS[inner], every_k)]
-    found, left_out = {}, []
-    for factory in factories:
-        try:
-            found[factory().name] = factory
-        except ImportError as error:
-            left_out.append({"name": factory.func.__name__, "why": str(error)})
-    return found, left_out
-
-
-def measure_compilation(factory: Any, params: Any, repeats: int) -> dict[str, Any]:
+def measure_compilation(name: str, inner: str, every_k: int, params: Any, repeats: int) -> Any:
     """Returns the time to trace and compile a window's programs, and their temporaries."""
-    seconds, programs = [], []
+    seconds, temporaries = [], 0
     for _ in range(repeats):
         jax.clear_caches()
-        peer = factory()
-        carry = jax.eval_shape(peer.init, params)
-        start = time.perf_counter()
-        programs = [program.compile(carry, params) for program in dict.fromkeys(peer.programs)]
-        seconds.append(time.perf_counter() - start)
-    temporaries = [program.memory_analysis().temp_size_in_bytes for program in programs]
-    return {
-        "compile_s": float(np.median(seconds)),
-        "temporaries": max(temporaries) / floor.num_bytes(params),
-    }
+        window = Window(contenders.ADAPTERS[name](INNERS[inner], every_k), params, params)
+        seconds.append(window.trace_s + window.compile_s)
+        temporaries = window.temporary_bytes / nbytes(params)
+    return {"compile_s": float(np.median(seconds)), "temporaries": temporaries}
 
 
 def time_windows(
-    contenders: list[peers.Peer], params: Any, microbatches: list[Any], rounds: int
+    windows: dict[str, Window], microbatches: list[Any], rounds: int
 ) -> tuple[dict[str, dict[str, Any]], dict[str, list[float]]]:
     """Returns the seconds of each contender's windows, holds and releases, and of the kernels.
 
     All of them round by round; for the holds of a round, their mean.
     """
-    carries = {peer.name: peer.init(jax.tree.map(jnp.copy, params)) for peer in contenders}
-    parts = {peer.name: [] for peer in contenders}
+    parts: dict[str, list[tuple[float, float]]] = {name: [] for name in windows}
 
-    def window(peer):
-        carries[peer.name] = peer.run_window(carries[peer.name], microbatches)
-        return carries[peer.name]
-
-    def window_in_two(peer):
+    def in_two(name):
         start = time.perf_counter()
-        held = jax.block_until_ready(peer.hold(carries[peer.name], microbatches))
+        jax.block_until_ready(windows[name].hold(microbatches))
         middle = time.perf_counter()
-        carries[peer.name] = jax.block_until_ready(peer.release(held, microbatches))
+        jax.block_until_ready(windows[name].release(microbatches))
         holds, release = middle - start, time.perf_counter() - middle
-        parts[peer.name].append((holds / (len(peer.programs) - 1), release))
+        parts[name].append((holds / (len(windows[name].programs) - 1), release))
 
-    turns = floor.kernels(microbatches)
-    carried = contenders[0].init(jax.tree.map(jnp.copy, params))
-    turns[floor.DISPATCH] = floor.dispatch(carried, len(microbatches))
-    for peer in contenders:
-        turns[peer.name] = functools.partial(window, peer)
-        turns[f"{peer.name}, in two"] = functools.partial(window_in_two, peer)
-    jax.block_until_ready((carries, microbatches))
+    carried = jax.tree.map(jnp.copy, windows[contenders.APPLY_GRADIENTS].carry)
+    turns = floor.kernels(microbatches, carried)
+    for name, window in windows.items():
+        turns[name] = functools.partial(window.run, microbatches)
+        turns[f"{name}, in two"] = functools.partial(in_two, name)
+    jax.block_until_ready(([window.carry for window in windows.values()], microbatches))
     seconds = harness.take_turns(turns, rounds, "Timing windows")
     return {
         name: {
@@ -136,112 +112,172 @@ def time_windows(
     }, seconds
 
 
-def measure(args: argparse.Namespace, inner: str) -> dict[str, Any]:
+def measure_inner(args: argparse.Namespace, inner: str) -> dict[str, Any]:
     """Returns every figure of the run with one inner optimizer, ready for JSON."""
-    tx, megabytes = INNERS[inner].transformation, choose_megabytes(args, inner)
+    every_k, tx = args.every_k, INNERS[inner].transformation
     params, *microbatches = (
-        make_tree(seed, args.leaves, megabytes)
-        for seed in range(1 + min(args.every_k, MAX_DISTINCT_MICROBATCHES))
+        make_tree(seed, args.leaves, args.megabytes or getattr(args, inner))
+        for seed in range(1 + min(every_k, MAX_DISTINCT_MICROBATCHES))
     )
-    factories, left_out = find_contenders(inner, args.every_k)
-    contenders = [factory() for factory in factories.values()]
-    agreement = []
-    for peer in harness.progress(contenders, f"{inner}: checking against the full batch"):
-        expected = peers.full_batch(peer.reference or tx, args.every_k, params, microbatches)
-        agreement.append(peers.agrees(peer, params, microbatches, expected))
-    seconds, kernel_seconds = time_windows(contenders, params, microbatches, args.rounds)
+    found, left_out = contenders.make(NAMES, INNERS[inner], every_k)
+    windows, agrees, size = {}, {}, nbytes(params)
+    for name, one in harness.progress(found.items(), f"{inner}: checking"):
+        windows[name] = Window(one, params, params)
+        expected = full_batch(one.reference or tx, every_k, params, microbatches)
+        trained = windows[name].train(params, microbatches)
+        agrees[name] = largest_error(trained, expected, params, TOLERANCE) <= 1
+    for window in windows.values():
+        window.start(params)
+    seconds, kernel_seconds = time_windows(windows, microbatches, args.rounds)
+    del windows
 
     moved = floor.streams(tx, params)
-    least = floor.floors(kernel_seconds, len(microbatches), moved, args.every_k)
-    units = {name: seconds[unit] for name, unit in UNITS.items()}
+    least = floor.floors(kernel_seconds, len(microbatches), moved, every_k)
+    units = {"floor": least} | {unit: seconds[name] for unit, name in UNITS.items()}
 
-    def timing(name):
-        times = seconds[name]
-        milliseconds = {f"{x}_ms": harness.quartiles(np.multiply(times[x], 1e3)) for x in times}
-        ratios = {
-            name: {x: harness.quartiles(np.divide(times[x], unit[x])) for x in times}
-            for name, unit in {"ratio_to_floor": least, **units}.items()
+    def milliseconds(times):
+        return {f"{x}_ms": harness.quartiles(np.multiply(times[x], 1e3)) for x in PARTS}
+
+    def timing(times):
+        return milliseconds(times) | {
+            f"ratio_to_{name}": {x: harness.quartiles(np.divide(times[x], unit[x])) for x in PARTS}
+            for name, unit in units.items()
         }
-        return milliseconds | ratios
 
-    repeats = 1 if args.quick else 3
-    measure_compilation(factories[contenders[0].name], params, 1)  # wakes the compiler
-    compilations = [
-        measure_compilation(factory, params, repeats)
-        for factory in harness.progress(factories.values(), f"{inner}: compiling")
-    ]
-    figures = floor.figures(
-        kernel_seconds, len(microbatches), moved, least, floor.num_bytes(params)
-    )
-    rows = zip(contenders, agreement, compilations, strict=True)
+    measure_compilation(contenders.APPLY_GRADIENTS, inner, every_k, params, 1)  # wakes the compiler
+    compilations = {
+        name: measure_compilation(name, inner, every_k, params, 1 if args.quick else 3)
+        for name in harness.progress(found, f"{inner}: compiling")
+    }
     return {
         "inner": inner,
-        "parameter_bytes": floor.num_bytes(params),
-        "floor": {"bandwidth_bound": INNERS[inner].bandwidth_bound, **figures},
+        "parameter_bytes": size,
+        "floor": {
+            "bandwidth_bound": INNERS[inner].bandwidth_bound,
+            "streams": moved,
+            **floor.figures(kernel_seconds, len(microbatches), size),
+            **milliseconds(least),
+        },
         "contenders": [
-            {"name": peer.name, "equivalent": peer.equivalent, "agrees": agrees}
-            | compilation
-            | timing(peer.name)
-            for peer, agrees, compilation in rows
+            {"name": name, "equivalent": contender.equivalent, "agrees": agrees[name]}
+            | compilations[name]
+            | timing(seconds[name])
+            for name, contender in found.items()
         ],
-        "left_out": left_out,
+        "left_out": [{"name": name, "why": why} for name, why in left_out.items()],
     }
 
 
-def measure_by_every_k(args: argparse.Namespace, inner: str) -> list[dict[str, Any]]:
-    """Returns what compiling `apply_gradients` takes, by the length of the window."""
-    params = make_tree(0, args.leaves, choose_megabytes(args, inner))
-    factory = functools.partial(peers.optaccum_apply_gradients, INNERS[inner].transformation)
-    return [
-        {"every_k": k}
-        | measure_compilation(functools.partial(factory, k), params, 1 if args.quick else 3)
-        for k in harness.progress((2, 8, 64, 1024), "Compiling at k = 2 to 1024")
+def measure(args: argparse.Namespace) -> Iterator[harness.Result]:
+    """Yields every figure of the benchmark, ready for JSON, inner optimizer by inner optimizer."""
+    # In TF32 the products of Muon would differ by more than the check allows.
+    jax.config.update("jax_default_matmul_precision", "float32")
+    result = {name: getattr(args, name) for name in ("every_k", "leaves", "rounds")}
+    result |= {"runs": [], "compilation_of_apply_gradients": []}
+    inners = list(INNERS) if args.inner == "all" else [args.inner]
+    for inner in inners:
+        result["runs"].append(measure_inner(args, inner))
+        yield result
+    params = make_tree(0, args.leaves, args.megabytes or getattr(args, inners[0]))
+    given = contenders.APPLY_GRADIENTS, inners[0]
+    for k in harness.progress((2, 8, 64, 1024), "Compiling at k = 2 to 1024"):
+        figures = measure_compilation(*given, k, params, 1 if args.quick else 3)
+        result["compilation_of_apply_gradients"].append({"every_k": k} | figures)
+        yield result
+
+
+def tables(result: dict[str, Any]) -> dict[str, list[Table]]:
+    """Returns ratios for AdamW, times of all inner optimizers, and what compiling takes."""
+    run = main_run(result)
+    headings = dict(
+        zip(
+            ("floor", *UNITS),
+            ("window, to the floor", "to MultiSteps", "to the hand-written loop", "to no zeroing"),
+            strict=True,
+        )
+    )
+    ratios = [
+        {
+            "contender": name_of(row),
+            **{
+                heading: median(row[f"ratio_to_{unit}"]["window"])
+                for unit, heading in headings.items()
+            },
+            "temporaries": f"{row['temporaries']:.1f}",
+            "trace and compile": f"{row['compile_s']:.1f} s",
+            "agrees": AGREES[row["agrees"]],
+        }
+        for row in run["contenders"]
     ]
+    leaves = f"in {result['leaves']} leaves"
+    size = f"{run['parameter_bytes'] / 1e6:.3g} MB of parameters {leaves}"
+    note = f"{run['inner']}, k = {result['every_k']}, {size}. {where(result)}"
+    left_out = [f"Left out: {x['name']}, for {x['why']}." for x in run.get("left_out", ())]
+    named = {"overhead": [Table(ratios, "A window", [NOT_EQUIVALENT, *left_out, note])]}
+    named["overhead_times"] = [_times(result)]
+    compilations = [
+        {
+            "k": f"{row['every_k']:,}",
+            "temporaries": f"{row['temporaries']:.1f}",
+            "trace and compile": f"{row['compile_s']:.1f} s",
+        }
+        for row in result["compilation_of_apply_gradients"]
+    ]
+    title = "optaccum.apply_gradients by length of the window"
+    if compilations:
+        named["compilation"] = [Table(compilations, title, [where(result)])]
+    return named
 
 
-def choose_megabytes(args: argparse.Namespace, inner: str) -> float:
-    """Returns the size of the parameters: what was asked for, or what suits the machine."""
-    sizes = MEGABYTES["cpu" if jax.default_backend() == "cpu" else "gpu"]
-    return args.megabytes or (0.1 if args.quick else sizes[inner])
+def main_run(result: dict[str, Any]) -> dict[str, Any]:
+    """Returns the run that stands for all: AdamW's, or else the first."""
+    return next((run for run in result["runs"] if run["inner"] == "adamw"), result["runs"][0])
+
+
+def _times(result: dict[str, Any]) -> Table:
+    rows, notes = [], [NOT_EQUIVALENT]
+    for run in result["runs"]:
+        least, size = run["floor"], f"{run['parameter_bytes'] / 1e6:.3g} MB of parameters"
+        for row in [{"name": "floor"} | least, *run["contenders"]]:
+            to_floor = row.get("ratio_to_floor", {})
+            rows.append(
+                {
+                    "inner": run["inner"],
+                    "contender": name_of(row),
+                    **{f"{part} ms": three_digits(row[f"{part}_ms"]) for part in PARTS},
+                    **{f"{part}, to floor": median(to_floor.get(part)) for part in PARTS},
+                    "agrees": AGREES[row.get("agrees")],
+                }
+            )
+        rates = (
+            f"{q['median'] / 1e9:,.0f} GB/s ({name})" for name, q in least["bandwidth"].items()
+        )
+        bound = "" if least["bandwidth_bound"] else ", which is not what bounds it"
+        passing = f"a call that only passes all arrays through {three_digits(least['dispatch_ms'])}"
+        notes.append(f"{run['inner']}: {size}; bandwidth {', '.join(rates)}{bound}; {passing} ms.")
+    setting = f"k = {result['every_k']}, {result['leaves']} leaves, {result['rounds']} rounds."
+    return Table(rows, "Times", [*notes, f"{setting} {where(result)}"])
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    """Returns the command line, what it leaves open filled in but for the size."""
-    parser = harness.make_parser("overhead", (__doc__ or "").partition("\n\nThe JSON")[0])
+    """Returns the command line, with defaults for the device."""
+    parser = harness.make_parser("overhead", __doc__)
     add, at_least = parser.add_argument, harness.at_least
-    add("--inner", choices=(*INNERS, "all"), default="adamw", help="inner optimizer (adamw)")
-    add("--every-k", type=at_least(2), default=8, help="microbatches a window (8)")
+    add("--inner", choices=(*INNERS, "all"), default="all", help="inner optimizer (all)")
+    add("--every-k", type=at_least(2), default=8, help="microbatches per window (8)")
     add(
         "--megabytes",
         type=at_least(0.001),
-        help="float32 parameters (25 on a CPU, 1000 on a GPU; less for muon; quick: 0.1)",
+        help="float32 parameters (25 on a CPU, 1000 on a GPU or TPU; less for muon; quick: 0.1)",
     )
     add("--leaves", type=at_least(1), help="leaves of the parameters (24; quick: 4)")
-    args = parser.parse_args(argv)
-    harness.check_output(parser, args.output)
-    args.leaves = args.leaves or (4 if args.quick else 24)
-    args.rounds = args.rounds or (3 if args.quick else 15)
-    return args
+    parser.set_defaults(**dict.fromkeys(MEGABYTES))
+    return harness.parse_args(parser, DEFAULTS, argv)
 
 
 def main() -> None:
     """Runs the benchmark."""
-    args = parse_args()
-    jax.config.update("jax_enable_compilation_cache", False)
-    # In TF32 the products of Muon would differ by more than the check allows.
-    jax.config.update("jax_default_matmul_precision", "float32")
-    inners = list(INNERS) if args.inner == "all" else [args.inner]
-    result = harness.origin("overhead")
-    result |= {name: getattr(args, name) for name in ("every_k", "leaves", "rounds")}
-    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-        result["versions"]["keras"] = importlib.metadata.version("keras")
-    result["runs"] = []
-    for inner in inners:
-        result["runs"].append(measure(args, inner))
-        overhead_tables.show(result, result["runs"][-1])
-    result["compilation_of_apply_gradients"] = measure_by_every_k(args, inners[0])
-    overhead_tables.show_by_every_k(result)
-    harness.write(result, args.output)
+    harness.run("overhead", parse_args(), measure, tables)
 
 
 if __name__ == "__main__":

@@ -13,36 +13,62 @@ over the three largest points is free of both.
 """
 
 import argparse
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
+import dataclasses
+import itertools
 import time
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 
-from benchmarks import harness, peers, scaling_tables
+from benchmarks import contenders, harness
+from benchmarks.contender import Contender
+from benchmarks.contenders import ALONE, APPLY_GRADIENTS, MULTI_STEPS, UPDATE
+from benchmarks.inners import INNERS
+from benchmarks.programs import Window, full_batch, largest_error, nbytes
+from benchmarks.tables import AGREES, Table, where
 
-# A small `eps` would hide the scale of the gradients from Adam, and a sum from a mean.
-INNER = optax.adamw(0.1, eps=0.1)
+# A small `eps` would hide the scale of the gradients from Adam, and a sum from a mean; and a small
+# step would drown in the rounding of bfloat16 parameters.
+INNER = dataclasses.replace(INNERS["adamw"], transformation=optax.adamw(0.1, eps=0.1))
+# One that sums in float32 is off by rounding alone, one in bfloat16 by up to 2^-8 per addition.
+TOLERANCE = {"float32": 1e-3, "bfloat16": 0.02}
 # The most that the contenders, their gradients and the check need at one time.
 BYTES_PER_PARAMETER = 80
-ACCUMULATING = (peers.optaccum_apply_gradients, peers.optax_multi_steps)
-
-
-def adamw(inner: optax.GradientTransformation, every_k: int) -> peers.Peer:
-    """The inner optimizer alone, on every microbatch: what a release costs at least."""
-
-    def init(params):
-        return {"params": params, "opt_state": inner.init(params)}
-
-    def step(part, grads):
-        updates, opt_state = inner.update(grads, part["opt_state"], part["params"])
-        return {"params": optax.apply_updates(part["params"], updates), "opt_state": opt_state}
-
-    program = peers.make_program(step, ("params", "opt_state"))
-    return peers.Peer("AdamW alone", init, (program,) * every_k)
+# Columns of each sweep, those that are fitted, and their headings.
+SHOWN = {
+    "parameters": ("hold_ms", "release_ms", "temporaries"),
+    "leaves": (
+        *("trace_s", "compile_s", "dispatch_ms"),
+        *("compilation_ms_a_leaf", "dispatch_us_a_leaf"),
+    ),
+    "every_k": ("hold_ms", "release_ms", "microbatch_ms"),
+    "dtype": ("hold_ms", "release_ms", "parameter_bytes", "state_bytes", "temporary_bytes"),
+}
+FITTED = {
+    "parameters": ("hold_ms", "release_ms"),
+    "leaves": ("trace_s", "compile_s", "dispatch_ms"),
+    "every_k": ("hold_ms", "microbatch_ms"),
+    "dtype": (),
+}
+HEADINGS = {
+    "name": "contender",
+    "every_k": "k",
+    "hold_ms": "hold ms",
+    "release_ms": "release ms",
+    "microbatch_ms": "mean ms",
+    "trace_s": "trace s",
+    "compile_s": "compile s",
+    "dispatch_ms": "dispatch ms",
+    "compilation_ms_a_leaf": "trace, compile ms/leaf",
+    "dispatch_us_a_leaf": "dispatch us/leaf",
+    "parameter_bytes": "params MB",
+    "state_bytes": "state MB",
+    "temporary_bytes": "temps MB",
+    "slope_of_largest": "largest three",
+}
 
 
 def make_tree(seed: int, parameters: int, leaves: int, dtype: Any) -> dict[str, jax.Array]:
@@ -52,46 +78,8 @@ def make_tree(seed: int, parameters: int, leaves: int, dtype: Any) -> dict[str, 
     return {f"leaf_{i:04d}": jax.random.normal(key, (length,), dtype) for i, key in enumerate(keys)}
 
 
-def full_batch(every_k: int, params: Any, microbatches: Sequence[Any]) -> Any:
-    """Returns the parameters after two steps of the inner optimizer on a window's mean gradient.
-
-    Not jitted: with many leaves the check would take longer to compile than what it checks.
-    """
-    counts = np.bincount(np.arange(every_k) % len(microbatches), minlength=len(microbatches))
-
-    def leaf_mean(*leaves):
-        total = jnp.zeros(leaves[0].shape, jnp.float32)
-        for n, x in zip(counts.tolist(), leaves, strict=True):
-            total += n * x.astype(jnp.float32)
-        return (total / every_k).astype(leaves[0].dtype)
-
-    mean, state = jax.tree.map(leaf_mean, *microbatches), INNER.init(params)
-    for _ in range(2):
-        updates, state = INNER.update(mean, state, params)
-        params = optax.apply_updates(params, updates)
-    return params
-
-
-def agrees(params: Any, start: Any, expected: Any) -> bool:
-    """Returns whether the way from `start` to `params` is the expected one, by its length.
-
-    A contender that sums in float32 is off by rounding alone. One that sums in bfloat16 is off by
-    up to 2^-8 an addition; what it gets wrong beyond a twentieth of the way is no rounding.
-    """
-
-    def square_distance(a, b):
-        return sum(
-            float(jnp.sum((x.astype(jnp.float32) - y.astype(jnp.float32)) ** 2))
-            for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
-        )
-
-    tolerance = 0.05 if jax.tree.leaves(params)[0].dtype == jnp.bfloat16 else 1e-3
-    way = square_distance(expected, start)
-    return square_distance(params, expected) <= tolerance**2 * way
-
-
 def measure_point(
-    factories: Sequence[Any],
+    found: Sequence[Contender],
     variable: str,
     rounds: int,
     *,
@@ -105,39 +93,30 @@ def measure_point(
     params, *microbatches = (
         make_tree(seed, parameters, leaves, dtype) for seed in range(1 + min(every_k, 2))
     )
-    expected = full_batch(every_k, params, microbatches)
-    rows, windows, calls = [], {}, {}
-    for factory in factories:
-        peer = factory(INNER, every_k)
-        carry = peer.init(jax.tree.map(jnp.copy, params))
-        program = peer.programs[0]
-        start = time.perf_counter()
-        part = {name: carry[name] for name in program.names}
-        lowered = program.function.lower(part, microbatches[0])
-        traced = time.perf_counter()
-        compiled = lowered.compile()
-        seconds = {"trace_s": traced - start, "compile_s": time.perf_counter() - traced}
-        for _ in range(2):
-            carry = peer.run_window(carry, microbatches)
+    expected = full_batch(INNER.transformation, every_k, params, microbatches)
+    rows, turns, calls = [], {}, {}
+    for contender in found:
+        window = Window(contender, params, params)
+        trained = window.train(params, microbatches)
+        error = largest_error(trained, expected, params, TOLERANCE[dtype])
+        window.start(params)
         rows.append(
             {
-                "name": peer.name,
+                "name": contender.name,
                 variable: value[variable],
-                "agrees": agrees(carry["params"], params, expected)
-                if factory is not adamw
-                else None,
+                "agrees": error <= 1 if contender.equivalent else None,
                 "parameter_bytes": nbytes(params),
-                "state_bytes": nbytes(carry) - nbytes(carry["params"]),
-                "temporary_bytes": (temporary := compiled.memory_analysis().temp_size_in_bytes),
-                "temporaries": temporary / nbytes(params),
-                **seconds,
-                "compilation_ms_a_leaf": 1e3 * sum(seconds.values()) / leaves,
+                "state_bytes": nbytes(window.carry) - nbytes(params),
+                "temporary_bytes": window.temporary_bytes,
+                "temporaries": window.temporary_bytes / nbytes(params),
+                **{"trace_s": window.trace_s, "compile_s": window.compile_s},
+                "compilation_ms_a_leaf": 1e3 * (window.trace_s + window.compile_s) / leaves,
             }
         )
-        calls[peer.name] = []
-        windows[peer.name] = timed_window(peer, carry, microbatches, calls[peer.name])
-    del params, expected, carry, part  # the largest trees need the memory
-    harness.take_turns(windows, rounds, f"{variable} = {value[variable]}")
+        calls[contender.name] = []
+        turns[contender.name] = timed_window(window, microbatches, calls[contender.name])
+    del params, expected, trained, window  # the largest trees need the memory
+    harness.take_turns(turns, rounds, f"{variable} = {value[variable]}")
     for row in rows:
         ready, dispatch = np.moveaxis(1e3 * np.array(calls[row["name"]][-rounds:]), -1, 0)
         row |= {
@@ -150,87 +129,115 @@ def measure_point(
     return rows
 
 
-def timed_window(
-    peer: peers.Peer, carry: peers.Carry, microbatches: Sequence[Any], calls: list[Any]
-) -> Callable[[], None]:
+def timed_window(window: Window, microbatches: Sequence[Any], calls: list[Any]) -> Any:
     """Returns a function that runs a window and notes each call's seconds: ready, returned."""
 
     def run():
-        nonlocal carry
         seconds = []
-        for i, program in enumerate(peer.programs):
+        for i in range(len(window.programs)):
             start = time.perf_counter()
-            carry = program(carry, microbatches[i % len(microbatches)])
+            window.call(i, microbatches[i % len(microbatches)])
             returned = time.perf_counter()
-            jax.block_until_ready(carry)
+            jax.block_until_ready(window.carry)
             seconds.append((time.perf_counter() - start, returned - start))
         calls.append(seconds)
 
     return run
 
 
-def nbytes(tree: Any) -> int:
-    """Returns the bytes of the arrays in a tree."""
-    return sum(x.nbytes for x in jax.tree.leaves(tree))
-
-
-def plan(args: argparse.Namespace) -> dict[str, tuple[Sequence[Any], Sequence[Any], dict]]:
+def plan(args: argparse.Namespace) -> dict[str, tuple[Sequence[str], Sequence[Any], dict]]:
     """Returns the contenders, the values and the fixed sizes of each sweep on this device."""
-    gpu = jax.default_backend() != "cpu"
-    sizes = 10 ** np.linspace(6, *((9, 7) if gpu else (8, 5)))
+    large = jax.default_backend() != "cpu"
+    sizes = 10 ** np.linspace(6, *((9, 7) if large else (8, 5)))
     memory = (jax.devices()[0].memory_stats() or {}).get("bytes_limit", np.inf)
-    sizes = sizes[sizes * BYTES_PER_PARAMETER <= memory]
-    leaves, ks = [10, 32, 100, 316, 1000] + [5000] * (gpu or args.full), (1, 4, 16, 64, 256, 1024)
-    small, medium = (10**7, 10**8) if gpu else (250_000, 10**7)
+    sizes = sizes[sizes * BYTES_PER_PARAMETER <= memory].round().astype(int).tolist()
+    leaves, ks = [10, 32, 100, 316, 1000] + [5000] * (large or args.full), (1, 4, 16, 64, 256, 1024)
+    small, medium = (10**7, 10**8) if large else (250_000, 10**7)
     fixed = {}
     if args.quick:
-        sizes, leaves, ks, small, medium = np.array([1e4, 1e5]), [2, 4], (1, 2, 4), 10**4, 10**4
+        sizes, leaves, ks, small, medium = [10**4, 10**5], [2, 4], (1, 2, 4), 10**4, 10**4
         fixed = {"leaves": 2}
-    tree = {"parameters": 2000 if args.quick else 100_000}
-    with_update = (peers.optaccum_apply_gradients, peers.optaccum_update, peers.optax_multi_steps)
+    both, tree = (APPLY_GRADIENTS, MULTI_STEPS), {"parameters": 2000 if args.quick else 100_000}
     return {
-        "parameters": (
-            (*ACCUMULATING, adamw),
-            sizes.round().astype(int).tolist(),
-            {**fixed, "every_k": 2},
-        ),
-        "leaves": (with_update, leaves, tree),
-        "every_k": (ACCUMULATING, ks, {**fixed, "parameters": small}),
-        "dtype": (ACCUMULATING, ("float32", "bfloat16"), {**fixed, "parameters": medium}),
+        "parameters": ((*both, ALONE), sizes, {**fixed, "every_k": 2}),
+        "leaves": ((APPLY_GRADIENTS, UPDATE, MULTI_STEPS), leaves, tree),
+        "every_k": (both, ks, {**fixed, "parameters": small}),
+        "dtype": (both, ("float32", "bfloat16"), {**fixed, "parameters": medium}),
     }
 
 
-def measure(args: argparse.Namespace) -> dict[str, Any]:
-    """Returns every figure of the benchmark, ready for JSON."""
-    sweeps = {}
-    for name, (factories, values, fixed) in plan(args).items():
-        if args.sweep in (name, "all"):
-            rows = []
-            for value in values:
-                rows += measure_point(factories, name, args.rounds, **fixed, **{name: value})
-            sweeps[name] = {**fixed, "rows": rows, "slopes": scaling_tables.slopes(name, rows)}
-    return {**harness.origin("scaling"), "rounds": args.rounds, "sweeps": sweeps}
+def measure(args: argparse.Namespace) -> Iterator[harness.Result]:
+    """Yields every figure of the benchmark, ready for JSON, point by point."""
+    sweeps: dict[str, Any] = {}
+    for name, (names, values, fixed) in plan(args).items():
+        if args.sweep not in (name, "all"):
+            continue
+        rows = []
+        for value in values:
+            given = fixed | {name: value}
+            found, _ = contenders.make(names, INNER, given.get("every_k", 4))
+            rows += measure_point(list(found.values()), name, args.rounds, **given)
+            sweeps[name] = {**fixed, "rows": rows, "slopes": slopes(name, rows)}
+            yield {"rounds": args.rounds, "sweeps": sweeps}
+
+
+def slopes(sweep: str, rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Returns how each contender's figures grow with the variable: as which power of it."""
+    fits = []
+    for quantity, name in itertools.product(FITTED[sweep], dict.fromkeys(r["name"] for r in rows)):
+        points = [(r[sweep], r[quantity]) for r in rows if r["name"] == name and r[quantity]]
+        if len(points) < 2:
+            continue
+        x, y = np.log([(x, y["median"] if isinstance(y, dict) else y) for x, y in points]).T
+        fit = {"quantity": quantity, "name": name, "slope": np.polyfit(x, y, 1)[0].item()}
+        fits.append(fit | {"slope_of_largest": np.polyfit(x[-3:], y[-3:], 1)[0].item()})
+    return fits
+
+
+def cell(key: str, value: Any) -> str:
+    """Returns how a table shows a figure, by its name: medians, and bytes in MB."""
+    if value is None or isinstance(value, bool):
+        return AGREES[value]
+    if isinstance(value, dict):
+        value = value["median"]
+    if key.endswith("bytes"):
+        value = value / 1e6
+    if not isinstance(value, float):
+        return value if isinstance(value, str) else f"{value:,}"
+    return f"{value:.0f}" if value >= 100 else f"{value:.2f}" if value < 10 else f"{value:.1f}"
+
+
+def tables(result: dict[str, Any]) -> dict[str, list[Table]]:
+    """Returns the rows of each sweep, and all slopes."""
+    named, fits, notes = {}, [], [where(result)]
+    for sweep, figures in result["sweeps"].items():
+        variable = HEADINGS.get(sweep, sweep)
+        keys = (sweep, "name", *SHOWN[sweep], "agrees")
+        rows = [
+            {HEADINGS.get(key, key): cell(key, row[key]) for key in keys} for row in figures["rows"]
+        ]
+        named[sweep] = [Table(rows, f"By {variable}", notes)]
+        for fit in figures["slopes"]:
+            figure = f"{HEADINGS[fit['quantity']].rpartition(' ')[0]}, by {variable}"
+            powers = {
+                HEADINGS.get(key, key): cell(key, fit[key]) for key in ("slope", "slope_of_largest")
+            }
+            fits.append({"figure": figure, "contender": fit["name"]} | powers)
+    title = "Slopes, log-log"
+    return named | ({"slopes": [Table(fits, title, notes)]} if fits else {})
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """Returns the command line, the rounds that it leaves open filled in."""
     parser = harness.make_parser("scaling", __doc__)
-    parser.add_argument(
-        "--sweep", choices=(*scaling_tables.SHOWN, "all"), default="all", help="which (all)"
-    )
+    parser.add_argument("--sweep", choices=(*SHOWN, "all"), default="all", help="which (all)")
     parser.add_argument("--full", action="store_true", help="on a CPU too, up to 5,000 leaves")
-    args = parser.parse_args(argv)
-    harness.check_output(parser, args.output)
-    args.rounds = args.rounds or (2 if args.quick else 5)
-    return args
+    return harness.parse_args(parser, {"rounds": (2, 5, 5)}, argv)
 
 
 def main() -> None:
     """Runs the benchmark."""
-    args = parse_args()
-    jax.config.update("jax_enable_compilation_cache", False)
-    scaling_tables.print_tables(result := measure(args))
-    harness.write(result, args.output)
+    harness.run("scaling", parse_args(), measure, tables)
 
 
 if __name__ == "__main__":

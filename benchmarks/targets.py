@@ -4,7 +4,7 @@ JAX compiles ahead of time for a topology: `libtpu` (`jax[tpu]`) brings the comp
 `jax-cuda12-plugin`, `jax-cuda12-pjrt` and `nvidia-cuda-nvcc-cu12` the one for NVIDIA GPUs. What
 comes back is the optimised program with its memory analysis; it cannot run here.
 
-Call `prepare()` before JAX is imported: the compilers read the environment when they are loaded.
+Call `prepare()` before JAX makes a device: the compilers read the environment when they are loaded.
 """
 
 import functools
@@ -12,6 +12,7 @@ import importlib.metadata
 import importlib.util
 import os
 import pathlib
+import sys
 from typing import Any
 
 CPU, H100, V5E, V6E = "cpu", "h100", "v5e", "v6e"
@@ -53,6 +54,8 @@ def prepare() -> None:
         flags = f"--xla_gpu_cuda_data_dir={folder} --xla_gpu_autotune_level=0"
         os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flags}".strip()
         os.environ["PATH"] = f"{folder / 'bin'}{os.pathsep}{os.environ['PATH']}"
+    if "jax" in sys.modules:  # it has read its part of the environment
+        sys.modules["jax"].config.update("jax_platforms", os.environ["JAX_PLATFORMS"])
 
 
 def missing(target: str) -> str | None:

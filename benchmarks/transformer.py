@@ -1,12 +1,16 @@
-"""A decoder-only transformer, the model that `benchmarks.train_step` trains."""
+"""A decoder-only transformer on a tree of plain arrays, and microbatches for it."""
 
 import dataclasses
 from typing import Any
 
-from flax import nnx
 import jax
+from jax import lax
 import jax.numpy as jnp
+import numpy as np
 import optax
+
+Tree = Any
+Batch = dict[str, Any]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -18,90 +22,152 @@ class Config:
         width: features of a token.
         layers: blocks of attention and MLP, one after the other.
         heads: heads of the attention; they share the width.
-        sequence: the most tokens of a sequence.
-        remat: whether a block's activations are computed again for the gradient, not kept.
         dtype: what the model computes in. Its parameters are float32, as is usual in training.
+        remat: whether a block's activations are computed again for the gradient, not kept.
+        tied: whether the head is the embedding of the tokens.
+        scanned: whether the blocks lie in one stack, with a scan over them.
+        one_hot: whether tokens are looked up by a product. Under explicit sharding only the
+            gradient of a parameter that stands in a product can stay unreduced.
     """
 
     vocabulary: int
     width: int
     layers: int
     heads: int
-    sequence: int = 1024
-    remat: bool = False
     dtype: Any = jnp.float32
+    remat: bool = False
+    tied: bool = True
+    scanned: bool = False
+    one_hot: bool = False
 
 
 PRESETS = {
     "100k": Config(vocabulary=1024, width=64, layers=1, heads=2),
+    "3m": Config(vocabulary=2048, width=192, layers=4, heads=3),
     "10m": Config(vocabulary=8192, width=320, layers=6, heads=5),
+    "110m": Config(vocabulary=16384, width=768, layers=12, heads=12),
     "350m": Config(vocabulary=32768, width=1024, layers=24, heads=16, remat=True),
     "1b": Config(vocabulary=32768, width=2048, layers=18, heads=16, remat=True),
 }
 
 
-class Block(nnx.Module):
-    """Causal self-attention and an MLP, each on the normalised residual stream."""
-
-    def __init__(self, config: Config, rngs: nnx.Rngs):
-        width, dtype, self.heads = config.width, config.dtype, config.heads
-        self.attention_norm = nnx.RMSNorm(width, dtype=dtype, rngs=rngs)
-        self.qkv = nnx.Linear(width, 3 * width, use_bias=False, dtype=dtype, rngs=rngs)
-        self.projection = nnx.Linear(width, width, use_bias=False, dtype=dtype, rngs=rngs)
-        self.mlp_norm = nnx.RMSNorm(width, dtype=dtype, rngs=rngs)
-        self.up = nnx.Linear(width, 4 * width, use_bias=False, dtype=dtype, rngs=rngs)
-        self.down = nnx.Linear(4 * width, width, use_bias=False, dtype=dtype, rngs=rngs)
-
-    def __call__(self, x: jax.Array) -> jax.Array:
-        batch, sequence, width = x.shape
-        qkv = self.qkv(self.attention_norm(x))
-        q, k, v = jnp.moveaxis(qkv.reshape(batch, sequence, 3, self.heads, -1), 2, 0)
-        attended = jax.nn.dot_product_attention(q, k, v, is_causal=True)
-        x = x + self.projection(attended.reshape(batch, sequence, width))
-        return x + self.down(nnx.gelu(self.up(self.mlp_norm(x))))
-
-
-class Transformer(nnx.Module):
-    """Embeddings, blocks, and a head that is tied to the embeddings of the tokens."""
-
-    def __init__(self, config: Config, rngs: nnx.Rngs):
-        def embed(entries):
-            init = nnx.initializers.normal(config.width**-0.5)
-            return nnx.Embed(
-                entries, config.width, dtype=config.dtype, embedding_init=init, rngs=rngs
-            )
-
-        self.remat = config.remat
-        self.tokens = embed(config.vocabulary)
-        self.positions = embed(config.sequence)
-        self.blocks = nnx.List(Block(config, rngs) for _ in range(config.layers))
-        self.norm = nnx.RMSNorm(config.width, dtype=config.dtype, rngs=rngs)
-
-    def __call__(self, tokens: jax.Array) -> jax.Array:
-        """Returns the logits of the next tokens, f32[batch, sequence, vocabulary]."""
-        x = self.tokens(tokens) + self.positions(jnp.arange(tokens.shape[1]))
-        through = nnx.remat(Block.__call__) if self.remat else Block.__call__
-        for block in self.blocks:
-            x = through(block, x)
-        return self.tokens.attend(self.norm(x)).astype(jnp.float32)
+def param_shapes(config: Config) -> Tree:
+    """Returns the parameters of the model as shapes and dtypes."""
+    width, heads = config.width, config.heads
+    block = {
+        **{name: (width, heads, width // heads) for name in ("query", "key", "value")},
+        **{"output": (heads, width // heads, width), "attention_norm": (width,)},
+        **{"up": (width, 4 * width), "down": (4 * width, width), "mlp_norm": (width,)},
+    }
+    stack = {name: (config.layers, *shape) for name, shape in block.items()}
+    tree = {
+        "embedding": (config.vocabulary, width),
+        "blocks": stack if config.scanned else [block] * config.layers,
+        "norm": (width,),
+    }
+    if not config.tied:
+        tree["head"] = (width, config.vocabulary)
+    return jax.tree.map(
+        lambda shape: jax.ShapeDtypeStruct(shape, jnp.float32),
+        tree,
+        is_leaf=lambda x: isinstance(x, tuple),
+    )
 
 
-def mean_loss(model: Transformer, tokens: jax.Array) -> jax.Array:
-    """Returns the mean cross-entropy of every token but a sequence's first, f32[].
+def make_params(config: Config) -> Tree:
+    """Returns the parameters of the model, always the same ones, in the host's memory."""
+    noise = np.random.default_rng(0)
 
-    Args:
-        model: the model.
-        tokens: i32[batch, sequence + 1].
+    def make(path, leaf):
+        if "norm" in str(path[-1]):
+            return np.ones(leaf.shape, leaf.dtype)
+        return noise.standard_normal(leaf.shape, leaf.dtype) * np.float32(config.width**-0.5)
+
+    return jax.tree.map_with_path(make, param_shapes(config))
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+    """A loss and what it is the mean of, as functions of parameters and a batch.
+
+    A batch is {"tokens": i32[rows, sequence + 1], "mask": f32[rows, sequence]}, where the mask is
+    1 if the token that follows counts.
     """
-    logits = model(tokens[:, :-1])
-    return optax.softmax_cross_entropy_with_integer_labels(logits, tokens[:, 1:]).mean()
+
+    config: Config
+
+    def mean_loss(self, params: Tree, batch: Batch) -> jax.Array:
+        """Returns the mean cross-entropy of the tokens that count, f32[]."""
+        losses = optax.softmax_cross_entropy_with_integer_labels(
+            self.logits(params, batch["tokens"][:, :-1]), batch["tokens"][:, 1:]
+        )
+        return jnp.sum(losses * batch["mask"]) / jnp.maximum(self.tokens_of(params, batch), 1)
+
+    def tokens_of(self, params: Tree, batch: Batch) -> jax.Array:
+        """Returns how many tokens of a batch count, f32[]."""
+        del params
+        return batch["mask"].sum()
+
+    def logits(self, params: Tree, tokens: jax.Array) -> jax.Array:
+        """Returns the logits of the next tokens, f32[rows, sequence, vocabulary]."""
+        config, table = self.config, params["embedding"].astype(self.config.dtype)
+        if config.one_hot:
+            x = jax.nn.one_hot(tokens, config.vocabulary, dtype=config.dtype) @ table
+        else:
+            x = table[tokens]
+        block = jax.checkpoint(self._block) if config.remat else self._block
+        if config.scanned:
+            x, _ = lax.scan(lambda x, one: (block(x, one), None), x, params["blocks"])
+        else:
+            for one in params["blocks"]:
+                x = block(x, one)
+        x = self._norm(x, params["norm"])
+        if config.tied:
+            return jnp.einsum("btd,vd->btv", x, table).astype(jnp.float32)
+        return (x @ params["head"].astype(config.dtype)).astype(jnp.float32)
+
+    def _norm(self, x: jax.Array, scale: jax.Array) -> jax.Array:
+        wide = x.astype(jnp.float32)
+        wide *= lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + 1e-6)
+        return jnp.einsum("btd,d->btd", wide.astype(x.dtype), scale.astype(x.dtype))
+
+    def _block(self, x: jax.Array, params: Tree) -> jax.Array:
+        params = {name: p if "norm" in name else p.astype(x.dtype) for name, p in params.items()}
+        h = self._norm(x, params["attention_norm"])
+        q, k, v = (
+            jnp.einsum("btd,dhe->bthe", h, params[name]) for name in ("query", "key", "value")
+        )
+        scores = jnp.einsum("bthe,bshe->bhts", q, k).astype(jnp.float32) * q.shape[-1] ** -0.5
+        causal = jnp.tril(jnp.ones((x.shape[1],) * 2, bool))
+        weights = jax.nn.softmax(jnp.where(causal, scores, -1e9)).astype(x.dtype)
+        attended = jnp.einsum("bhts,bshe->bthe", weights, v)
+        x = x + jnp.einsum("bthe,hed->btd", attended, params["output"])
+        return x + jax.nn.gelu(self._norm(x, params["mlp_norm"]) @ params["up"]) @ params["down"]
 
 
-def build(config: Config) -> tuple[Any, Any]:
-    """Returns a model's graph and, in the host's memory, its parameters: always the same ones."""
+def make_window(
+    config: Config, every_k: int, rows: int, sequence: int, ragged: bool = False
+) -> list[Batch]:
+    """Returns microbatches on the host.
 
-    def split():
-        return nnx.split(Transformer(config, nnx.Rngs(0)), nnx.Param)
+    If ragged, rows have very different numbers of tokens, and so have devices. All microbatches
+    together have the same number, because `optax.MultiSteps` counts them alike.
+    """
+    noise = np.random.default_rng(1)
+    shortest = sequence / 8 if ragged else sequence
+    lengths = np.linspace(shortest, sequence, rows).round().astype(int)
+    return [
+        {
+            "tokens": noise.integers(config.vocabulary, size=(rows, sequence + 1), dtype=np.int32),
+            "mask": (np.arange(sequence) < noise.permutation(lengths)[:, None]).astype(np.float32),
+        }
+        for _ in range(every_k)
+    ]
 
-    graph, _ = nnx.eval_shape(split)
-    return graph, jax.device_get(jax.jit(lambda: split()[1])())
+
+def batch_shapes(rows: int, sequence: int) -> Batch:
+    """Returns a batch as shapes and dtypes."""
+    return {
+        "tokens": jax.ShapeDtypeStruct((rows, sequence + 1), jnp.int32),
+        "mask": jax.ShapeDtypeStruct((rows, sequence), jnp.float32),
+    }

@@ -1,4 +1,4 @@
-"""The contrastive example: the full batch and `microbatched` coincide, averaged gradients do not."""
+"""The contrastive example: `microbatched` trains like the full batch, averaged gradients do not."""
 
 import os
 from pathlib import Path

@@ -1,5 +1,6 @@
 """The scaling benchmark runs, compares only what agrees, and fits the slopes that it prints."""
 
+import dataclasses
 import json
 import pathlib
 import subprocess
@@ -10,8 +11,10 @@ import jax.numpy as jnp
 import pytest
 
 pytest.importorskip("rich")
+pytest.importorskip("tabulate")
+pytest.importorskip("flax")
 
-from benchmarks import peers, scaling, scaling_tables
+from benchmarks import contenders, programs, scaling
 
 pytestmark = pytest.mark.slow
 
@@ -19,6 +22,7 @@ ROOT = pathlib.Path(__file__).parent.parent
 CONTENDERS = ["optaccum.apply_gradients", "optax.MultiSteps"]
 
 
+@pytest.mark.slow
 def test_quick_run_agrees_everywhere_and_writes_every_figure(tmp_path):
     output = tmp_path / "scaling.json"
     process = subprocess.run(
@@ -28,7 +32,7 @@ def test_quick_run_agrees_everywhere_and_writes_every_figure(tmp_path):
         text=True,
     )
     assert process.returncode == 0, process.stderr
-    assert max(map(len, process.stdout.splitlines())) <= 100
+    assert max(map(len, process.stdout.splitlines())) <= 120
     result = json.loads(output.read_text())
     assert result["benchmark"] == "scaling"
     assert {"date", "device", "versions", "rounds"} <= result.keys()
@@ -52,35 +56,32 @@ def test_quick_run_agrees_everywhere_and_writes_every_figure(tmp_path):
     assert wide["state_bytes"] - narrow["state_bytes"] == pytest.approx(size, abs=64)
 
 
-def test_one_sweep_alone(capsys, tmp_path):
-    result = scaling.measure(scaling.parse_args(["--quick", "--sweep", "dtype", "--rounds", "1"]))
-    assert list(result["sweeps"]) == ["dtype"]
-    scaling_tables.print_tables(result)
-    assert "bfloat16" in capsys.readouterr().out
+def test_one_sweep_alone_yields_its_points_as_they_come():
+    args = scaling.parse_args(["--quick", "--sweep", "dtype", "--rounds", "1"])
+    found = [
+        {name: len(sweep["rows"]) for name, sweep in result["sweeps"].items()}
+        for result in scaling.measure(args)
+    ]
+    assert found == [{"dtype": 2}, {"dtype": 4}]
 
 
-def test_a_contender_that_releases_the_sum_does_not_agree():
-    def sums(inner, every_k):
-        honest = peers.optaccum_apply_gradients(inner, every_k)
-        program = peers.make_program(
-            lambda part, grads: honest.programs[0].function(
-                part, jax.tree.map(lambda g: every_k * g, grads)
-            ),
-            honest.programs[0].names,
-        )
-        return peers.Peer("sums", honest.init, (program,) * every_k)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_contender_that_releases_the_sum_does_not_agree(dtype):
+    honest = contenders.apply_gradients(scaling.INNER, 4)
 
-    for dtype in ("float32", "bfloat16"):
-        (row,) = scaling.measure_point(
-            [sums], "dtype", 1, parameters=4096, leaves=2, every_k=4, dtype=dtype
-        )
-        assert row["agrees"] is False
+    def sums(part, grads, weight):
+        return honest.steps[0].apply(part, jax.tree.map(lambda g: 4 * g, grads), weight)
+
+    wrong = dataclasses.replace(honest, steps=(contenders.Step(sums),) * 4, name="sums")
+    given = {"parameters": 4096, "leaves": 2, "every_k": 4, "dtype": dtype}
+    rows = scaling.measure_point([honest, wrong], "dtype", 1, **given)
+    assert [row["agrees"] for row in rows] == [True, False]
 
 
 def test_nan_does_not_agree():
     one, zero = {"w": jnp.ones(2)}, {"w": jnp.zeros(2)}
-    assert scaling.agrees(one, zero, one)
-    assert not scaling.agrees({"w": jnp.array([1.0, jnp.nan])}, zero, one)
+    assert programs.largest_error(one, one, zero, 1e-3) <= 1
+    assert not programs.largest_error({"w": jnp.array([1.0, jnp.nan])}, one, zero, 1e-3) <= 1
 
 
 def test_slopes_are_powers():
@@ -89,7 +90,7 @@ def test_slopes_are_powers():
         | ({"release_ms": {"median": 5.0}} if n < 1000 else {"release_ms": {"median": 50.0}})
         for n in (1, 10, 100, 1000)
     ]
-    hold, release = scaling_tables.slopes("parameters", rows)
+    hold, release = scaling.slopes("parameters", rows)
     assert hold["quantity"] == "hold_ms"
     assert hold["slope"] == pytest.approx(1)
     assert hold["slope_of_largest"] == pytest.approx(1)
