@@ -14,6 +14,7 @@ from typing import Any
 from benchmarks import (
     collectives,
     compiled_tables,
+    coupled,
     harness,
     in_step,
     overhead,
@@ -32,6 +33,7 @@ TABLES = {
     "overhead": overhead.tables,
     "train_step": train_step.tables,
     "in_step": in_step.tables,
+    "coupled": coupled.tables,
     "collectives": collectives.tables,
     "scaling": scaling.tables,
 }

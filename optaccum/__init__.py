@@ -3,6 +3,7 @@
 from optaccum._accumulate import accumulate
 from optaccum._apply import apply_gradients
 from optaccum._fit import Fit, fit_num_microbatches
+from optaccum._microbatched import microbatched
 from optaccum._migrate import from_multi_steps, to_multi_steps
 from optaccum._skip import skip_not_finite
 from optaccum._state import AccumulateState, get_state, has_released
@@ -19,6 +20,7 @@ __all__ = (
     "get_state",
     "grad",
     "has_released",
+    "microbatched",
     "skip_not_finite",
     "state_shardings",
     "to_multi_steps",

@@ -70,8 +70,9 @@ def value_and_grad(
 
         loss = (sum_i w_i l_i) / (sum_i w_i)        gradient = (sum_i w_i g_i) / (sum_i w_i)
 
-    which are those of the full batch, if `fun` is a mean over w_i examples or tokens. Needs the
-    whole batch at once and no state: any optimizer steps on the result. Where microbatches come
+    which are those of the full batch, if `fun` is a mean over w_i examples or tokens. Where it
+    compares rows, as contrastive losses do, they are not: use :func:`optaccum.microbatched`. Needs
+    the whole batch at once and no state: any optimizer steps on the result. Where microbatches come
     one call at a time, use :func:`optaccum.accumulate`. Call the result inside `jax.jit`; outside
     it the scan is compiled in every call.
 

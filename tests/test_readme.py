@@ -4,6 +4,7 @@ import pathlib
 import re
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
@@ -49,9 +50,31 @@ def test_many_devices_give_what_one_gives():
     jax.tree.map(assert_close, (names["loss"], names["grads"]), (loss, grads))
 
 
+def test_coupled_losses_give_what_the_full_batch_gives():
+    text = (report.ROOT / "docs" / "coupled_losses.md").read_text()
+    names = {}
+    for code in re.findall(r"```python\n(.*?)```", text, re.DOTALL):
+        exec(compile(code, "coupled_losses.md", "exec"), names)
+    params, batch, encode = (names[name] for name in ("params", "batch", "encode"))
+    expected = jax.value_and_grad(lambda params: names["info_nce"](encode(params, batch)))(params)
+
+    def balance(params):
+        gate, loads = names["route"](params, batch["image"])
+        return 8 * jnp.sum(loads[0] / len(gate) * gate.mean(axis=0))
+
+    def assert_close(a, e):
+        # Sums over 64 rows and 8 features, in another order.
+        np.testing.assert_allclose(a, e, rtol=1e-5, atol=1e-5)
+
+    for way in ("", "tiled_", "sharded_"):
+        jax.tree.map(assert_close, (names[f"{way}loss"], names[f"{way}grads"]), expected)
+    found = names["balance_loss"], names["balance_grads"]
+    jax.tree.map(assert_close, found, jax.value_and_grad(balance)(params))
+
+
 def test_each_command_sets_up_all_that_it_needs():
     commands = re.findall(r"```sh\n(.*)\n```", TEXT)
-    examples = (f"examples/{name}.py" for name in ("digits", "lm", "multihost"))
+    examples = (f"examples/{name}.py" for name in ("digits", "lm", "multihost", "clip"))
     programs = *examples, "-m pytest -q -n 2"
     for command, program in zip(commands, programs, strict=True):
         assert command.startswith("python3 -m venv .venv && ")

@@ -11,13 +11,13 @@ from optaccum._check.arguments import check_argnums, describe, kind
 from optaccum._core.batch import is_typed_key
 
 
-def check_roles(given: dict[str, Any], has_aux: bool) -> dict[str, tuple[int, ...]]:
+def check_roles(given: dict[str, Any], has_aux: bool = False) -> dict[str, tuple[int, ...]]:
     """Returns the positions that each role was given, as tuples."""
     roles = {name: check_argnums(name, argnums) for name, argnums in given.items()}
     for name, use in {"`argnums`": "differentiate", "`batch_argnums`": "split"}.items():
-        if not roles[name]:
+        if roles.get(name) == ():
             raise ValueError(f"{name} must name at least one argument to {use}, got ()")
-    if roles["`carry_argnum`"] and not has_aux:
+    if roles.get("`carry_argnum`") and not has_aux:
         raise ValueError(
             "`carry_argnum` needs `has_aux=True`: `fun` returns `(loss, (carry, aux))` with it"
         )
@@ -25,21 +25,29 @@ def check_roles(given: dict[str, Any], has_aux: bool) -> dict[str, tuple[int, ..
 
 
 def check_call(
-    roles: dict[str, tuple[int, ...]], args: tuple, kwargs: dict, n: int
+    roles: dict[str, tuple[int, ...]],
+    args: tuple,
+    kwargs: dict,
+    n: int,
+    remedy: str = "pad the batch and give the padding no weight with `weight_fn`",
 ) -> list[tuple[int, ...]]:
-    """Returns the positions of each role in a call, none negative, if its arguments fit them."""
-    positions = _positions(roles, len(args))
-    trained, rows, rngs, carries = positions
-    for name, leaf in _named_leaves({j: args[j] for j in trained}):
+    """Returns the positions of each role in a call, none negative, if its arguments fit them.
+
+    `remedy` says how a batch can be made one that `n` divides.
+    """
+    positions = dict(zip(roles, _positions(roles, len(args)), strict=True))
+    rows, rngs = positions["`batch_argnums`"], positions["`rng_argnums`"]
+    for name, leaf in _named_leaves({j: args[j] for j in positions.get("`argnums`", ())}):
         if not isinstance(leaf, jax.Array | np.ndarray | np.generic | int | float | complex):
             raise TypeError(
                 f"{name} is no array but {describe(leaf)}, and `argnums` names it; take the arrays "
                 "out, `params, static = equinox.partition(model, equinox.is_inexact_array)`, and "
                 "let `fun` begin with `model = equinox.combine(params, static)`"
             )
-    check_batch({j: args[j] for j in rows}, n)
-    check_keys({j: args[j] for j in rngs}, args, kwargs, apart=(*rows, *rngs, *carries))
-    return positions
+    check_batch({j: args[j] for j in rows}, n, remedy)
+    apart = (*rows, *rngs, *positions.get("`carry_argnum`", ()))
+    check_keys({j: args[j] for j in rngs}, args, kwargs, apart, carries="`carry_argnum`" in roles)
+    return [*positions.values()]
 
 
 def _positions(roles: dict[str, tuple[int, ...]], count: int) -> list[tuple[int, ...]]:
@@ -61,7 +69,9 @@ def _positions(roles: dict[str, tuple[int, ...]], count: int) -> list[tuple[int,
     return [tuple(argnum % count for argnum in argnums) for argnums in roles.values()]
 
 
-def check_keys(keys: dict, args: tuple, kwargs: dict, apart: tuple[int, ...]) -> None:
+def check_keys(
+    keys: dict, args: tuple, kwargs: dict, apart: tuple[int, ...], *, carries: bool
+) -> None:
     """Raises where a key is not in `keys`, or what is there is none."""
     for j, tree in keys.items():
         typed = any(map(is_typed_key, jax.tree.leaves(tree)))
@@ -76,14 +86,14 @@ def check_keys(keys: dict, args: tuple, kwargs: dict, apart: tuple[int, ...]) ->
                     f"`rng_argnums` names {name}, a raw key beside typed ones; make it one of "
                     "`jax.random.key`, or give it an argument of its own"
                 )
+    carry = "`carry_argnum`, if `fun` advances and returns it; or " if carries else ""
     others = {j: arg for j, arg in enumerate(args) if j not in apart}
     for name, leaf in _named_leaves({**others, **{f"`{k}`": v for k, v in kwargs.items()}}):
         if is_typed_key(leaf):
             raise TypeError(
                 f"{name} is a PRNG key, with which every microbatch would draw the same numbers; "
                 "pass it by position and name that in `rng_argnums`, and each gets a key of its "
-                "own (`carry_argnum`, if `fun` advances and returns it; or close over it, if they "
-                "are to share it)"
+                f"own ({carry}close over it, if they are to share it)"
             )
 
 
@@ -113,7 +123,7 @@ def _widens(x: Any, old: Any) -> bool:
         return kind(x) > kind(old) or jnp.result_type(x, old) != jnp.result_type(old)
 
 
-def check_batch(batch: dict[int, Any], n: int) -> None:
+def check_batch(batch: dict[int, Any], n: int, remedy: str) -> None:
     """Raises unless every leaf has one number of rows, which `n` divides on every device."""
     leaves = _named_leaves(batch)
     if not leaves:
@@ -137,8 +147,22 @@ def check_batch(batch: dict[int, Any], n: int) -> None:
             per_device = "" if local == rows else f" that a device holds of the {rows}"
             raise ValueError(
                 f"`num_microbatches` {n} does not divide the {local} rows{per_device} in batch "
-                f"leaf {name}; nearest are {' and '.join(map(str, near))}, or pad the batch and "
-                "give the padding no weight with `weight_fn`"
+                f"leaf {name}; nearest are {' and '.join(map(str, near))}, or {remedy}"
+            )
+
+
+def check_outputs(outputs: Any) -> None:
+    """Raises unless every output has a leading axis, along which microbatches can be joined."""
+    for name, y in _named_leaves({"": outputs}):
+        name = name.removeprefix("argument ") or "(the only leaf)"
+        if not isinstance(y, jax.Array | np.ndarray | jax.ShapeDtypeStruct):
+            raise TypeError(f"`fun` returned {describe(y)} as output leaf {name}; return arrays")
+        if not y.shape:
+            raise TypeError(
+                f"`fun` returned output leaf {name} of shape (), but it is called with one "
+                "microbatch at a time and its outputs are joined along their leading axis; return "
+                "`x[None]`, of which you get one entry per microbatch, or reduce over all rows "
+                "outside of `fun`"
             )
 
 

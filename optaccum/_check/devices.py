@@ -58,6 +58,24 @@ def check_sums(params: Any, axes: tuple[str, ...]) -> Whole:
     return kept
 
 
+def check_shares(axes: tuple[str, ...]) -> Whole:
+    """Returns how devices share parameters in `jax.shard_map`, or raises if they are elsewhere."""
+    check_mesh(axes)
+    kept = over(axes)
+    if isinstance(kept, Unreduced):
+        raise AxisError(
+            f"`reduce_axes` names {axes}, Explicit axes, over which gradients with respect to "
+            "`jax.reshard(p, P(..., reduced={axis}))` wait to be reduced by themselves; leave "
+            "`reduce_axes` out"
+        )
+    if missing := set(axes) - varying(kept.share(jnp.zeros(()))):
+        raise TypeError(
+            f"`reduce_axes` names {sorted(missing)}, but nothing can be told to vary over them in "
+            "a jax.shard_map with `check_vma=False`; leave `check_vma` True, or `reduce_axes` out"
+        )
+    return kept
+
+
 def check_parts(grads: Any, kept: Whole) -> None:
     """Raises where a gradient is no part though it has to be, or a part though nobody asked."""
     axes, seen = kept.axes, set()

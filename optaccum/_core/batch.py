@@ -23,6 +23,20 @@ def take(tree: Any, i: jax.Array) -> Any:
     return jax.tree.map(lambda x: lax.dynamic_index_in_dim(x, i, 1, keepdims=False), tree)
 
 
+def put(tree: Any, microbatch: Any, i: jax.Array) -> Any:
+    """Returns a tree like that of :func:`split`, with microbatch i replaced."""
+
+    def leaf(x, own):
+        return lax.dynamic_update_index_in_dim(x, own.astype(x.dtype), i, 1)
+
+    return jax.tree.map(leaf, tree, microbatch)
+
+
+def join(tree: Any) -> Any:
+    """Returns leaves [m, n, ...] as [m n, ...]: what :func:`split` undoes."""
+    return jax.tree.map(lambda x: jnp.reshape(x, (-1, *x.shape[2:])), tree)
+
+
 def is_typed_key(x: Any) -> bool:
     """Returns whether `x` is a key of `jax.random.key`."""
     return isinstance(x, jax.Array) and jnp.issubdtype(x.dtype, jax.dtypes.prng_key)

@@ -154,6 +154,12 @@ def over(axes: tuple[str, ...]) -> Whole:
     return PerDevice(axes) if types[axes[0]] == AxisType.Manual else Unreduced(axes)
 
 
+def reduce_like(total: jax.Array, x: jax.Array, kept: Whole) -> jax.Array:
+    """Returns the sum over devices of what each has of `x`, over the axes that `x` is shared on."""
+    own = tuple(axis for axis in kept.axes if axis not in varying(x))
+    return PerDevice(own).reduce(total, ())[0] if own else total
+
+
 def vary(tree: Any, axes: tuple[str, ...]) -> Any:
     """Returns values that the devices of a `jax.shard_map` share as each device's own."""
 

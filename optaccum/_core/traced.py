@@ -98,6 +98,30 @@ def shapes_of_updates(
     return jax.eval_shape(rejoined, grads, state, leaves, **arrays)[0]
 
 
+def hoisted(fun: Callable[..., Any], *example: jax.Array) -> tuple[Callable[..., Any], list, Any]:
+    """Returns `fun` as a function `(closed_over, *arrays)`, what it closes over, and its shapes.
+
+    All of it, where `jax.closure_convert` leaves integers: under `jax.vmap` these are tracers too.
+    The function itself holds on to none of them.
+
+    Args:
+        fun: a function of arrays, which is traced once.
+        *example: arrays like those that it will be called with.
+    """
+    closed, shapes = jax.make_jaxpr(fun, return_shape=True)(*example)
+
+    def evaluate(closed_over, *arrays):
+        return core.jaxpr_as_fun(core.ClosedJaxpr(closed.jaxpr, closed_over))(*arrays)
+
+    run = core.jaxpr_as_fun(jax.make_jaxpr(evaluate)(closed.consts, *example))
+    tree = jax.tree.structure(shapes)
+
+    def call(closed_over, *arrays):
+        return jax.tree.unflatten(tree, run(*closed_over, *arrays))
+
+    return call, list(closed.consts), shapes
+
+
 def branch(
     due: jax.Array | bool,
     steps: jax.Array | bool,
@@ -147,7 +171,11 @@ def conditional(
     A loop has no reverse mode, so both forms are differentiated as `lax.cond`. That needs a rule of
     its own, which must not close over tracers, so those of `step` become arguments.
     """
-    call, closed_over = _hoist(step, start)
+    leaves, tree = jax.tree.flatten(start)
+    run_step, closed_over, _ = hoisted(lambda *x: step(*jax.tree.unflatten(tree, x)), *leaves)
+
+    def call(start, closed_over):
+        return run_step(closed_over, *jax.tree.leaves(start))
 
     def by_cond(predicate, start, closed_over):
         def release():
@@ -172,25 +200,6 @@ def conditional(
 
     run.defjvp(functools.partial(jax.jvp, by_cond))
     return run(predicate, start, closed_over)
-
-
-def _hoist(step: Callable[..., Any], start: tuple) -> tuple[Callable[..., Any], list[Any]]:
-    """Returns `call` and values such that `call(start, values)` is `step(*start)`.
-
-    `jax.closure_convert` would leave integers closed over, and `step` itself, with all of them.
-    """
-    closed, results = jax.make_jaxpr(step, return_shape=True)(*start)
-
-    def evaluate(start, values):
-        return core.jaxpr_as_fun(core.ClosedJaxpr(closed.jaxpr, values))(*jax.tree.leaves(start))
-
-    run = core.jaxpr_as_fun(jax.make_jaxpr(evaluate)(start, closed.consts))
-    tree = jax.tree.structure(results)
-
-    def call(start, values):
-        return jax.tree.unflatten(tree, run(*jax.tree.leaves(start), *values))
-
-    return call, closed.consts
 
 
 def _hold(shapes: tuple, start: tuple) -> tuple:

@@ -1,0 +1,251 @@
+"""Run a function of rows one microbatch at a time, exactly for losses that look at all rows."""
+
+from collections.abc import Callable, Sequence
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from optaccum._check import arguments, batch as check_batch, devices as check_devices, gradients
+from optaccum._check.modes import check_closed_over, check_reverse
+from optaccum._core import batch, devices, passes
+from optaccum._core.traced import cast_like, hoisted
+
+
+def microbatched(
+    fun: Callable[..., Any],
+    *,
+    num_microbatches: int,
+    batch_argnums: int | Sequence[int] = 1,
+    rng_argnums: int | Sequence[int] = (),
+    accumulator_dtype: jax.typing.DTypeLike | None = None,
+    reduce_axes: str | tuple[str, ...] = (),
+) -> Callable[..., Any]:
+    """Return `fun` that runs its rows in n microbatches, exactly for losses that couple all rows.
+
+    For the microbatches i = 0..n-1 of the batch, a loss L of all outputs Y, and its derivative
+    y-bar_i by those of microbatch i,
+
+        Y = [fun(params, rows_i) for all i]        gradient = sum_i vjp_i(y-bar_i)
+
+    where vjp_i belongs to `fun(params, rows_i)`, which is computed again for it. That is the chain
+    rule, so it is exact for every L: contrastive losses, balance of experts, dice, covariances.
+    :func:`optaccum.value_and_grad` is exact for means over rows only, and runs `fun` once where
+    this runs it twice. Compute with all rows outside of `fun`, and call the result inside
+    `jax.jit`; outside it the loops are compiled in every call.
+
+    >>> import jax, jax.numpy as jnp, optaccum
+    >>> def encode(w, x):
+    ...     return w * x
+    >>> in_two = optaccum.microbatched(encode, num_microbatches=2)
+    >>> x = jnp.array([1.0, 2.0, 3.0, 4.0])
+    >>> loss, grad = jax.value_and_grad(lambda w: jnp.var(in_two(w, x)))(2.0)  # 4 Var(x), 4 Var(x)
+    >>> print(f"{loss:.2f} {grad:.2f}")
+    5.00 5.00
+    >>> loss_fn = lambda w, x: jnp.var(encode(w, x))
+    >>> loss, _ = optaccum.value_and_grad(loss_fn, num_microbatches=2)(2.0, x)
+    >>> print(f"{loss:.2f}, as a variance within microbatches")
+    4.00, as a variance within microbatches
+
+    Guarantees:
+        * Outputs and gradients are those of `fun`, in the order of the batch, with their shapes and
+          dtypes. Gradients are summed in `accumulator_dtype`, by default the dtype promoted to at
+          least float32, and cast once.
+        * Between the two passes only the arguments are kept, beside what the loss keeps of Y.
+        * Microbatch i holds the rows i, i + n, i + 2n, ... of every batch leaf, as in
+          :func:`optaccum.value_and_grad`: an axis that is sharded over devices stays where it is.
+        * Both passes see the same keys, so that dropout drops the same units in both.
+        * A gradient is exact or refused: where a value that `fun` closes over is differentiated, an
+          error says so.
+        * With `reduce_axes` in `jax.shard_map` (with its `check_vma`) the devices reduce the
+          gradients of what they share once, after the loop, before the cast.
+        * `fun` is traced once. Keys do not depend on data.
+
+    ============================================  ==============================================
+    case                                          result
+    ============================================  ==============================================
+    `num_microbatches` 1                          `fun` itself: no loop, the caller's keys
+    an output leaf [m, ...] per microbatch        [n m, ...]: entry j of microbatch i is j n + i.
+                                                  For m = rows / n that is the order of the batch;
+                                                  m = 1 is for sums per microbatch
+    an output of shape ()                         an error; return `x[None]`, one per microbatch
+    n does not divide the rows                    an error that names the nearest divisors
+    a typed key outside `rng_argnums`             an error: microbatches would share their noise
+    keyword arguments                             go to every microbatch whole
+    integer outputs and arguments, None leaves    as in `jax.grad`: no gradient
+    forward mode, `jax.hessian`                   an error; gradients of gradients work, in the
+                                                  memory of the full batch
+    BatchNorm inside `fun`                        sees the rows of its microbatch
+    ============================================  ==============================================
+
+    A loss that needs a term from inside `fun` takes it out as an output: the sums of expert loads
+    as `loads[None]`, which come back as [n, experts], or router probabilities by row::
+
+        def blocks(params, tokens):
+            hidden, loads = model(params, tokens)
+            return hidden, loads.sum(0)[None]
+
+    Args:
+        fun: a function of parameters and rows that returns a pytree of arrays, each with a leading
+            axis.
+        num_microbatches: n, an integer >= 1.
+        batch_argnums: positions of the pytrees to split. All their leaves have the same leading
+            axis, which n divides. They may be differentiated too.
+        rng_argnums: positions of keys, or pytrees of them, as in :func:`optaccum.value_and_grad`:
+            in microbatch i each key is `jax.random.fold_in(key, i)`.
+        accumulator_dtype: dtype of the sums, as in :func:`optaccum.accumulate`.
+        reduce_axes: axes of `jax.shard_map` over which to reduce gradients once. They are summed,
+            as JAX would sum them microbatch after microbatch. Under explicit sharding pass
+            `jax.reshard(p, P(..., reduced={axis}))` instead.
+
+    Returns:
+        A function with the arguments of `fun` that returns its outputs for all rows.
+
+    Raises:
+        TypeError: (here) for arguments of another kind; (when traced) for a key in the wrong
+            place, none in the right one, an output without a leading axis, a differentiated value
+            that `fun` closes over, forward mode, or `reduce_axes` without `check_vma`.
+        ValueError: (here) for `num_microbatches` below 1 or no batch; (when traced) for batch
+            leaves that cannot be split, an argument with two roles, `reduce_axes` that are not
+            those of a `jax.shard_map`, or an `accumulator_dtype` that drops an imaginary part.
+
+    References: Gao et al., "Scaling Deep Contrastive Learning Batch Size under Memory Limited
+    Setup" (arXiv:2101.06983), who do it for contrastive losses.
+    """
+    arguments.check_function("`fun`", fun)
+    n = arguments.check_count("`num_microbatches`", num_microbatches)
+    accumulator_dtype = arguments.check_accumulator_dtype(accumulator_dtype)
+    axes = check_devices.check_axes(reduce_axes)
+    given = {"`batch_argnums`": batch_argnums, "`rng_argnums`": rng_argnums}
+    roles = check_batch.check_roles(given)
+
+    @functools.wraps(fun)
+    def microbatched_fn(*args, **kwargs):
+        pad = "pad the batch and drop the outputs of the padding"
+        rows, rngs = check_batch.check_call(roles, args, kwargs, n, pad)
+        over = check_devices.check_shares(axes)
+        if n == 1:
+            args, kwargs = (share(x, over) for x in (list(args), kwargs))
+            outputs = fun(*args, **kwargs)
+            check_batch.check_outputs(outputs)
+            return outputs
+        call = _Call(args, kwargs, rows, rngs, n)
+        arrays = check_reverse(call.arrays)
+
+        def of_arrays(*arrays):
+            args, kwargs = call.fill(arrays)
+            return fun(*args, **kwargs)
+
+        # What `fun` closes over becomes an argument of the rule, which can then tell whether it
+        # is differentiated.
+        example = call.own(call.share(arrays, over), jnp.int32(0))
+        of_arrays, closed_over, shapes = hoisted(of_arrays, *example)
+        check_batch.check_outputs(shapes)
+
+        def run(arrays, closed_over):
+            shared = call.share(arrays, over)
+            return passes.outputs(lambda i: of_arrays(closed_over, *call.own(shared, i)), n)
+
+        def forward(arrays, closed_over):
+            for x in closed_over:
+                check_closed_over(x.value, x.perturbed)
+            closed_over, values = ([x.value for x in found] for found in (closed_over, arrays))
+            trained = {k: x.value for k, x in enumerate(arrays) if x.perturbed}
+            gradients.check_parameters(call.only(trained)[0], accumulator_dtype)
+            return run(values, closed_over), (trained, values, closed_over)
+
+        def backward(residuals, cotangents):
+            trained, arrays, closed_over = residuals
+            shared = call.share(arrays, over)
+
+            def pull(i):
+                own = call.own(shared, i)
+
+                def of_trained(trained):
+                    return of_arrays(closed_over, *(trained.get(k, x) for k, x in enumerate(own)))
+
+                # With the fences of `jax.checkpoint` compilers go through the parts of `fun` one
+                # after the other. Without, XLA:GPU keeps what two towers compute at the same time.
+                of_trained = jax.checkpoint(of_trained)
+                outputs, vjp = jax.vjp(of_trained, {k: own[k] for k in trained})
+                (found,) = vjp(passes.own_cotangents(outputs, cotangents, i))
+                return call.divide(found)
+
+            whole, rows = call.divide({k: shared[k] for k in trained})
+            sums, of_rows = passes.cotangents(pull, whole, rows, n, accumulator_dtype)
+            sums = {k: devices.reduce_like(s, arrays[k], over) for k, s in sums.items()}
+            found = cast_like(sums, {k: arrays[k] for k in sums}) | of_rows
+            return [found.get(k) for k in range(len(arrays))], [None for _ in closed_over]
+
+        rule = jax.custom_vjp(run)
+        rule.defvjp(forward, backward, symbolic_zeros=True)
+        return batch.join(rule(arrays, closed_over))
+
+    return microbatched_fn
+
+
+class _Call:
+    """The arguments of one call, with rows divided: arrays that change and all that does not.
+
+    Attributes:
+        arrays: the `jax.Array`s among the leaves, a list; rows [m, n, ...].
+    """
+
+    def __init__(self, args: tuple, kwargs: dict, rows: tuple, rngs: tuple, n: int):
+        self.rows, self.rngs = rows, rngs
+        divided = [
+            jax.tree.map(jnp.asarray, x) if j in (*rows, *rngs) else x for j, x in enumerate(args)
+        ]
+        for j in rows:
+            divided[j] = batch.split(divided[j], n)
+        self.leaves, self.treedef = jax.tree.flatten((divided, kwargs))
+        self.at = [k for k, x in enumerate(self.leaves) if isinstance(x, jax.Array)]
+        self.arrays = [self.leaves[k] for k in self.at]
+        of_rows = [jax.tree.map(lambda _, j=j: j in rows, x) for j, x in enumerate(divided)]
+        is_row = jax.tree.leaves((of_rows, jax.tree.map(lambda _: False, kwargs)))
+        self.is_row = [is_row[k] for k in self.at]
+
+    def fill(self, arrays: Sequence[jax.Array]) -> tuple[list[Any], dict[str, Any]]:
+        """Returns arguments and keyword arguments with these arrays in them."""
+        leaves = self.leaves.copy()
+        for k, x in zip(self.at, arrays, strict=True):
+            leaves[k] = x
+        return self.treedef.unflatten(leaves)
+
+    def only(self, some: dict[int, jax.Array]) -> tuple[list[Any], dict[str, Any]]:
+        """Returns arguments and keyword arguments that are None but for some arrays."""
+        leaves: list[Any] = [None] * len(self.leaves)
+        for k, x in some.items():
+            leaves[self.at[k]] = x
+        return self.treedef.unflatten(leaves)
+
+    def own(self, arrays: Sequence[jax.Array], i: jax.Array) -> list[jax.Array]:
+        """Returns the arrays of microbatch i: its rows and keys, and all others whole."""
+        args, kwargs = self.fill(arrays)
+        for j in self.rows:
+            args[j] = batch.take(args[j], i)
+        for j in self.rngs:
+            args[j] = batch.own_keys(args[j], i)
+        leaves = jax.tree.leaves((args, kwargs))
+        return [leaves[k] for k in self.at]
+
+    def share(self, arrays: Sequence[jax.Array], over: devices.Whole) -> list[jax.Array]:
+        """Returns arrays of which what has a gradient is each device's own, except for rows."""
+        known = zip(arrays, self.is_row, strict=True)
+        return [x if is_row else share(x, over) for x, is_row in known]
+
+    def divide(self, some: dict[int, Any]) -> tuple[dict[int, Any], dict[int, Any]]:
+        """Returns what belongs to arrays that all microbatches share, and what to rows."""
+        whole = {k: x for k, x in some.items() if not self.is_row[k]}
+        return whole, {k: x for k, x in some.items() if self.is_row[k]}
+
+
+def share(tree: Any, over: devices.Whole) -> Any:
+    """Returns a tree of which every array that can have a gradient is each device's own."""
+
+    def leaf(x):
+        inexact = isinstance(x, jax.Array) and jnp.issubdtype(x.dtype, jnp.inexact)
+        return over.share(x) if inexact else x
+
+    return jax.tree.map(leaf, tree)

@@ -1,0 +1,201 @@
+"""Losses that couple rows: `microbatched` gives what the full batch gives, whatever the loss."""
+
+import functools
+
+from helpers import coupled
+from helpers.coupled import BATCH, EPS, LOSSES, ROWS, encode, make_params, with_encoder
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import optaccum
+
+PARAMS = make_params(jnp.float32)
+
+
+def _in(n, fun=encode, **options):
+    return optaccum.microbatched(fun, num_microbatches=n, **options)
+
+
+def _assert_close(actual, expected, tolerance=64 * EPS):
+    """The largest difference in a leaf, in units of its largest entry."""
+    assert jax.tree.structure(actual) == jax.tree.structure(expected)
+    for a, e in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
+        assert (a.shape, a.dtype) == (e.shape, e.dtype)
+        dtype = np.complex64 if jnp.iscomplexobj(a) else np.float32
+        a, e = np.asarray(a, dtype), np.asarray(e, dtype)
+        assert np.max(np.abs(a - e), initial=0) <= tolerance * max(np.max(np.abs(e), initial=0), 1)
+
+
+every_loss = pytest.mark.parametrize("loss", LOSSES.values(), ids=LOSSES)
+
+
+@every_loss
+@pytest.mark.parametrize("n", [1, np.int64(4), ROWS])
+def test_any_loss_of_the_outputs_has_the_gradient_of_the_full_batch(loss, n):
+    expected = jax.jit(jax.value_and_grad(with_encoder(loss, encode)))(PARAMS, BATCH)
+    ours = jax.value_and_grad(with_encoder(loss, _in(n)))
+    _assert_close(jax.jit(ours)(PARAMS, BATCH), expected)
+
+
+@every_loss
+def test_means_over_microbatches_are_something_else(loss):
+    expected = jax.grad(with_encoder(loss, encode))(PARAMS, BATCH)
+    naive = optaccum.grad(with_encoder(loss, encode), num_microbatches=4)(PARAMS, BATCH)
+    apart = jax.tree.map(lambda a, e: float(jnp.max(jnp.abs(a - e))), naive, expected)
+    size = max(float(jnp.max(jnp.abs(e))) for e in jax.tree.leaves(expected))
+    assert max(jax.tree.leaves(apart)) > 0.05 * size
+
+
+@every_loss
+def test_eagerly_too(loss):
+    expected = jax.value_and_grad(with_encoder(loss, encode))(PARAMS, BATCH)
+    _assert_close(jax.value_and_grad(with_encoder(loss, _in(3)))(PARAMS, BATCH), expected)
+
+
+@every_loss
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16, jnp.complex64])
+def test_any_dtype(loss, dtype):
+    params = make_params(dtype)
+    expected = jax.jit(jax.value_and_grad(with_encoder(loss, encode)))(params, BATCH)
+    ours = jax.jit(jax.value_and_grad(with_encoder(loss, _in(4))))(params, BATCH)
+    # Rows are computed alike. A gradient is rounded once per microbatch and once at the end, to
+    # half a unit each, where the full batch rounds it once; and each cotangent of a row, which
+    # both round to a unit before they sum 24 of them, may be rounded from another float32.
+    tolerance = 4 * float(jnp.finfo(dtype).eps) if dtype != jnp.complex64 else 64 * EPS
+    _assert_close(ours, expected, tolerance)
+
+
+def test_double_precision_stays(x64):
+    params = jax.tree.map(lambda p: p.astype(jnp.float64), PARAMS)
+    batch = jax.tree.map(lambda x: x.astype(jnp.float64), BATCH | {"label": jnp.zeros(ROWS)})
+
+    def loss(encoder, params):
+        z = encoder(params, batch)["z"]
+        return jnp.sum((z.T @ z) ** 2)
+
+    expected = jax.grad(functools.partial(loss, encode))(params)
+    ours = jax.grad(functools.partial(loss, _in(4)))(params)
+    assert ours["encoder"].dtype == jnp.float64
+    for a, e in zip(jax.tree.leaves(ours), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(a, e, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("n", [1, 4])
+def test_outputs_are_in_the_order_of_the_batch(n):
+    expected, ours = encode(PARAMS, BATCH), jax.jit(_in(n))(PARAMS, BATCH)
+    loads, expected_loads = ours.pop("loads"), expected.pop("loads")
+    assert ours["expert"].dtype == expected["expert"].dtype
+    _assert_close(ours, expected)
+    assert loads.shape == (n, coupled.EXPERTS), "a sum per microbatch"
+    np.testing.assert_array_equal(loads.sum(axis=0), expected_loads[0])
+    each = [encode(PARAMS, jax.tree.map(lambda x, i=i: x[i::n], BATCH))["loads"] for i in range(n)]
+    np.testing.assert_array_equal(loads, jnp.concatenate(each))
+
+
+def test_several_outputs_of_a_microbatch_are_at_j_n_plus_i():
+    halves = _in(3, lambda w, x: w * x.reshape(2, -1).sum(axis=1), batch_argnums=(1,))
+    x = np.arange(12.0, dtype=np.float32)
+    expected = np.stack([x[i::3].reshape(2, -1).sum(axis=1) for i in range(3)], axis=1).reshape(-1)
+    np.testing.assert_array_equal(halves(1.0, x), expected)
+
+
+def test_rows_have_gradients_in_the_order_of_the_batch():
+    def loss(encoder, params, x, view):
+        out = encoder(params, BATCH | {"x": x, "view": view})
+        return coupled.covariance(out, BATCH, params) + coupled.dice(out, BATCH, params)
+
+    args = PARAMS, BATCH["x"], BATCH["view"]
+    expected = jax.grad(functools.partial(loss, encode), (0, 1, 2))(*args)
+    ours = jax.jit(jax.grad(functools.partial(loss, _in(4)), (0, 1, 2)))(*args)
+    _assert_close(ours, expected)
+    only_rows = jax.jit(jax.grad(functools.partial(loss, _in(4)), 1))(*args)
+    _assert_close(only_rows, expected[1])
+
+
+def test_outputs_that_the_loss_does_not_use_cost_nothing():
+    def loss(encoder, params):
+        return jnp.sum(encoder(params, BATCH)["z"].sum(axis=0) ** 2)
+
+    expected = jax.grad(functools.partial(loss, encode))(PARAMS)
+    ours = jax.grad(functools.partial(loss, _in(4)))(PARAMS)
+    _assert_close(ours, expected)
+    assert not np.any(ours["router"])
+
+
+def test_only_arguments_and_outputs_are_kept_between_the_passes():
+    batch = {"x": jnp.ones((64, 100)), "view": jnp.ones((64, 100)), "label": jnp.ones(64, int)}
+    params = jax.tree.map(lambda p: p, PARAMS | {"encoder": jnp.ones((100, 8))})
+    params["router"] = jnp.ones((100, 4))
+
+    def kept(encoder):
+        found = jax.eval_shape(lambda p, b: jax.vjp(encoder, p, b)[1], params, batch)
+        return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(found))
+
+    arguments = sum(x.nbytes for x in jax.tree.leaves((params, batch)))
+    assert kept(_in(8)) <= arguments
+    assert kept(encode) > arguments
+
+
+def test_fun_is_traced_once():
+    calls = []
+
+    def counting(params, batch):
+        calls.append(1)
+        return encode(params, batch)
+
+    jax.jit(jax.grad(with_encoder(coupled.info_nce, _in(4, counting))))(PARAMS, BATCH)
+    assert len(calls) == 1
+
+
+def _sums_error(**options):
+    """Of the gradient of 512 microbatches that all add the same, in the dtype bfloat16."""
+    rows = jnp.full((512, 3), 0.01, jnp.bfloat16)
+    encoder = _in(512, lambda w, x: x @ w, **options)
+    grad = jax.jit(jax.grad(lambda w: jnp.sum(encoder(w, rows).astype(jnp.float32))))
+    exact = 512 * float(rows[0, 0])
+    return abs(float(grad(jnp.ones(3, jnp.bfloat16))[0]) / exact - 1)
+
+
+def test_sums_of_bfloat16_do_not_drift():
+    # One rounding to 8 bits.
+    assert _sums_error() <= 2.0**-8
+    assert _sums_error(accumulator_dtype=jnp.bfloat16) > 0.1, "not the dtype asked for"
+
+
+def _dropping(params, batch, rngs):
+    keep = jax.random.bernoulli(rngs["dropout"], 0.7, batch["x"].shape)
+    return encode(params, batch | {"x": jnp.where(keep, batch["x"] / 0.7, 0)}) | {"keep": keep}
+
+
+@pytest.mark.parametrize("make", [jax.random.key, jax.random.PRNGKey], ids=["typed", "raw"])
+def test_both_passes_see_the_same_keys(make, x64):
+    """The gradient is the slope of the loss along a line, which no other mask would have."""
+    encoder = _in(4, _dropping, rng_argnums=-1)
+    rngs = {"dropout": make(3)}
+
+    @jax.jit
+    def loss(params):
+        return coupled.nt_xent(encoder(params, BATCH, rngs), BATCH, params)
+
+    params = jax.tree.map(lambda p: p.astype(jnp.float64), PARAMS)
+    grads = jax.grad(loss)(params)
+    direction = jax.tree.map(jnp.cos, params)
+    slope = sum(jnp.vdot(g, d) for g, d in zip(*map(jax.tree.leaves, (grads, direction))))  # noqa: B905
+
+    def along(t):
+        return loss(jax.tree.map(lambda p, d: p + t * d, params, direction))
+
+    # The loss is computed in float32, with an error of about 1e-6; the third derivative is O(1).
+    step = 1e-2
+    np.testing.assert_allclose(slope, (along(step) - along(-step)) / (2 * step), atol=1e-3)
+
+
+def test_every_microbatch_has_keys_of_its_own():
+    key = jax.random.key(3)
+    keep = jax.jit(_in(4, _dropping, rng_argnums=2))(PARAMS, BATCH, {"dropout": key})["keep"]
+    for i in range(4):
+        own = jax.random.bernoulli(jax.random.fold_in(key, i), 0.7, (ROWS // 4, coupled.FEATURES))
+        np.testing.assert_array_equal(keep[i::4], own)
+    assert len(np.unique(keep, axis=0)) > ROWS // 2
