@@ -28,14 +28,14 @@ def check_call(
     roles: dict[str, tuple[int, ...]], args: tuple, kwargs: dict, n: int
 ) -> list[tuple[int, ...]]:
     """Returns the positions of each role in a call, none negative, if its arguments fit them."""
-    positions = _positions(roles, len(args))
-    _, rows, rngs, carries = positions
+    found = positions(roles, len(args))
+    _, rows, rngs, carries = found
     check_batch({j: args[j] for j in rows}, n)
     check_keys({j: args[j] for j in rngs}, args, kwargs, apart=(*rows, *rngs, *carries))
-    return positions
+    return found
 
 
-def _positions(roles: dict[str, tuple[int, ...]], count: int) -> list[tuple[int, ...]]:
+def positions(roles: dict[str, tuple[int, ...]], count: int) -> list[tuple[int, ...]]:
     """Returns the argnums of each role, none negative, if they name `count` arguments or fewer."""
     taken: dict[int, str] = {}
     for name, argnums in roles.items():
