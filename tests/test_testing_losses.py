@@ -41,8 +41,10 @@ def test_structure_names_the_line(name):
         assert report.findings[0].where in case.lines, report
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("how", "name"), MUTATIONS)
 def test_one_more_mistake_is_found(how, name):
     case = losses.mutate(CASES[name], how)
+    assert case is not None
     report = check(case, N)
     assert report.kind == case.kind, report

@@ -178,7 +178,7 @@ def by_hand(divide_by_k=True, key_per_call=None, clip=None, stale=False):
             grads = jax.grad(loss)(state["params"])
             if clip is not None:
                 norm = jnp.sqrt(sum(jnp.sum(g**2) for g in jax.tree.leaves(grads)))
-                grads = jax.tree.map(lambda g: g * jnp.minimum(1, clip / norm), grads)
+                grads = jax.tree.map(lambda g: g * jnp.minimum(1, (clip or 0) / norm), grads)
             sums = jax.tree.map(jnp.add, state["sums"], grads)
             calls = state["calls"] + 1
             last = calls % every_k == 0

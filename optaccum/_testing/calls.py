@@ -128,6 +128,8 @@ CALLS = {
     "cond": _cond,
     "scan": _scan,
     "while": _while,
-    **dict.fromkeys(("all_gather", "all_to_all", "ppermute", "all_gather_invariant"), _gather_devices),
+    **dict.fromkeys(
+        ("all_gather", "all_to_all", "ppermute", "all_gather_invariant"), _gather_devices
+    ),
     "axis_index": _index,
 }  # fmt: skip

@@ -114,7 +114,7 @@ def flat(tree: Any) -> np.ndarray:
     for leaf in jax.tree.leaves(tree):
         if not jnp.issubdtype(leaf.dtype, jnp.inexact):
             continue
-        x = np.asarray(leaf)
+        x: Any = np.asarray(leaf)
         if np.iscomplexobj(x):
             x = np.stack([x.real, x.imag])
         parts.append(x.astype(np.float64).ravel())

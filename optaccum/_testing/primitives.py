@@ -9,15 +9,15 @@ from optaccum._testing.values import CONST, Value, merge
 
 KEEP = {
     "convert_element_type", "broadcast_in_dim", "squeeze", "transpose", "expand_dims", "copy",
-    "copy_p", "reduce_precision", "real", "imag", "neg", "name", "optimization_barrier",
+    "reduce_precision", "real", "imag", "neg", "name", "optimization_barrier",
     "sharding_constraint", "device_put", "pvary", "pcast", "pbroadcast", "reshard", "stop_gradient",
-    "mesh_cast", "bitcast_convert_type", "pmean", "psum_invariant_keep",
+    "mesh_cast", "bitcast_convert_type",
 }  # fmt: skip
 ADD = {"add", "sub", "add_any"}
 SUMS = {"reduce_sum", "dot_general", "scatter-add", "scatter_add", "reduce_window_sum", "psum",
-        "psum2", "psum_invariant", "segment_sum"}  # fmt: skip
+        "psum2", "psum_invariant"}  # fmt: skip
 ORDER = {"cumsum", "cumprod", "cummax", "cummin", "cumlogsumexp", "rev", "sort", "top_k",
-         "approx_top_k", "argsort", "reduce_precision_along"}  # fmt: skip
+         "approx_top_k"}  # fmt: skip
 MATRICES = {"cholesky", "eigh", "eig", "svd", "qr", "lu", "triangular_solve", "fft",
             "householder_product", "geqrf", "schur", "tridiagonal_solve"}  # fmt: skip
 RANDOM = {"random_bits", "threefry2x32", "rng_bit_generator", "rng_uniform"}
@@ -88,8 +88,6 @@ def _one(walk: Any, one: Any, two: Any, values: list[Value], i: int) -> Value:
         return rules.multiply(*values, sign=1 if name == "mul" else -1)
     if name == "select_n":
         return _select(rules, values)
-    if name in ("clamp",):
-        return rules.curve(values)
     rowwise = any(a for a, v in zip(before, values, strict=True) if v.kind in ("row", "mixed"))
     if name in SUMS or name.startswith(("reduce_", "arg")):
         return _reduce(walk, one, values, before, after)

@@ -1,4 +1,4 @@
-"""Which mistake is it? Further runs of a training step that one mistake changes and others do not."""
+"""Which mistake is it? Runs of a training step that one mistake changes and others do not."""
 
 import dataclasses
 import re
@@ -83,9 +83,8 @@ class Probe:
         """Says whether microbatches of the same rows and another key would be told apart."""
         reused = False
         if alike.per_window > 2:
-            sums = [_sums(alike, i) for i in (1, 2)]
-            if sums[0] is not None and sums[1] is not None:
-                one, two = sums
+            one, two = _sums(alike, 1), _sums(alike, 2)
+            if one is not None and two is not None and len(one) == len(two):
                 size = max(np.linalg.norm(two), 1e-300)
                 # Sums of equal gradients double, and their running mean stays.
                 off = min(np.linalg.norm(two - times * one) for times in (1, 2))

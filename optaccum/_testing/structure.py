@@ -1,4 +1,4 @@
-"""Where a loss makes one value of several rows: found in its program, traced for two batch sizes."""
+"""Where a loss makes one value of several rows: its program, traced for two batch sizes."""
 
 import dataclasses
 import inspect
@@ -15,6 +15,7 @@ from optaccum._testing.lines import find_line
 from optaccum._testing.report import Finding
 from optaccum._testing.values import CONST, Rules, Value
 
+EPS = float(np.finfo(np.float32).eps)
 MANY = 1000  # roundings on a path, where the program could not be read
 
 
@@ -33,7 +34,7 @@ class Structure:
     value: Value | None
     findings: list[Finding]
     roundings: int = MANY
-    eps: float = float(np.finfo(np.float32).eps)
+    eps: float = EPS
     leaves: list[str] = dataclasses.field(default_factory=list)
 
 
@@ -47,7 +48,8 @@ def read(loss: Loss) -> Structure:
         once, twice = (_trace(loss, times) for times in (1, 2))
     except Exception as error:
         detail = f"it could not be traced with twice the rows ({type(error).__name__}: "
-        return Structure(None, [Finding("unknown", None, f"{detail}{str(error)[:200]})")])
+        finding = Finding("unknown", None, f"{detail}{str(error)[:200]})")
+        return Structure(None, [finding], eps=_narrowest(loss))
     leaves = [
         Value("row", leaves=frozenset({name}))
         if j in loss.rows
@@ -67,6 +69,8 @@ def read(loss: Loss) -> Structure:
         walk.findings = [Finding("unknown", None, f"{type(error).__name__}: {str(error)[:200]}")]
     else:
         because = value.because if value.active else frozenset()
+    if value is None:
+        return Structure(None, walk.findings, eps=_narrowest(loss))
     shown = [finding for i, finding in enumerate(walk.findings) if i in because]
     leaves = {leaf: None for i in sorted(because) for leaf in walk.leaves.get(i, ())}
     leaves |= dict.fromkeys(sorted(value.leaves)) if value else {}
@@ -88,6 +92,13 @@ def argument_name(fun: Any, j: int) -> str:
         return f"args[{j}]"
     variadic = parameter.kind is inspect.Parameter.VAR_POSITIONAL
     return f"args[{j}]" if variadic else parameter.name
+
+
+def _narrowest(loss: Loss) -> float:
+    """Returns the eps of the narrowest floating-point type of the arguments."""
+    dtypes = {jnp.result_type(x) for x in jax.tree.leaves(loss.arrays)}
+    floats = [dtype for dtype in dtypes if jnp.issubdtype(dtype, jnp.inexact)]
+    return max((float(jnp.finfo(dtype).eps) for dtype in floats), default=EPS)
 
 
 def _rows(loss: Loss) -> int:

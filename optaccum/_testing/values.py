@@ -55,7 +55,7 @@ def merge(values: list[Value], kind: str | None = None, **changes) -> Value:
 
 
 class Rules:
-    """Arithmetic on values; `report(kind, detail, leaves)` notes a finding and returns its number."""
+    """Arithmetic on values; `report(kind, detail, leaves)` notes a finding, numbers it."""
 
     def __init__(self, report):
         self.report = report
@@ -125,7 +125,7 @@ class Rules:
             return merge(values, degree=degree)
         count = total if not total.active else other
         if not count.active and count.kind == "total":
-            if sign < 0 and count is b or count.degree < 0 or count.divided:
+            if (sign < 0 and count is b) or count.degree < 0 or count.divided:
                 return self.count(values, other if count is total else total, degree)
             if other.active or total.active:
                 return self.flaw(values, "nonlinear", "a statistic of the batch multiplies a sum")

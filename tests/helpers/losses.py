@@ -300,9 +300,8 @@ def class_weights(p, b):
 @case("weights", "(b['labels'] == 1).sum()", "divisor")
 def positives_only(p, b):
     positive = b["labels"] == 1
-    return jnp.where(positive, cross_entropy(p, b), 0).sum() / jnp.maximum(
-        positive.sum(), 1
-    )  # here
+    total = jnp.where(positive, cross_entropy(p, b), 0).sum()
+    return total / jnp.maximum(positive.sum(), 1)  # here
 
 
 @case("weights", "(b['mask'] * b['sample']).sum()", "divisor")
@@ -538,7 +537,7 @@ def dropout_with_a_key_of_its_own(p, b):
 
 def mutate(case: Case, how: str) -> Case | None:
     """Returns a case with one more mistake, or None where it cannot be made or seen."""
-    if case.kind in ("stochastic", "not_finite"):
+    if case.kind == "stochastic" or case.fun is no_token_at_all:
         return None
     fun, options = case.fun, dict(case.options)
     if how == "weight":
