@@ -234,6 +234,8 @@ def _moved(walk: Any, one: Any, two: Any, values: list[Value], before: list, aft
 
 
 def _axes(a: Any, b: Any) -> tuple[int, ...]:
+    if a.aval.shape == b.aval.shape:
+        return ()
     return tuple(
         i for i, (x, y) in enumerate(zip(a.aval.shape, b.aval.shape, strict=True)) if x != y
     )

@@ -1,6 +1,7 @@
 """Where a loss makes one value of several rows: its program, traced for two batch sizes."""
 
 import dataclasses
+import functools
 import inspect
 from typing import Any
 
@@ -157,7 +158,7 @@ class Walk:
             results = primitives.apply(self, a, b, values)
             self.at = (*outer, a)
             for variable, value, x in zip(a.outvars, results, b.outvars, strict=True):
-                if not jnp.issubdtype(variable.aval.dtype, jnp.inexact):
+                if value.active and not precision(variable.aval.dtype):
                     value = dataclasses.replace(value, active=False)
                 known[variable] = self._paired(variable, x, value)
         return [read(x, y) for x, y in zip(one.outvars, two.outvars, strict=True)]
@@ -181,17 +182,24 @@ class Walk:
 
     def _count(self, equation: Any) -> None:
         for variable in equation.outvars:
-            dtype = variable.aval.dtype
-            if not jnp.issubdtype(dtype, jnp.inexact):
+            eps = precision(variable.aval.dtype)
+            if not eps:
                 continue
-            self.eps = max(self.eps, float(jnp.finfo(dtype).eps))
-            ins = max((getattr(x.aval, "size", 1) for x in equation.invars), default=1)
-            sums = equation.primitive.name in ("reduce_sum", "dot_general", "cumsum")
-            self.roundings += 1 + (ins // max(variable.aval.size, 1) if sums else 0)
+            self.eps = max(self.eps, eps)
+            self.roundings += 1
+            if equation.primitive.name in ("reduce_sum", "dot_general", "cumsum"):
+                ins = max(x.aval.size for x in equation.invars)
+                self.roundings += ins // max(variable.aval.size, 1)
 
     def nested(self, one: Any, two: Any, values: list[Value]) -> list[Value]:
         """Returns the outputs of a program that is a parameter of the current equation."""
         return self.run(plain(one), plain(two), values, self.at)
+
+
+@functools.cache
+def precision(dtype: Any) -> float:
+    """Returns the eps of a floating-point type, or 0 for another type."""
+    return float(jnp.finfo(dtype).eps) if jnp.issubdtype(dtype, jnp.inexact) else 0.0
 
 
 def plain(jaxpr: Any) -> Any:
@@ -201,6 +209,8 @@ def plain(jaxpr: Any) -> Any:
 
 def power(a: tuple[int, ...], b: tuple[int, ...]) -> float:
     """Returns the power of the number of rows with which a value grows."""
+    if a == b:
+        return 0.0
     return round(float(sum(np.log2(y / x) for x, y in zip(a, b, strict=True) if x and y)), 3)
 
 

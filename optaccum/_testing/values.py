@@ -3,7 +3,7 @@
 import dataclasses
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(slots=True, unsafe_hash=True)
 class Value:
     """How one value of a program depends on the rows.
 
@@ -35,6 +35,8 @@ BAD = ("mixed", "unknown")
 
 def merge(values: list[Value], kind: str | None = None, **changes) -> Value:
     """Returns a value that depends on all of `values`, of the least simple kind of theirs."""
+    if values and not changes and kind is None and all(v == values[0] for v in values[1:]):
+        return dataclasses.replace(values[0], pair=None) if values[0].pair else values[0]
     order = ("const", "row", "total", "mixed", "unknown")
     kinds = {value.kind for value in values}
     if kind is None:
