@@ -6,9 +6,14 @@ import re
 import subprocess
 import sys
 
+from flax import nnx
 from helpers import scripts
 import numpy as np
+import optax
 import pytest
+
+import optaccum
+from optaccum.testing import check_step
 
 pytestmark = pytest.mark.slow
 
@@ -82,6 +87,35 @@ def test_digits_microbatches_need_less_memory(table, way):
 def test_digits_writes_the_figure(printed, figure):
     assert str(figure) in printed
     assert figure.read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
+
+
+def steps_of(digits, transformation):
+    """The example's own training step, in the form that a check takes."""
+
+    def make_step(model, every_k):
+        graph, params = nnx.split(model, nnx.Param)
+        tx = transformation(every_k)
+        train_step = digits.make_train_step(graph, tx)
+        return (params, tx.init(params)), lambda state, rows: train_step(*state, *rows)[:2]
+
+    return make_step
+
+
+@pytest.mark.parametrize(
+    ("transformation", "kind"),
+    [
+        (lambda k: optaccum.accumulate(k, optax.adamw(1e-3)), None),
+        (lambda k: optax.chain(optaccum.accumulate(k), optax.adamw(1e-3)), "optimizer"),
+    ],
+    ids=["accumulate", "trap"],
+)
+def test_digits_training_step_is_judged(digits, transformation, kind):
+    random = np.random.default_rng(0)
+    images = random.normal(size=(8, 8, 8)).astype(np.float32)
+    batch = images, random.integers(0, 10, 8), np.array([1, 1, 1, 0, 1, 1, 0, 0], bool)
+    model = digits.CNN(nnx.Rngs(0))
+    report = check_step(steps_of(digits, transformation), model, batch, every_k=2)
+    assert report.kind == kind, report
 
 
 @pytest.mark.parametrize("every_k", [1, 2, 8, 128, 256])

@@ -14,6 +14,8 @@ import jax
 import numpy as np
 import pytest
 
+from optaccum.testing import check_loss
+
 pytestmark = pytest.mark.slow
 
 for requirement in ("matplotlib", "rich"):
@@ -124,6 +126,23 @@ def test_weighted_microbatches_train_like_the_full_batch(finished):
     assert ways["weight"][1] < 5e-5
     assert ways["no"][0] != pytest.approx(ways["full"][0], abs=1e-3)
     assert ways["no"][1] > 5e-3
+
+
+def test_the_loss_counts_real_tokens(lm, rows):
+    """A microbatch counts as the example says, and the check finds that by itself."""
+    graph, params = nnx.split(lm.LanguageModel(32, 1, nnx.Rngs(0)), nnx.Param)
+
+    def loss(params, rows):
+        return lm.loss_fn(nnx.merge(graph, params), rows)
+
+    options = {"has_aux": True, "num_microbatches": 4}
+    batch = np.stack(sorted(rows[:8], key=lambda row: (row != lm.PADDING).sum()))
+    report = check_loss(loss, params, batch, **options)
+    assert report.kind == "weights"
+    assert f"(rows[:, 1:] != {lm.PADDING}).sum()" in report.remedy
+    assert check_loss(
+        loss, params, batch, weight_fn=lambda params, rows: loss(params, rows)[1], **options
+    ).exact
 
 
 def train(lm, rows, args, stop_after=None):

@@ -23,9 +23,21 @@ def test_the_examples_run_as_they_say(capsys):
     printed = [line.split() for line in capsys.readouterr().out.splitlines()]
     assert printed == [[str(i), str(i in (3, 7))] for i in range(8)]
     for code in others:
-        exec(compile(code, "README.md", "exec"), names)
+        exec(compile(code, "train.py", "exec"), names)
+    assert capsys.readouterr().out.endswith(re.findall(r"```text\n(.*?)```", TEXT, re.DOTALL)[0])
     assert (int(names["state"].mini_step), int(names["optimizer"].mini_step)) == (1, 1)
     assert float(optaccum.get_state(names["state"].opt_state).weight) == 32
+
+
+def test_each_bug_is_found_as_the_page_says(capsys):
+    text = (report.ROOT / "docs" / "is_my_accumulation_right.md").read_text()
+    names, programs = {}, re.findall(r"```(python|text)\n(.*?)```", text, re.DOTALL)
+    for language, block in programs:
+        if language == "python":
+            exec(compile(block, "train.py", "exec"), names)
+        else:
+            assert capsys.readouterr().out == block
+    assert [language for language, _ in programs].count("text") == 4
 
 
 @pytest.mark.skipif(not hasattr(jax, "reshard"), reason="needs a newer JAX")

@@ -35,9 +35,9 @@ def check_call(
 
     `remedy` says how a batch can be made one that `n` divides.
     """
-    positions = dict(zip(roles, _positions(roles, len(args)), strict=True))
-    rows, rngs = positions["`batch_argnums`"], positions["`rng_argnums`"]
-    for name, leaf in _named_leaves({j: args[j] for j in positions.get("`argnums`", ())}):
+    found = dict(zip(roles, positions(roles, len(args)), strict=True))
+    rows, rngs = found["`batch_argnums`"], found["`rng_argnums`"]
+    for name, leaf in _named_leaves({j: args[j] for j in found.get("`argnums`", ())}):
         if not isinstance(leaf, jax.Array | np.ndarray | np.generic | int | float | complex):
             raise TypeError(
                 f"{name} is no array but {describe(leaf)}, and `argnums` names it; take the arrays "
@@ -45,12 +45,12 @@ def check_call(
                 "let `fun` begin with `model = equinox.combine(params, static)`"
             )
     check_batch({j: args[j] for j in rows}, n, remedy)
-    apart = (*rows, *rngs, *positions.get("`carry_argnum`", ()))
+    apart = (*rows, *rngs, *found.get("`carry_argnum`", ()))
     check_keys({j: args[j] for j in rngs}, args, kwargs, apart, carries="`carry_argnum`" in roles)
-    return [*positions.values()]
+    return [*found.values()]
 
 
-def _positions(roles: dict[str, tuple[int, ...]], count: int) -> list[tuple[int, ...]]:
+def positions(roles: dict[str, tuple[int, ...]], count: int) -> list[tuple[int, ...]]:
     """Returns the argnums of each role, none negative, if they name `count` arguments or fewer."""
     taken: dict[int, str] = {}
     for name, argnums in roles.items():

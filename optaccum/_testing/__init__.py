@@ -1,0 +1,1 @@
+"""The parts of `optaccum.testing`: structure, numbers, whole steps, and the report on them."""

@@ -1,0 +1,231 @@
+"""Judge a loss: the numbers decide, the structure explains."""
+
+from collections.abc import Callable, Sequence
+import dataclasses
+import math
+from typing import Any
+
+import jax
+import numpy as np
+
+from optaccum._check import arguments, batch as check_batch
+from optaccum._testing import counts, gradients, numbers, structure
+from optaccum._testing.gradients import Loss
+from optaccum._testing.report import Finding, Report
+from optaccum._testing.structure import Structure
+
+COUPLING = ("pairwise", "batch_statistic", "nonlinear", "order")
+LARGEST_TOLERANCE = 0.05
+
+
+def check(
+    fun: Callable[..., Any],
+    args: tuple,
+    num_microbatches: int | None,
+    argnums: int | Sequence[int],
+    batch_argnums: int | Sequence[int],
+    has_aux: bool,
+    weight_fn: Callable[..., Any] | None,
+    rng_argnums: int | Sequence[int],
+    tolerance: float | None,
+) -> Report:
+    """Returns what `optaccum.testing.check_loss` does."""
+    arguments.check_function("`fun`", fun)
+    if weight_fn is not None:
+        arguments.check_function("`weight_fn`", weight_fn)
+    n = 1
+    if num_microbatches is not None:
+        n = arguments.check_count("`num_microbatches`", num_microbatches, " or None")
+        if n == 1:
+            raise ValueError("`num_microbatches` must be >= 2 to compare with one, got 1")
+    if tolerance is not None and not 0 < tolerance < 1:
+        raise ValueError(f"`tolerance` must lie between 0 and 1, got {tolerance}")
+    roles = check_batch.check_roles(
+        {
+            "`argnums`": argnums,
+            "`batch_argnums`": batch_argnums,
+            "`rng_argnums`": rng_argnums,
+            "`carry_argnum`": (),
+        },
+        has_aux,
+    )
+    trained, rows, rngs, _ = check_batch.positions(roles, len(args))
+    check_batch.check_batch({j: jax.tree.map(_array, args[j]) for j in rows}, n)
+    loss = Loss(fun, args, trained, rows, rngs, has_aux, weight_fn)
+    read = structure.read(loss)
+    if num_microbatches is None:
+        return _by_structure(read, weight_fn is not None)
+    try:
+        return _by_numbers(loss, n, read, tolerance)
+    except Exception as error:
+        detail = f"the gradients could not be taken ({type(error).__name__}: {str(error)[:300]})"
+        findings = [Finding("unknown", None, detail), *read.findings]
+        return Report(None, findings=tuple(findings), remedy=_remedy("unknown"))
+
+
+def _array(x: Any) -> Any:
+    return x if hasattr(x, "shape") else np.asarray(x)
+
+
+def _by_structure(read: Structure, weighted: bool) -> Report:
+    value = read.value
+    kinds = {finding.kind for finding in read.findings}
+
+    def report(exact, kind, *wanted, detail=None):
+        """Returns a report that begins with the findings of the kinds wanted."""
+        found = sorted(read.findings, key=lambda finding: finding.kind not in wanted)
+        if detail is not None:
+            found.insert(0, Finding(kind, found[0].where if found and wanted else None, detail))
+        return Report(exact, findings=tuple(found), remedy=_remedy(kind))
+
+    if value is None or value.kind == "unknown" or "unknown" in kinds:
+        detail = None if kinds else "the program could not be followed"
+        return report(None, "unknown", "unknown", detail=detail)
+    if value.kind == "mixed" or kinds & set(COUPLING):
+        return report(False, "coupled", *COUPLING)
+    if value.kind == "row":
+        return report(None, "unknown", detail="the loss is not a sum over rows")
+    if "stochastic" in kinds:
+        return report(None, "stochastic", "stochastic")
+    if "terms" in kinds:
+        return report(False, "terms", "terms")
+    if "divisor" in kinds:
+        if not weighted:
+            return report(None, "weights", "divisor")
+        detail = "whether `weight_fn` counts as the divisor does, only numbers can tell"
+        return report(None, "divisor", "divisor", detail=detail)
+    if weighted:
+        return report(None, "weights", detail="`weight_fn` counts, and no count divides the loss")
+    if value.kind == "total" and (value.degree or "row_count" in kinds):
+        detail = "the loss is divided by another power of the number of rows than the first"
+        return report(False, "factor", "row_count", detail=detail)
+    return Report(True)
+
+
+def _by_numbers(loss: Loss, n: int, read: Structure, tolerance: float | None) -> Report:
+    points, weights = gradients.measure(loss, n)
+    # Rounding adds up like a random walk over the program and back (2), in two computations that
+    # are compared (2), of which the larger of a few draws counts (2): 8 u sqrt(roundings), u = eps.
+    # A gradient in which rows nearly cancel is less exact than that. Its rows in another order
+    # show by how much; what they show beyond 100 times the bound is not rounding.
+    bound = min(8 * read.eps * math.sqrt(read.roundings), LARGEST_TOLERANCE)
+    noise = max(point.noise for point in points)
+    if 4 * noise <= 100 * bound:
+        bound = min(max(bound, 4 * noise), LARGEST_TOLERANCE)
+    bound = bound if tolerance is None else tolerance
+    leaves = {
+        name: leaf
+        for j in loss.rows
+        for name, leaf in zip(
+            structure.leaf_names(loss.fun, j, loss.args[j]),
+            jax.tree.leaves(loss.args[j]),
+            strict=True,
+        )
+    }
+    likely = {name: leaves[name] for name in read.leaves} or leaves
+    verdict = numbers.judge(points, weights, counts.count(likely, n), bound)
+    if verdict.kind == "exact":
+        return Report(True, verdict.error, 1.0, verdict.weights, tolerance=bound)
+    random = any(finding.kind == "stochastic" for finding in read.findings)
+    if gradients.depends_on_keys(loss, bound) or (random and verdict.kind == "coupled"):
+        where = next((f.where for f in read.findings if f.kind == "stochastic"), None)
+        detail = "rows draw random numbers, other ones in a microbatch than in the full batch"
+        return Report(
+            None,
+            verdict.error,
+            findings=(Finding("stochastic", where, detail), *_but(read, "stochastic")),
+            remedy=_remedy("stochastic"),
+            tolerance=bound,
+        )
+    return explain(verdict, read, bound, loss.weight_fn is not None)
+
+
+def explain(
+    verdict: numbers.Verdict, read: Structure, tolerance: float, weighted: bool = False
+) -> Report:
+    """Returns the report on a verdict, with the lines that explain it."""
+    kind = verdict.kind
+    kinds = {finding.kind for finding in read.findings}
+    if kind == "weights" and verdict.source is None and kinds & set(COUPLING):
+        kind = "coupled"  # the shares of a maximum, which stay as they are while its row does
+        verdict = dataclasses.replace(verdict, scale=None, weights=None)
+    if kind == "coupled" and "terms" in kinds and not kinds & set(COUPLING):
+        kind = "terms"
+    wanted = {
+        "coupled": COUPLING,
+        "terms": ("terms",),
+        "weights": ("divisor",),
+        "factor": ("row_count",),
+    }.get(kind, ())
+    first = next((f for f in read.findings if f.kind in wanted), None)
+    where = first.where if first else None
+    detail = _detail(kind, verdict, weighted)
+    others = [f for f in read.findings if f.kind in (*wanted, "unknown") and f.kind != kind]
+    return Report(
+        None if kind in ("unknown", "not_finite") else False,
+        verdict.error,
+        verdict.scale,
+        verdict.weights,
+        (Finding(kind, where, detail), *others),
+        _remedy(kind, verdict, weighted),
+        tolerance,
+    )
+
+
+def _but(read: Structure, kind: str) -> list[Finding]:
+    return [finding for finding in read.findings if finding.kind != kind]
+
+
+def _detail(kind: str, verdict: numbers.Verdict, weighted: bool) -> str:
+    scale = verdict.scale
+    if kind == "factor":
+        return f"the full batch has {scale:.6g} times the mean over microbatches"
+    if kind == "weights":
+        if verdict.source == "":
+            right = "microbatches count alike, and `weight_fn` counts them differently"
+        elif verdict.source:
+            right = f"microbatches count with `{verdict.source}`"
+        else:
+            right = "microbatches count differently, with no simple count of the batch"
+        factor = "" if scale is None or abs(scale - 1) < 1e-3 else f", times {scale:.6g}"
+        return right + factor
+    if kind == "coupled":
+        if verdict.nonlinear:
+            return "the loss is a nonlinear function of a mean over rows; it is no mean over rows"
+        return "rows depend on each other: no weighting of microbatches gives the full batch"
+    if kind == "terms":
+        return "the loss adds terms that are divided by different counts; no one weight fits both"
+    if kind == "not_finite":
+        return "gradients of microbatches are not finite, as 0 / 0 where one counts no token"
+    return "the gradients do not tell: too few parameters for this many microbatches"
+
+
+def _remedy(
+    kind: str, verdict: numbers.Verdict | None = None, weighted: bool = False
+) -> str | None:
+    if kind == "weights":
+        source = verdict.source if verdict else None
+        if source == "":
+            return "drop `weight_fn`, and `weight=` of `accumulate`."
+        counted = f"`{source}`" if source else "the loss's own divisor"
+        return (
+            f"pass {counted} as `weight_fn` to `optaccum.value_and_grad`, or per microbatch as "
+            "`weight=` to `optaccum.accumulate`."
+        )
+    if kind == "factor" and weighted:
+        return "return a mean over what `weight_fn` counts, or drop `weight_fn`; sum against mean."
+    return {
+        "coupled": "`optaccum.microbatched`, which keeps the loss whole and only cuts the model in "
+        "microbatches; or accept statistics of microbatches.",
+        "factor": "sum against mean: divide the loss by its number of rows (`jnp.mean`), or add "
+        "up gradients with `use_grad_mean=False`.",
+        "terms": "give each term its own sum: divide all terms by one count and pass it as "
+        "`weight=` or `weight_fn`, or accumulate the terms apart.",
+        "stochastic": "check in a deterministic mode: without dropout, or with noise that is part "
+        "of the batch.",
+        "not_finite": "divide by `jnp.maximum(count, 1)`, and pass the count as `weight=` or "
+        "`weight_fn`, with which an empty microbatch adds nothing.",
+        "unknown": "pass `num_microbatches`, more parameters or fewer microbatches, so that the "
+        "gradients can tell.",
+        "divisor": "pass `num_microbatches`.",
+    }.get(kind)

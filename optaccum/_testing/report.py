@@ -1,0 +1,80 @@
+"""What a check found, in a form for programs and in words."""
+
+import dataclasses
+import textwrap
+
+import numpy as np
+
+
+@dataclasses.dataclass(frozen=True)
+class Finding:
+    """One reason why microbatches and the full batch differ, or may differ.
+
+    Attributes:
+        kind: a word to compare with, such as "weights"; `optaccum.testing` lists them.
+        where: the user's source line, "file.py:205", or None where none is known.
+        detail: a sentence.
+    """
+
+    kind: str
+    where: str | None
+    detail: str
+
+    def __str__(self) -> str:
+        return f"{self.kind}{f' at {self.where}' if self.where else ''}: {self.detail}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+    """What a check found; `str(report)` says it in a paragraph.
+
+    Attributes:
+        exact: whether microbatches give what the full batch gives; None where that is unknown.
+        error: how far they are from it, relative to its norm; None without numbers.
+        scale: the factor that the mean over microbatches lacks (1.0 where it lacks none), or None.
+        weights: how much each microbatch should count, in shares that sum to 1, or None.
+        findings: the reasons, the verdict first. Empty where all is exact.
+        remedy: what to change, or None where there is nothing to change.
+        tolerance: the largest `error` that rounding explains, or None.
+    """
+
+    exact: bool | None
+    error: float | None = None
+    scale: float | None = None
+    weights: np.ndarray | None = None
+    findings: tuple[Finding, ...] = ()
+    remedy: str | None = None
+    tolerance: float | None = None
+
+    @property
+    def kind(self) -> str | None:
+        """The kind of the first finding, which is the verdict; None without findings."""
+        return self.findings[0].kind if self.findings else None
+
+    def __str__(self) -> str:
+        known = {True: "Exact", False: "Not exact", None: "Unknown"}[self.exact]
+        lines = [known + "."]
+        if self.error is not None:
+            bound = "" if self.tolerance is None else f" (rounding explains {self.tolerance:.1g})"
+            lines[0] = (
+                f"{known}: microbatches are within {self.error:.1g} of the full batch{bound}."
+            )
+            if self.exact is not True:
+                lines[0] = f"{known}: microbatches are {self.error:.2g} off the full batch{bound}."
+        lines += [f"* {finding}" for finding in self.findings]
+        if self.weights is not None and self.exact is False:
+            shares = ", ".join(f"{w:.3g}" for w in self.weights[:8])
+            more = ", ..." if len(self.weights) > 8 else ""
+            lines.append(f"* shares of the microbatches: {shares}{more}")
+        if self.remedy:
+            lines.append(f"Remedy: {self.remedy}")
+        return "\n".join(
+            textwrap.fill(
+                line,
+                100,
+                subsequent_indent="  " if line.startswith("*") else "",
+                break_long_words=False,
+                break_on_hyphens=False,
+            )
+            for line in lines
+        )

@@ -1,0 +1,177 @@
+"""Run a user's training step and keep what it leaves behind after every call."""
+
+from collections.abc import Callable
+import copy
+import dataclasses
+import re
+import sys
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+MEANS = re.compile(r"\b(mu|trace)\b")  # where optimizers of Optax keep means of gradients
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """A way to train.
+
+    Attributes:
+        make_step: `(params, every_k) -> (state, step)`.
+        params: the parameters to begin with: a tree, or a module of `flax.nnx`.
+        every_k: microbatches per window.
+        inside_step: whether `step` takes the whole batch and cuts it itself.
+        get_params: `state -> parameters`, or None to find them.
+    """
+
+    make_step: Callable[..., Any]
+    params: Any
+    every_k: int
+    inside_step: bool
+    get_params: Callable[[Any], Any] | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """What a program leaves behind.
+
+    Attributes:
+        params: f64[P] after 0, 1, ... calls.
+        states: {path: array} after 0, 1, ... calls.
+        per_window: calls per window.
+    """
+
+    params: list[np.ndarray]
+    states: list[dict[str, np.ndarray]]
+    per_window: int
+
+    def change(self, window: int = 1) -> np.ndarray:
+        """Returns by how much the windows so far moved the parameters."""
+        return self.params[window * self.per_window] - self.params[0]
+
+    def state(self, window: int = 1) -> dict[str, np.ndarray]:
+        """Returns the state after some windows."""
+        return self.states[window * self.per_window]
+
+    def mean(self) -> np.ndarray | None:
+        """Returns what the optimizer keeps of the first window's gradient, if it keeps a mean."""
+        found = [
+            x for path, x in self.state().items() if MEANS.search(path) and x.dtype.kind == "f"
+        ]
+        whole = np.concatenate([x.ravel() for x in found]) if found else np.zeros(0)
+        return whole if whole.any() else None
+
+    def seen(self) -> np.ndarray:
+        """Returns the first window's gradient, up to a factor, as far as the optimizer shows it."""
+        mean = self.mean()
+        return self.change() if mean is None else mean
+
+
+def run(program: Program, batch: Any, every_k: int, windows: int) -> Run:
+    """Runs windows of one batch, each the same: with `every_k` 1 on the batch as a whole."""
+    state, step = program.make_step(_fresh(program.params), every_k)
+    cut = every_k > 1 and not program.inside_step
+    rows = [take(batch, i, every_k) for i in range(every_k)] if cut else [batch]
+    params, states = [], []
+
+    def keep(state):
+        params.append(flat(find_params(program, state)))
+        states.append(named(state))
+
+    keep(state)
+    for _ in range(windows):
+        for each in rows:
+            state = _next(state, step(state, jax.tree.map(jnp.array, each)))
+            keep(state)
+    return Run(params, states, len(rows))
+
+
+def take(batch: Any, i: int, n: int) -> Any:
+    """Returns the rows i, i + n, ..."""
+    return jax.tree.map(lambda x: jnp.asarray(x)[i::n], batch)
+
+
+def find_params(program: Program, state: Any) -> Any:
+    """Returns the parameters in a state: what `get_params` says, `state.params`, or the first."""
+    if program.get_params is not None:
+        return program.get_params(state)
+    if hasattr(state, "params"):
+        return state.params
+    if isinstance(state, dict) and "params" in state:
+        return state["params"]
+    return state[0] if type(state) in (tuple, list) else state
+
+
+def _fresh(params: Any) -> Any:
+    """Returns a copy, since a step may donate its buffers or change a module in place."""
+    if _nnx() and isinstance(params, _nnx().Module):
+        return copy.deepcopy(params)
+    return jax.tree.map(lambda x: jnp.array(x) if _is_array(x) else x, params)
+
+
+def _next(state: Any, result: Any) -> Any:
+    """Returns the state in what a step returned: it, a tuple that begins with it, or nothing."""
+    if result is None:
+        return state
+    wanted = jax.tree.structure(state)
+    if jax.tree.structure(result) == wanted:
+        return result
+    if isinstance(result, tuple) and result and jax.tree.structure(result[0]) == wanted:
+        return result[0]
+    if _nnx() and any(isinstance(x, _nnx().Module) for x in _entries(state)):
+        return state  # changed in place; what is returned is a loss
+    raise TypeError(
+        "`step` must return the state that it was given, changed, or a tuple that begins with it, "
+        f"or None where it changes the state in place; got {type(result).__name__} of the "
+        f"structure {str(jax.tree.structure(result))[:200]}"
+    )
+
+
+def _entries(state: Any) -> list[Any]:
+    return [*state] if isinstance(state, tuple | list) else [state]
+
+
+def _nnx() -> Any:
+    return sys.modules.get("flax.nnx")
+
+
+def _is_array(x: Any) -> bool:
+    return isinstance(x, jax.Array | np.ndarray | np.generic)
+
+
+def _plain(tree: Any) -> Any:
+    """Returns a tree of arrays for modules of `flax.nnx`."""
+    nnx = _nnx()
+    if nnx is None:
+        return tree
+
+    def pure(x):
+        return nnx.to_pure_dict(nnx.state(x)) if isinstance(x, nnx.Module | nnx.Optimizer) else x
+
+    def stop(x):
+        return isinstance(x, nnx.Module | nnx.Optimizer)
+
+    return jax.tree.map(pure, tree, is_leaf=stop)
+
+
+def named(tree: Any) -> dict[str, np.ndarray]:
+    """Returns {path: array} of a state."""
+    found = {}
+    for path, leaf in jax.tree_util.tree_leaves_with_path(_plain(tree)):
+        leaf = jnp.asarray(leaf) if isinstance(leaf, int | float) else leaf
+        if _is_array(leaf) and not jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+            x = np.asarray(leaf)
+            inexact = jnp.issubdtype(x.dtype, jnp.floating)
+            found[jax.tree_util.keystr(path)] = x.astype(np.float64) if inexact else x.copy()
+    return found
+
+
+def flat(tree: Any) -> np.ndarray:
+    """Returns the trained numbers of a tree, f64[P]: those of `nnx.Param` of a module."""
+    nnx = _nnx()
+    if nnx is not None and isinstance(tree, nnx.Module):
+        tree = nnx.to_pure_dict(nnx.state(tree, nnx.Param))
+    numbers = [x.ravel() for x in named(tree).values() if x.dtype.kind == "f"]
+    return np.concatenate(numbers) if numbers else np.zeros(0)

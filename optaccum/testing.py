@@ -1,0 +1,205 @@
+"""Does this program accumulate right, and if not, why not?
+
+`check_loss` compares a loss on microbatches with the loss on the full batch. `check_step` compares
+whole training steps, optimizer included. Use them in tests, on a small model and a few rows. Import
+the module by its name: `import optaccum` does not.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from optaccum._testing import loss as _loss, step as _step
+from optaccum._testing.report import Finding, Report
+
+__all__ = ("Finding", "Report", "assert_equivalent", "check_loss", "check_step")
+
+
+def check_loss(
+    fun: Callable[..., Any],
+    *args: Any,
+    num_microbatches: int | None = None,
+    argnums: int | Sequence[int] = 0,
+    batch_argnums: int | Sequence[int] = 1,
+    has_aux: bool = False,
+    weight_fn: Callable[..., Any] | None = None,
+    rng_argnums: int | Sequence[int] = (),
+    tolerance: float | None = None,
+) -> Report:
+    """Say whether microbatches give the gradient that `fun` has on the full batch, and why not.
+
+    The verdict is that of the numbers. The gradient g of the full batch is compared with the mean
+    of the microbatches' gradients g_i that :func:`optaccum.value_and_grad` takes. If it differs,
+    the factors a_i in g = sum_i a_i g_i are found, one set of them at several values of the
+    parameters: they are the right weights, and are looked for in the leaves of the batch. The
+    structure explains. `fun` is traced for B and for 2 B rows, and what grows is followed through
+    the program to the source line that makes one value of several rows.
+
+    >>> import jax.numpy as jnp
+    >>> from optaccum.testing import check_loss
+    >>> def loss_fn(params, batch):
+    ...     losses = batch["mask"] * (batch["x"] @ params) ** 2
+    ...     return jnp.sum(losses) / jnp.sum(batch["mask"])
+    >>> batch = {"x": jnp.arange(8.0).reshape(4, 2), "mask": jnp.array([1.0, 1.0, 1.0, 0.0])}
+    >>> report = check_loss(loss_fn, jnp.array([1.0, -2.0]), batch, num_microbatches=2)
+    >>> print(report.exact, report.kind, report.weights.round(3))
+    False weights [0.667 0.333]
+    >>> right = lambda params, batch: batch["mask"].sum()
+    >>> check_loss(loss_fn, jnp.ones(2), batch, num_microbatches=2, weight_fn=right).exact
+    True
+
+    Guarantees:
+        * `fun` is traced twice for the structure; nothing is compiled without `num_microbatches`.
+        * Only bad arguments raise. A program that cannot be followed or run is "unknown".
+        * Microbatch i holds the rows i, i + n, ..., as in :func:`optaccum.value_and_grad`.
+
+    ==================  ========================================================================
+    kind                what it says of the loss, or of a line
+    ==================  ========================================================================
+    "coupled"           no weighting of microbatches gives the full batch: rows are coupled
+    "weights"           it does with other weights; `weights` has them, the detail their source
+    "factor"            it does with one factor, `scale`: a sum against a mean
+    "terms"             it adds terms that are divided by different counts
+    "stochastic"        rows draw random numbers; `exact` is None
+    "not_finite"        gradients of microbatches are not finite; `exact` is None
+    "unknown"           what was not understood; `exact` is None
+    "pairwise"          (a line) a value for every pair of rows
+    "batch_statistic"   (a line) a sum over rows flows back into the rows
+    "nonlinear"         (a line) a nonlinear function of a sum over rows
+    "order"             (a line) rows are sorted, cumulated or taken by their position
+    "divisor"           (a line) a division by a count of the data
+    "row_count"         (a line) a function of the number of rows that is no power of it
+    ==================  ========================================================================
+
+    Args:
+        fun: a function that returns a real scalar, or with `has_aux` `(scalar, aux)`.
+        *args: its arguments, arrays and not shapes. Take a few rows that differ in what they hold.
+        num_microbatches: n >= 2, which divides the rows; None for the structure alone.
+        argnums: what is differentiated.
+        batch_argnums: positions of the pytrees that are split.
+        has_aux: whether `fun` returns `(scalar, aux)`.
+        weight_fn: the weights that you use, as in :func:`optaccum.value_and_grad`.
+        rng_argnums: positions of keys. All microbatches get them as they are.
+        tolerance: the relative error that is still exact; None to derive it from the dtypes and
+            the number of roundings in the program.
+
+    Returns:
+        A :class:`Report`.
+
+    Raises:
+        TypeError, ValueError: for arguments that do not fit, as :func:`optaccum.value_and_grad`.
+    """
+    return _loss.check(
+        fun,
+        args,
+        num_microbatches,
+        argnums,
+        batch_argnums,
+        has_aux,
+        weight_fn,
+        rng_argnums,
+        tolerance,
+    )
+
+
+def assert_equivalent(fun: Callable[..., Any], *args: Any, **options: Any) -> None:
+    """Raise AssertionError with the report's text unless :func:`check_loss` says exact.
+
+    Args:
+        fun: as in :func:`check_loss`, and so are the others.
+        *args: its arguments.
+        **options: the keyword arguments of :func:`check_loss`.
+
+    Raises:
+        AssertionError: where `exact` is False or None.
+        TypeError, ValueError: what :func:`check_loss` raises.
+    """
+    report = check_loss(fun, *args, **options)
+    if report.exact is not True:
+        raise AssertionError(str(report))
+
+
+def check_step(
+    make_step: Callable[[Any, int], tuple[Any, Callable[[Any, Any], Any]]],
+    params: Any,
+    batch: Any,
+    *,
+    every_k: int,
+    inside_step: bool = False,
+    get_params: Callable[[Any], Any] | None = None,
+    tolerance: float | None = None,
+) -> Report:
+    """Say whether a training step does with `every_k` microbatches what it does with the batch.
+
+    `make_step(params, 1)` makes the step that is right: two of its steps on the full batch are
+    compared with two windows of `make_step(params, every_k)`. Where they differ, further runs tell
+    which mistake it is.
+
+    >>> import jax, jax.numpy as jnp, optax
+    >>> from optaccum import accumulate
+    >>> from optaccum.testing import check_step
+    >>> def make_step(params, every_k):
+    ...     tx = optax.chain(accumulate(every_k), optax.adam(0.1))
+    ...     def step(state, x):
+    ...         params, opt_state = state
+    ...         grads = jax.grad(lambda params: jnp.mean((x @ params - 1) ** 2))(params)
+    ...         updates, opt_state = tx.update(grads, opt_state, params)
+    ...         return optax.apply_updates(params, updates), opt_state
+    ...     return (params, tx.init(params)), step
+    >>> report = check_step(make_step, jnp.ones(2), jnp.arange(8.0).reshape(4, 2), every_k=2)
+    >>> print(report.exact, report.kind)
+    False optimizer
+
+    Loops of all kinds fit in. With `flax.training.train_state`, the state is the train state::
+
+        def make_step(params, every_k):
+            tx = optax.MultiSteps(optax.adam(1e-3), every_k)
+            return TrainState.create(apply_fn=model.apply, params=params, tx=tx), train_step
+
+    With `flax.nnx`, `params` is the module, of which each run gets a copy, and the step changes it
+    in place::
+
+        def make_step(model, every_k):
+            optimizer = nnx.Optimizer(model, accumulate(every_k, optax.adam(1e-3)), wrt=nnx.Param)
+            return (model, optimizer), lambda state, rows: train_step(*state, rows)
+
+    ==================  ========================================================================
+    kind                the mistake
+    ==================  ========================================================================
+    "optimizer"         the optimizer is outside the accumulation: it acts in calls that hold
+    "schedule"          a schedule counts microbatches
+    "ema"               an average of the parameters takes in every microbatch
+    "clip"              each microbatch's gradient is clipped, not their mean
+    "divided_twice"     the loss or gradient is divided by `every_k`, and the window's mean again
+    "factor"            another factor: gradients are summed
+    "weights"           microbatches differ in what they count
+    "batch_norm"        BatchNorm's statistics are those of microbatches
+    "coupled"           rows are coupled otherwise
+    "dropout_keys"      all microbatches draw with one key
+    "stochastic"        microbatches draw with keys of their own; `exact` is None
+    "donated"           the step reads a buffer that it donated; `exact` is None
+    "unknown"           what was not understood; `exact` is None
+    ==================  ========================================================================
+
+    Guarantees:
+        * `params` and `batch` are copied for every run: the step may donate its arguments.
+        * Only bad arguments raise. A step that raises is "unknown", with its error in the detail.
+
+    Args:
+        make_step: `(params, every_k) -> (state, step)`. `step(state, rows)` takes in the rows of a
+            microbatch and returns the new state, or a tuple that begins with it, or None where it
+            changes the state in place.
+        params: what training begins with: a pytree, or a module of `flax.nnx`.
+        batch: a pytree whose leaves have the rows of the full batch, which `every_k` divides.
+        every_k: microbatches per window, >= 2. Microbatch i holds the rows i, i + k, ...
+        inside_step: whether `step` takes the full batch and divides it itself.
+        get_params: `state -> parameters`; None for `state.params`, `state["params"]`, the first of
+            a tuple, or the state itself.
+        tolerance: the relative error that is still exact; None to derive it.
+
+    Returns:
+        A :class:`Report`.
+
+    Raises:
+        TypeError, ValueError: for arguments that do not fit.
+    """
+    return _step.check(make_step, params, batch, every_k, inside_step, get_params, tolerance)

@@ -1,0 +1,224 @@
+"""What `optaccum.testing` promises: reports, errors, costs, and no findings where all is right."""
+
+import subprocess
+import sys
+
+from helpers import losses, tokens
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from benchmarks import product_model, transformer
+from benchmarks.transformer import Config
+from optaccum.testing import assert_equivalent, check_loss, check_step
+
+CASES, PARAMS, BATCH = losses.CASES, losses.PARAMS, losses.BATCH
+SMALL = Config(vocabulary=32, width=16, layers=2, heads=2)
+
+
+def mean(params, x):
+    return jnp.mean((x @ params) ** 2)
+
+
+X, W = jax.random.normal(jax.random.key(0), (8, 3)), jnp.array([1.0, -2.0, 0.5])
+
+
+def test_importing_the_package_does_not_import_it():
+    program = "import sys, optaccum; print([m for m in sys.modules if 'testing' in m])"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, encoding="utf-8")
+    assert "optaccum" not in done.stdout, done.stderr
+    assert done.returncode == 0
+
+
+def test_a_report_is_a_paragraph_with_the_leaf_the_line_and_the_remedy():
+    case = CASES["token_mean"]
+    text = str(check_loss(case.fun, PARAMS, BATCH, num_microbatches=4))
+    for part in ("Not exact", "b['mask']", *case.lines, "`weight=`", "`weight_fn`"):
+        assert part in text
+    assert max(map(len, text.splitlines())) <= 100
+
+
+def test_the_remedy_for_coupled_rows_is_microbatched():
+    report = check_loss(CASES["image_and_text"].fun, PARAMS, BATCH, num_microbatches=4)
+    assert "`optaccum.microbatched`" in str(report)
+
+
+def test_the_weights_are_the_shares_of_the_right_ones():
+    report = check_loss(CASES["token_mean"].fun, PARAMS, BATCH, num_microbatches=4)
+    counts = np.array([BATCH["mask"][i::4].sum() for i in range(4)])
+    # 8 roundings in float32, of which the weights are fitted from gradients of condition 10.
+    np.testing.assert_allclose(report.weights, counts / counts.sum(), atol=1e-5)
+
+
+def test_a_factor_is_measured():
+    report = check_loss(CASES["sum_over_rows"].fun, PARAMS, BATCH, num_microbatches=4)
+    assert report.scale == pytest.approx(4, abs=1e-4)
+
+
+def test_structure_takes_two_traces_and_compiles_nothing():
+    traces = []
+
+    def counted(params, x):
+        traces.append(x.shape)
+        return mean(params, x)
+
+    assert check_loss(counted, W, X).exact
+    assert traces == [(8, 3), (16, 3)]
+
+
+def test_assert_equivalent_raises_the_text_of_the_report():
+    assert_equivalent(mean, W, X, num_microbatches=4)
+    with pytest.raises(AssertionError, match="sum against mean"):
+        assert_equivalent(lambda w, x: jnp.sum((x @ w) ** 2), W, X, num_microbatches=4)
+
+
+def test_a_tolerance_is_taken():
+    def nearly(w, x):
+        return jnp.mean((x @ w) ** 2) + 1e-2 * jnp.std(x @ w)
+
+    assert check_loss(nearly, W, X, num_microbatches=4).exact is False
+    assert check_loss(nearly, W, X, num_microbatches=4, tolerance=0.1).exact
+
+
+def test_keys_that_matter_are_stochastic():
+    def noisy(w, x, key):
+        return jnp.mean((x @ w + jax.random.normal(key, x.shape[:1])) ** 2)
+
+    report = check_loss(noisy, W, X, jax.random.key(0), num_microbatches=4, rng_argnums=2)
+    assert (report.exact, report.kind) == (None, "stochastic")
+    assert "deterministic" in str(report)
+
+    def unused(w, x, key):
+        return mean(w, x)
+
+    assert check_loss(unused, W, X, jax.random.key(0), num_microbatches=4, rng_argnums=2).exact
+
+
+@pytest.mark.parametrize("num_microbatches", [None, 4])
+def test_what_cannot_run_is_unknown(num_microbatches):
+    def broken(w, x):
+        return jnp.mean(x.reshape(8, 3) @ w) + float(w[0])
+
+    report = check_loss(broken, W, X, num_microbatches=num_microbatches)
+    assert (report.exact, report.kind) == (None, "unknown")
+    assert "Concretization" in str(report)
+
+
+def test_another_program_for_twice_the_rows_is_unknown():
+    def unrolled(w, x):
+        return sum(jnp.sum((row @ w) ** 2) for row in x) / len(x)
+
+    assert check_loss(unrolled, W, X).kind == "unknown"
+    assert check_loss(unrolled, W, X, num_microbatches=4).exact
+
+
+def test_too_few_parameters_are_unknown():
+    report = check_loss(lambda w, x: jnp.var(x[:, 0] * w), 2.0, X, num_microbatches=8)
+    assert report.exact is not True
+
+
+def test_low_precision_is_judged_by_its_own_rounding():
+    params, batch = jax.tree.map(
+        lambda x: x.astype(jnp.bfloat16) if x.dtype == jnp.float32 else x, (PARAMS, BATCH)
+    )
+    for name in ("cross_entropy_of_all_tokens", "layer_norm"):
+        assert check_loss(CASES[name].fun, params, batch, num_microbatches=4).exact, name
+    report = check_loss(CASES["token_mean"].fun, params, batch, num_microbatches=4)
+    assert report.exact is False
+
+
+def test_devices_that_reduce_are_followed():
+    mesh = jax.make_mesh((2,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    spec = jax.P("data")
+
+    def loss(w, x):
+        def local(w, x):
+            return jax.lax.psum(jnp.sum((x @ w) ** 2), "data")
+
+        total = jax.shard_map(local, mesh=mesh, in_specs=(jax.P(), spec), out_specs=jax.P())(w, x)
+        return total / len(x)
+
+    assert check_loss(loss, W, X).exact
+    assert check_loss(lambda w, x: jnp.sqrt(loss(w, x)), W, X).kind == "nonlinear"
+
+
+def product_batch():
+    (batch,) = product_model.make_window(SMALL, 1, 8, 12)
+    return jax.tree.map(jnp.asarray, batch)
+
+
+def test_the_models_of_the_benchmarks_have_no_finding():
+    params = product_model.make_params(SMALL)
+    options = {"num_microbatches": 4, "weight_fn": product_model.tokens_of}
+    report = check_loss(product_model.mean_loss, params, product_batch(), **options)
+    assert report.exact, report
+    nnx = pytest.importorskip("flax.nnx")
+    graph, params = transformer.build(SMALL)
+
+    def loss(params, rows):
+        return transformer.mean_loss(nnx.merge(graph, params), rows)
+
+    rows = jax.random.randint(jax.random.key(0), (8, 13), 0, 32)
+    for number in (None, 4):
+        report = check_loss(loss, params, rows, num_microbatches=number)
+        assert report.exact, report
+        assert report.findings == ()
+
+
+def test_the_model_of_the_tests_has_no_finding():
+    x, mask = tokens.X[0], tokens.MASK[0]
+
+    def weight(params, x, mask):
+        return mask.sum()
+
+    report = check_loss(
+        tokens.loss_fn, tokens.PARAMS, x, mask, batch_argnums=(1, 2), num_microbatches=4,
+        weight_fn=weight,
+    )  # fmt: skip
+    assert report.exact, report
+    unweighted = check_loss(
+        tokens.loss_fn, tokens.PARAMS, x, mask, batch_argnums=(1, 2), num_microbatches=4
+    )
+    assert "mask.sum()" in str(unweighted)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"num_microbatches": 0}, "`num_microbatches` must be >= 1, got 0"),
+        ({"num_microbatches": 1}, "`num_microbatches` must be >= 2 to compare with one, got 1"),
+        ({"num_microbatches": 3}, "`num_microbatches` 3 does not divide the 8 rows"),
+        ({"tolerance": 2.0}, "`tolerance` must lie between 0 and 1, got 2.0"),
+        ({"batch_argnums": 4}, "`batch_argnums` names argument 4"),
+        ({"weight_fn": 3}, "`weight_fn` must be a function"),
+    ],
+)
+def test_bad_arguments_of_check_loss_are_named(options, message):
+    with pytest.raises((TypeError, ValueError), match=message):
+        check_loss(mean, W, X, **options)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"every_k": 1}, "`every_k` must be >= 2 to compare with one step, got 1"),
+        ({"every_k": 3}, "does not divide the 8 rows"),
+        ({"every_k": 2, "tolerance": 0.0}, "`tolerance` must lie between 0 and 1, got 0.0"),
+        ({"every_k": 2, "get_params": 3}, "`get_params` must be a function"),
+    ],
+)
+def test_bad_arguments_of_check_step_are_named(options, message):
+    with pytest.raises((TypeError, ValueError), match=message):
+        check_step(lambda params, k: None, W, X, **options)
+
+
+def test_a_step_that_raises_is_unknown():
+    report = check_step(lambda w, k: (w, lambda state, x: 1 / 0), W, X, every_k=2)
+    assert (report.exact, report.kind) == (None, "unknown")
+    assert "ZeroDivisionError" in str(report)
+
+
+def test_a_step_that_returns_another_state_is_unknown():
+    report = check_step(lambda w, k: (w, lambda state, x: {"w": w}), W, X, every_k=2)
+    assert "must return the state" in str(report)

@@ -1,0 +1,50 @@
+"""`check_loss` says of losses from public bugs and papers whether they accumulate, and why not."""
+
+from helpers import losses
+from helpers.losses import CASES, N
+import pytest
+
+from optaccum.testing import check_loss
+
+MUTATIONS = [
+    pytest.param(how, name, id=f"{how}-{name}")
+    for how in ("weight", "factor", "coupled")
+    for name, case in CASES.items()
+    if losses.mutate(case, how) is not None
+]
+
+
+def check(case, num_microbatches):
+    options = dict(case.options)
+    batch = options.pop("batch", losses.BATCH)
+    return check_loss(case.fun, losses.PARAMS, batch, num_microbatches=num_microbatches, **options)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_numbers_give_the_verdict(name):
+    case = CASES[name]
+    report = check(case, N)
+    assert report.kind == case.kind, report
+    assert report.exact is (True if case.kind is None else report.exact is None and None)
+    if case.source is not None:
+        assert case.source in (report.remedy or "")
+    if case.lines and case.kind is not None:
+        assert report.findings[0].where in case.lines, report
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_structure_names_the_line(name):
+    case = CASES[name]
+    report = check(case, None)
+    assert report.kind == case.structure, report
+    if case.lines and case.structure not in (None, "factor"):
+        assert report.findings[0].where in case.lines, report
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("how", "name"), MUTATIONS)
+def test_one_more_mistake_is_found(how, name):
+    case = losses.mutate(CASES[name], how)
+    assert case is not None
+    report = check(case, N)
+    assert report.kind == case.kind, report

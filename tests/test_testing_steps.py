@@ -1,0 +1,352 @@
+"""`check_step` takes training loops as people write them, and says which mistake they make."""
+
+import functools
+
+from flax import linen, nnx
+from flax.training import train_state
+import jax
+import jax.numpy as jnp
+import optax
+import pytest
+
+import optaccum
+from optaccum.testing import check_step
+
+ROWS, FEATURES, K = 12, 5, 4
+_keys = jax.random.split(jax.random.key(0), 4)
+PARAMS = {"w": 0.5 * jax.random.normal(_keys[0], (FEATURES, 3)), "b": jnp.full(3, 0.1)}
+BATCH = {
+    "x": jax.random.normal(_keys[1], (ROWS, FEATURES)),
+    "y": jax.random.normal(_keys[2], (ROWS, 3)),
+    "mask": jnp.array([1.0, 1, 1, 1, 0, 1, 1, 1, 0, 0, 1, 1]),
+}
+
+
+def mean_loss(params, rows):
+    return jnp.mean((jnp.tanh(rows["x"] @ params["w"] + params["b"]) - rows["y"]) ** 2)
+
+
+def masked_loss(params, rows):
+    each = jnp.sum((jnp.tanh(rows["x"] @ params["w"] + params["b"]) - rows["y"]) ** 2, 1)
+    return jnp.sum(each * rows["mask"]) / jnp.sum(rows["mask"])
+
+
+def coupled_loss(params, rows):
+    z = jnp.tanh(rows["x"] @ params["w"] + params["b"])
+    return optax.softmax_cross_entropy_with_integer_labels(
+        z @ rows["y"].T, jnp.arange(len(z))
+    ).mean()
+
+
+def plain(make_tx, loss=mean_loss, weight=None, divide=False):
+    """A loop with a transformation of Optax, which `make_tx(every_k)` builds."""
+
+    def make_step(params, every_k):
+        tx = make_tx(every_k)
+
+        @functools.partial(jax.jit, donate_argnums=0)
+        def step(state, rows):
+            params, opt_state = state
+            value, grads = jax.value_and_grad(loss)(params, rows)
+            if divide:
+                grads = jax.tree.map(lambda g: g / every_k, grads)
+            extra = {} if weight is None else {"weight": weight(rows)}
+            updates, opt_state = tx.update(grads, opt_state, params, **extra)
+            return (optax.apply_updates(params, updates), opt_state), value
+
+        return (params, tx.init(params)), step
+
+    return make_step
+
+
+def chain_outside(inner):
+    return lambda k: optax.chain(optaccum.accumulate(k), inner)
+
+
+def inside(inner):
+    return lambda k: optaccum.accumulate(k, inner)
+
+
+def multi(inner):
+    return lambda k: optax.MultiSteps(inner, k)
+
+
+SCHEDULE = optax.linear_schedule(0.1, 0.0, 10)
+
+
+def linen_loop(model, tx_of, mutable=False):
+    """A loop over `flax.training.train_state`."""
+
+    class State(train_state.TrainState):
+        batch_stats: object = None
+
+    def make_step(variables, every_k):
+        state = State.create(
+            apply_fn=model.apply,
+            params=variables["params"],
+            tx=tx_of(every_k),
+            batch_stats=variables.get("batch_stats"),
+        )
+
+        @jax.jit
+        def step(state, rows):
+            def loss(params):
+                if not mutable:
+                    return jnp.mean(
+                        (state.apply_fn({"params": params}, rows["x"]) - rows["y"]) ** 2
+                    ), None
+                z, new = state.apply_fn(
+                    {"params": params, "batch_stats": state.batch_stats},
+                    rows["x"],
+                    mutable=["batch_stats"],
+                )
+                return jnp.mean((z - rows["y"]) ** 2), new["batch_stats"]
+
+            (_, stats), grads = jax.value_and_grad(loss, has_aux=True)(state.params)
+            state = state.apply_gradients(grads=grads)
+            return state.replace(batch_stats=stats) if mutable else state
+
+        return state, step
+
+    return make_step
+
+
+class Normalized(linen.Module):
+    @linen.compact
+    def __call__(self, x):
+        x = linen.BatchNorm(use_running_average=False)(linen.Dense(8)(x))
+        return linen.Dense(3)(jnp.tanh(x))
+
+
+class Dense(linen.Module):
+    @linen.compact
+    def __call__(self, x):
+        return linen.Dense(3)(jnp.tanh(linen.Dense(8)(x)))
+
+
+def linen_params(module):
+    return module.init(jax.random.key(1), BATCH["x"])
+
+
+class Network(nnx.Module):
+    def __init__(self, normalize=False):
+        rngs = nnx.Rngs(0)
+        self.one, self.two = nnx.Linear(FEATURES, 8, rngs=rngs), nnx.Linear(8, 3, rngs=rngs)
+        self.norm = nnx.BatchNorm(8, rngs=rngs) if normalize else jnp.tanh
+
+    def __call__(self, x):
+        return self.two(jnp.tanh(self.norm(self.one(x))))
+
+
+def nnx_loop(tx_of, optimizer_type=nnx.Optimizer):
+    """A loop over a module and an optimizer that `flax.nnx` changes in place."""
+
+    def make_step(model, every_k):
+        optimizer = optimizer_type(model, tx_of(every_k), wrt=nnx.Param)
+
+        @nnx.jit
+        def train(model, optimizer, rows):
+            loss, grads = nnx.value_and_grad(lambda m: jnp.mean((m(rows["x"]) - rows["y"]) ** 2))(
+                model
+            )
+            optimizer.update(model, grads)
+            return loss
+
+        return (model, optimizer), lambda state, rows: train(*state, rows)
+
+    return make_step
+
+
+def by_hand(divide_by_k=True, key_per_call=None, clip=None, stale=False):
+    """A sum of gradients kept by hand."""
+
+    def make_step(params, every_k):
+        opt = optax.adam(0.01)
+        first = params
+
+        @functools.partial(jax.jit, donate_argnums=0)
+        def step(state, rows):
+            def loss(params):
+                x = rows["x"]
+                if key_per_call is not None:
+                    key = jax.random.key(3)
+                    if key_per_call:
+                        key = jax.random.fold_in(key, state["calls"])
+                    x = x * jax.random.bernoulli(key, 0.5, x.shape)
+                return mean_loss(params, {**rows, "x": x})
+
+            grads = jax.grad(loss)(state["params"])
+            if clip is not None:
+                norm = jnp.sqrt(sum(jnp.sum(g**2) for g in jax.tree.leaves(grads)))
+                grads = jax.tree.map(lambda g: g * jnp.minimum(1, (clip or 0) / norm), grads)
+            sums = jax.tree.map(jnp.add, state["sums"], grads)
+            calls = state["calls"] + 1
+            last = calls % every_k == 0
+            mean = jax.tree.map(lambda s: s / (every_k if divide_by_k else 1), sums)
+            updates, opt_state = opt.update(mean, state["opt_state"])
+
+            def choose(a, b):
+                return jax.tree.map(lambda x, y: jnp.where(last, x, y), a, b)
+
+            return {
+                "params": choose(optax.apply_updates(state["params"], updates), state["params"]),
+                "opt_state": choose(opt_state, state["opt_state"]),
+                "sums": choose(jax.tree.map(jnp.zeros_like, sums), sums),
+                "calls": calls,
+            }
+
+        def stale_step(state, rows):
+            new = step(state, rows)
+            return {**new, "params": jax.tree.map(lambda a, b: a + 0 * b, new["params"], first)}
+
+        state = {
+            "params": params,
+            "opt_state": opt.init(params),
+            "sums": jax.tree.map(jnp.zeros_like, params),
+            "calls": jnp.zeros([], jnp.int32),
+        }
+        return state, stale_step if stale else step
+
+    return make_step
+
+
+def inside_one_step(loss=mean_loss, weight_fn=None, fold=None):
+    """The whole batch in one call, cut by `optaccum.value_and_grad` or by a scan by hand."""
+
+    def make_step(params, every_k):
+        tx = optax.adam(0.01)
+
+        @jax.jit
+        def step(state, rows):
+            params, opt_state = state
+            if fold is None:
+                grads = optaccum.grad(loss, num_microbatches=every_k, weight_fn=weight_fn)(
+                    params, rows
+                )
+            else:
+                cut = jax.tree.map(
+                    lambda x: x.reshape(-1, every_k, *x.shape[1:]).swapaxes(0, 1), rows
+                )
+
+                def body(total, own):
+                    i, rows = own
+                    key = jax.random.fold_in(jax.random.key(0), i) if fold else jax.random.key(0)
+                    x = rows["x"] * jax.random.bernoulli(key, 0.5, rows["x"].shape)
+                    grads = jax.grad(loss)(params, {**rows, "x": x})
+                    return jax.tree.map(lambda t, g: t + g / every_k, total, grads), None
+
+                zeros = jax.tree.map(jnp.zeros_like, params)
+                grads, _ = jax.lax.scan(body, zeros, (jnp.arange(every_k), cut))
+            updates, opt_state = tx.update(grads, opt_state)
+            return optax.apply_updates(params, updates), opt_state
+
+        return (params, tx.init(params)), step
+
+    return make_step
+
+
+def with_average(per_release):
+    """An average of the parameters beside the optimizer."""
+
+    def make_step(params, every_k):
+        tx = optaccum.accumulate(every_k, optax.adam(0.01))
+
+        @jax.jit
+        def step(state, rows):
+            grads = jax.grad(mean_loss)(state["params"], rows)
+            params, opt_state = optaccum.apply_gradients(
+                tx, grads, state["opt_state"], state["params"]
+            )
+            ema = jax.tree.map(lambda e, p: 0.9 * e + 0.1 * p, state["ema"], params)
+            if per_release:
+                released = optaccum.has_released(opt_state)
+                ema = jax.tree.map(lambda a, b: jnp.where(released, a, b), ema, state["ema"])
+            return {"params": params, "opt_state": opt_state, "ema": ema}
+
+        return {"params": params, "opt_state": tx.init(params), "ema": params}, step
+
+    return make_step
+
+
+ADAM, SGD = optax.adam(0.01), optax.sgd(0.1)
+CLIPPED = optax.chain(optax.clip_by_global_norm(0.05), optax.adam(0.01))
+STEPS = {
+    "accumulate adam": (None, plain(inside(ADAM))),
+    "accumulate sgd": (None, plain(inside(SGD))),
+    "accumulate clipped": (None, plain(inside(CLIPPED))),
+    "accumulate adamw schedule": (None, plain(inside(optax.adamw(SCHEDULE)))),
+    "MultiSteps adam": (None, plain(multi(ADAM))),
+    "bare in front of sgd": (None, plain(chain_outside(SGD))),
+    "weights": (None, plain(inside(ADAM), masked_loss, lambda rows: rows["mask"].sum())),
+    "rmsprop": (None, plain(inside(optax.rmsprop(0.01)))),
+    "by hand": (None, by_hand()),
+    "by hand clipped": ("clip", by_hand(clip=0.05)),
+    "linen": (None, linen_loop(Dense(), inside(ADAM)), linen_params(Dense())),
+    "linen MultiSteps": (None, linen_loop(Dense(), multi(ADAM)), linen_params(Dense())),
+    "nnx": (None, nnx_loop(inside(ADAM)), Network()),
+    "nnx MultiSteps": (
+        None,
+        nnx_loop(lambda k: multi(ADAM)(k).gradient_transformation()),
+        Network(),
+    ),
+    "average per release": (None, with_average(True)),
+    "inside one step": (None, inside_one_step()),
+    "inside, weighted": (None, inside_one_step(masked_loss, lambda p, rows: rows["mask"].sum())),
+    "adam outside": ("optimizer", plain(chain_outside(ADAM))),
+    "rmsprop outside": ("optimizer", plain(chain_outside(optax.rmsprop(0.01)))),
+    "adamw outside": ("optimizer", plain(chain_outside(optax.adamw(0.01)))),
+    "momentum outside": ("optimizer", plain(chain_outside(optax.sgd(0.1, 0.9)))),
+    "no accumulation": ("optimizer", plain(lambda k: optax.adam(0.01))),
+    "schedule outside": (
+        "schedule",
+        plain(lambda k: optax.chain(optaccum.accumulate(k), optax.sgd(SCHEDULE))),
+    ),
+    "clip outside": (
+        "clip",
+        plain(lambda k: optax.chain(optax.clip_by_global_norm(0.05), optaccum.accumulate(k, ADAM))),
+    ),
+    "clip outside MultiSteps sgd": (
+        "clip",
+        plain(
+            lambda k: optax.chain(
+                optax.clip_by_global_norm(0.05), multi(SGD)(k).gradient_transformation()
+            )
+        ),
+    ),
+    "divided twice sgd": ("divided_twice", plain(multi(SGD), divide=True)),
+    "divided twice adam": ("divided_twice", plain(inside(ADAM), divide=True)),
+    "summed": ("factor", by_hand(divide_by_k=False)),
+    "no weights": ("weights", plain(inside(ADAM), masked_loss)),
+    "no weights sgd": ("weights", plain(multi(SGD), masked_loss)),
+    "inside, no weights": ("weights", inside_one_step(masked_loss)),
+    "coupled": ("coupled", plain(inside(ADAM), coupled_loss)),
+    "linen BatchNorm": (
+        "batch_norm",
+        linen_loop(Normalized(), inside(ADAM), mutable=True),
+        linen_params(Normalized()),
+    ),
+    "nnx BatchNorm": ("batch_norm", nnx_loop(inside(ADAM)), Network(normalize=True)),
+    "average per microbatch": ("ema", with_average(False)),
+    "one key": ("dropout_keys", by_hand(key_per_call=False)),
+    "a key each": ("stochastic", by_hand(key_per_call=True)),
+    "inside, one key": ("dropout_keys", inside_one_step(fold=False)),
+    "inside, a key each": ("stochastic", inside_one_step(fold=True)),
+    "a donated buffer": ("donated", by_hand(stale=True)),
+}
+
+
+@pytest.mark.parametrize("name", STEPS)
+def test_the_mistake_is_named(name):
+    kind, make_step, *params = STEPS[name]
+    report = check_step(
+        make_step,
+        params[0] if params else PARAMS,
+        BATCH,
+        every_k=K,
+        inside_step=name.startswith("inside"),
+    )
+    assert report.kind == kind, report
+    unknown = kind in ("stochastic", "donated")
+    assert report.exact is (None if unknown else kind is None)
+    if kind is not None:
+        assert report.remedy in str(report).replace("\n", " ")
