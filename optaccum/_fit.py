@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterable
 import math
 import numbers
+import re
 from typing import Any, NamedTuple
 
 import jax
@@ -32,7 +33,7 @@ def fit_num_microbatches(
     make_step: Callable[[int], Any],
     candidates: Iterable[int],
     *args: Any,
-    memory_limit: float | None = None,
+    memory_limit: float | str | None = None,
 ) -> Fit:
     """Return the fewest microbatches with which a training step fits in memory.
 
@@ -60,7 +61,8 @@ def fit_num_microbatches(
         candidates: numbers of microbatches to try; each has to divide the rows of the batch.
         *args: the arguments of the step: arrays, or `jax.ShapeDtypeStruct`s with the shardings
             that they will have.
-        memory_limit: bytes on each device; None for what the device gives the process.
+        memory_limit: bytes on each device, a number or text like "8GB" (10**9 bytes each) or
+            "16GiB" (2**30); None for what the device gives the process (a CPU does not say).
 
     Returns:
         A :class:`Fit`.
@@ -77,9 +79,7 @@ def fit_num_microbatches(
     counts = sorted({check_count("each of `candidates`", n) for n in candidates})
     if not counts:
         raise ValueError("`candidates` must hold at least one number of microbatches, got none")
-    limit = _device_limit() if memory_limit is None else memory_limit
-    if not isinstance(limit, numbers.Real) or isinstance(limit, bool) or not limit > 0:
-        raise ValueError(f"`memory_limit` must be a number of bytes > 0, got {limit!r}")
+    limit = _limit(memory_limit)
     peaks: dict[int, float] = {}
     for n in counts:
         step: Any = make_step(n)
@@ -108,6 +108,22 @@ def fit_num_microbatches(
     )
 
 
+def _limit(given: Any) -> Any:
+    """Returns the bytes that a `memory_limit` means."""
+    limit = _device_limit() if given is None else given
+    if isinstance(given, str):
+        match = re.fullmatch(r"\s*(\d+\.?\d*)\s*([kmgt]?)(i?)b\s*", given, re.IGNORECASE)
+        if match:
+            number, prefix, binary = match.groups()
+            power = " kmgt".index(prefix.lower() or " ")
+            limit = float(number) * (1024 if binary else 1000) ** power
+    if not isinstance(limit, numbers.Real) or isinstance(limit, bool) or not float(limit) > 0:
+        raise ValueError(
+            f"`memory_limit` must be a number of bytes > 0, got {given!r}; text is like '8GB'"
+        )
+    return limit
+
+
 def _bytes_closed_over(step: Any, args: tuple) -> int:
     """Returns the bytes on a device of the arrays that a jitted function has not as arguments."""
     traced = step.trace(*args) if hasattr(step, "trace") else None
@@ -122,6 +138,6 @@ def _device_limit() -> float:
     if not all(limits):
         raise ValueError(
             f"`memory_limit` is needed: {jax.local_devices()[0].device_kind} does not say how much "
-            "memory it has"
+            "memory it has; pass that of the device to train on, such as memory_limit='80GB'"
         )
     return min(limits)

@@ -1,6 +1,6 @@
 """Corners that an adversary found: each was silent, or failed in words that help nobody."""
 
-from helpers.steps import every_step
+from helpers.steps import every_step, recording
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -125,3 +125,46 @@ def test_where_the_state_of_lbfgs_lies(inner):
     history = optax.tree.get(placed, "diff_params_memory")
     assert history["w"] == jax.P(None, "data", None)
     assert placed.grad_sum == specs
+
+
+@every_step
+def test_a_tree_without_leaves_keeps_its_weights(step):
+    """Opened at 3 and continued at the constant 1: the averaged loss is that of both."""
+    tx, one = (accumulate(k, recording(), average_args=("value",)) for k in (3, 1))
+    params, state = step(tx, {}, tx.init({}), {}, weight=3.0, value=2.0)
+    params, state = step(one, {}, state, params, weight=1.0, value=6.0)
+    assert (float(state.inner_state.value), float(state.weight)) == (3.0, 4.0)
+
+
+def test_a_state_has_arrays_of_its_own():
+    """A loss that is in the state too could not be donated with it."""
+    tx = accumulate(1, optax.sgd(1.0), average_args=("value",), loss_reduction="sum")
+    loss, weight = jnp.float32(3), jnp.float32(2)
+    _, state = tx.update(GRADS, tx.init(PARAMS), PARAMS, value=loss, weight=weight)
+    assert state.arg_sums["value"] is not loss
+    assert state.weight is not weight
+    tx = accumulate(1, optax.sgd(1.0), average_args=("value",))
+    _, state = tx.update(GRADS, tx.init(PARAMS), PARAMS, value=loss)
+    assert state.arg_sums["value"] is not loss
+    assert (float(state.arg_sums["value"]), float(loss)) == (3, 3)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [("8GB", 8e9), ("16GiB", 16 * 2**30), ("1.5 mib", 1.5 * 2**20), ("700kB", 7e5), ("300b", 300)],
+)
+def test_memory_limits_as_text(text, expected):
+    fit = optaccum.fit_num_microbatches(lambda n: lambda x: x, [1], GRADS, memory_limit=text)
+    assert fit.memory_limit == expected
+
+
+def test_memory_limits_that_are_none():
+    def fit(limit):
+        return optaccum.fit_num_microbatches(lambda n: lambda x: x, [1], GRADS, memory_limit=limit)
+
+    for limit in ("much", "8", "1.2.3GB", "0GB"):
+        with pytest.raises(ValueError, match=rf"bytes > 0, got '{limit}'; text is like '8GB'"):
+            fit(limit)
+    if not (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit"):
+        with pytest.raises(ValueError, match=r"is needed: cpu .* pass .*memory_limit='80GB'"):
+            fit(None)

@@ -147,7 +147,7 @@ def test_the_smallest_device_is_the_limit(monkeypatch):
         ([0], 1e9, ValueError, r"each of `candidates` must be >= 1, got 0"),
         ([2.5], 1e9, TypeError, r"each of `candidates` must be an integer >= 1, got 2\.5"),
         ([1], 0, ValueError, r"`memory_limit` must be a number of bytes > 0, got 0"),
-        ([1], "16GB", ValueError, r"`memory_limit` must be a number of bytes > 0, got '16GB'"),
+        ([1], "16", ValueError, r"`memory_limit` must be a number of bytes > 0, got '16'"),
         ([3], 1e9, ValueError, r"`num_microbatches` 3 does not divide the 512 rows"),
     ],
 )

@@ -5,6 +5,7 @@ import functools
 
 from helpers.steps import every_step, recording
 import jax
+from jax import export
 import jax.numpy as jnp
 import numpy as np
 import optax
@@ -112,9 +113,9 @@ def test_a_symbolic_number_of_rows_is_a_weight():
         return optaccum.apply_gradients(tx, grads, state, params, weight=x.shape[0])
 
     params = jnp.float32(0)
-    (rows,) = jax.export.symbolic_shape("rows")
+    (rows,) = export.symbolic_shape("rows")
     args = tx.init(params), params, jax.ShapeDtypeStruct((rows,), jnp.float32)
-    exported = jax.export.export(jax.jit(step))(*args)
+    exported = export.export(jax.jit(step))(*args)
     state = tx.init(params)
     for x in (jnp.ones(1), jnp.full(3, 5.0)):
         params, state = exported.call(state, params, x)

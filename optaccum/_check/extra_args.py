@@ -12,6 +12,7 @@ import math
 from typing import Any
 
 import jax
+from jax import export
 import jax.numpy as jnp
 import numpy as np
 
@@ -133,7 +134,7 @@ def as_weight(name: str, weight: Any, dtype: Any = jnp.float32) -> float | jax.A
     A weight that is no weight is for the window to judge: where it is known, too, so that an eager
     loop and a jitted one do the same with it.
     """
-    if jax.export.is_symbolic_dim(weight):
+    if export.is_symbolic_dim(weight):
         weight = jnp.asarray(weight)
     check_scalar(name, weight, jnp.floating, jnp.integer, jnp.bool_)
     if isinstance(weight, jax.Array):

@@ -74,7 +74,8 @@ def check_microbatch(
     """
     _check_state(state, grads, options.keeps_sums)
     # A state that came from a longer window has sums, perhaps of an open one: keep them.
-    alone = not options.keeps_sums and not jax.tree.leaves(state.grad_sum)
+    none = jax.tree.structure(state.grad_sum) == jax.tree.structure(())
+    alone = not options.keeps_sums and none
     check_devices.check_mesh(options.reduce_axes)
     over = devices.over(options.reduce_axes)
     check_devices.check_state(state.weight, over)

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import jax
 from jax import lax
+from jax.core import Tracer
 import jax.numpy as jnp
 
 from optaccum._core.traced import select, unreduced
@@ -120,8 +121,8 @@ def add(
             # with the loop of a gradient that is scanned over layers.
             nothing = jnp.full_like(term, -0.0 if term.ndim else 0.0)
             term = lax.select(valid, term if summed else times(term, weight), nothing)
-        new = select(first, term, old + term)
-        return select(accept, new.astype(s.dtype), s)
+        new = select(accept, select(first, term, old + term).astype(s.dtype), s)
+        return jnp.copy(new) if new is x and not isinstance(new, Tracer) else new
 
     def begin(s):
         """Keeps a sum that gets nothing; that of the last window must still go."""
