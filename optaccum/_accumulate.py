@@ -153,6 +153,7 @@ def accumulate(
 
     def advance(grads, state, params, weight, release, extra_args, *, apply):
         """Takes in one microbatch; returns updates, or with `apply` parameters, and the state."""
+        arguments.check_denominator("`weight`", summed and use_grad_mean and weight is None)
         trained = None if params is None else _trained(params)
         given = check_microbatch(options, grads, state, trained, weight, release, extra_args)
         weight, over, alone = given.weight, given.devices, given.alone

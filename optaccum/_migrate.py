@@ -121,9 +121,9 @@ def to_multi_steps(
     2 [2. 3.]
 
     Args:
-        tx: an `optax.MultiSteps` of the same inner optimizer, or what contains it as the old
-            transformation contained its `accumulate`. Its windows must be longer than the open one
-            is by now: it would never close.
+        tx: an `optax.MultiSteps` of the same inner optimizer. Its windows must be longer than the
+            open one is by now. Between two windows it may also be a transformation that contains
+            one, as the old transformation contained its `accumulate`.
         state: the state of :func:`optaccum.accumulate`, or of what contains it.
         params: the parameters, as for `tx.init`.
         use_grad_mean: as `tx` is built, and `accumulate` was.
@@ -135,7 +135,8 @@ def to_multi_steps(
         TypeError: if `tx` has no `optax.MultiSteps` where `state` has an `AccumulateState`.
         ValueError: if the inner optimizers or the parameters differ; or if a window is open that
             `optax.MultiSteps` cannot go on with: of other weights, with `average_args`, in parts
-            (`reduce_axes`), in a wider dtype or of as many microbatches as `tx` has in a window.
+            (`reduce_axes`), in a wider dtype, of as many microbatches as `tx` has in a window, or
+            inside another transformation.
     """
     owner = tx if isinstance(tx, optax.MultiSteps) else getattr(tx.update, "__self__", None)
     schedule = getattr(owner, "_every_k_schedule", None)
@@ -147,7 +148,13 @@ def to_multi_steps(
         _check_same("`state.inner_state`", old.inner_state, inner, new.inner_opt_state)
         if held:
             _check_same("`state.grad_sum`", old.grad_sum, "`params`", acc_grads)
-            length = held + 1 if schedule is None else int(schedule(old.gradient_step))
+            if schedule is None:
+                raise ValueError(
+                    f"a window of {held} microbatches is open, and inside another transformation "
+                    "the length of the windows of optax.MultiSteps cannot be seen; go on with "
+                    "`accumulate` until `mini_step` is 0"
+                )
+            length = int(schedule(old.gradient_step))
             if problem := _inexpressible(old, acc_grads, held, length, use_grad_mean):
                 raise ValueError(
                     f"optax.MultiSteps cannot go on with the open window of {held} microbatches: "
@@ -180,7 +187,7 @@ def _inexpressible(
     if use_grad_mean and state.weight != held:
         return f"its weights sum to {float(state.weight):g} and not to their number"
     if held >= length:
-        return f"`tx` has windows of {length}, which it would never close"
+        return f"`tx` has windows of {length}, and would lose or misweight the gradients in it"
     for x, s in zip(jax.tree.leaves(acc_grads), sums, strict=True):
         if jnp.promote_types(x.dtype, s.dtype) != x.dtype:
             return f"its sums are {s.dtype}, and its accumulator would be {x.dtype}"

@@ -25,8 +25,9 @@ def value_and_grad(
     has_aux: bool = False,
     *,
     num_microbatches: int,
-    batch_argnums: int | Sequence[int] = 1,
+    batch_argnums: int | Sequence[int] | None = None,
     weight_fn: Callable[..., Any] | None = None,
+    loss_reduction: str = "mean",
     rng_argnums: int | Sequence[int] = (),
     carry_argnum: int | None = None,
     accumulator_dtype: jax.typing.DTypeLike | None = None,
@@ -41,8 +42,9 @@ def value_and_grad(
     has_aux: bool = False,
     *,
     num_microbatches: int,
-    batch_argnums: int | Sequence[int] = 1,
+    batch_argnums: int | Sequence[int] | None = None,
     weight_fn: Callable[..., Any] | None = None,
+    loss_reduction: str = "mean",
     rng_argnums: int | Sequence[int] = (),
     carry_argnum: int | None = None,
     accumulator_dtype: jax.typing.DTypeLike | None = None,
@@ -179,6 +181,7 @@ def value_and_grad(
     if weight_fn is not None:
         arguments.check_function("`weight_fn`", weight_fn)
     summed = arguments.check_loss_reduction(loss_reduction) == "sum"
+    arguments.check_denominator("`weight_fn`", summed and weight_fn is None)
     n = arguments.check_count("`num_microbatches`", num_microbatches)
     accumulator_dtype = arguments.check_accumulator_dtype(accumulator_dtype)
     axes = check_devices.check_axes(reduce_axes)

@@ -259,3 +259,13 @@ def test_nothing_accumulated_is_lost_by_an_error(bad, error, _):
     params, state = step(GRADS, state, params)
     assert has_released(state)
     np.testing.assert_array_equal(params["layer"]["b"], -np.ones(2))
+
+
+def test_an_inner_state_that_changes_its_shape():
+    def update(updates, state, params=None):
+        return updates, jnp.ones(3)
+
+    tx = accumulate(1, optax.GradientTransformation(lambda params: jnp.ones(2), update))
+    message = r"`inner` returned a state whose leaf \(the only leaf\) has the shape \(3,\)"
+    with pytest.raises(ValueError, match=message):
+        tx.update(jnp.ones(2), tx.init(jnp.ones(2)))

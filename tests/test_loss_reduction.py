@@ -89,12 +89,13 @@ def test_in_one_step(n):
     assert [*map(float, jax.jit(step)(jnp.float32(0.1), zeros))] == [0, 0]
 
 
-def test_without_weights_each_microbatch_weighs_1():
-    step = optaccum.value_and_grad(
-        lambda w, x: jnp.sum(w * x), num_microbatches=2, loss_reduction="sum"
-    )
-    loss, grad = step(jnp.float32(1), jnp.array([1.0, 2.0, 3.0, 4.0]))
-    assert (float(loss), float(grad)) == (5, 5)
+def test_sums_without_a_denominator_are_refused():
+    message = "`loss_reduction` 'sum' needs `weight_fn`, the number of examples or tokens"
+    with pytest.raises(ValueError, match=message):
+        optaccum.value_and_grad(lambda w, x: w, num_microbatches=2, loss_reduction="sum")
+    tx = optaccum.accumulate(2, optax.sgd(1.0), loss_reduction="sum")
+    with pytest.raises(ValueError, match=message.replace("weight_fn", "weight")):
+        tx.update(jnp.ones(2), tx.init(jnp.ones(2)), jnp.ones(2))
 
 
 def test_on_many_devices():

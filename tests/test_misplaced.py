@@ -88,3 +88,26 @@ def test_it_is_said_when_a_program_is_traced():
     tx = optax.chain(accumulate(4), optax.adam(0.1))
     with pytest.warns(UserWarning, match="keeps state"):
         jax.jit(lambda state: apply_gradients(tx, PARAMS, state, PARAMS))(tx.init(PARAMS))
+
+
+def test_transformations_that_cannot_be_remembered_are_taken():
+    """A tuple with methods has no weak references, a dataclass no hash."""
+
+    class Sgd(NamedTuple):
+        rate: float
+
+        def init(self, params):
+            return ()
+
+        def update(self, updates, state, params=None):
+            return jax.tree.map(lambda u: -self.rate * u, updates), state
+
+    @dataclasses.dataclass
+    class Other:
+        rate: float
+        init = Sgd.init
+        update = Sgd.update
+
+    for tx in (Sgd(0.5), Other(0.5)):
+        params, _ = apply_gradients(tx, jnp.ones(2), tx.init(jnp.ones(2)), jnp.ones(2))
+        np.testing.assert_array_equal(params, [0.5, 0.5])

@@ -24,6 +24,10 @@ def test_parameters_keep_their_type():
     model, batch = Model(jnp.ones(2)), jnp.ones((4, 2))
     loss, grads = value_and_grad(_loss, num_microbatches=2)(model, batch)
     assert_type(grads, Model)
+    summed = value_and_grad(
+        _loss, num_microbatches=2, loss_reduction="sum", weight_fn=lambda *_: 1, batch_argnums=None
+    )
+    assert_type(summed(model, batch)[1], Model)
     tx = accumulate(2, optax.sgd(0.1))
     new, _ = apply_gradients(tx, grads, tx.init(model), model)
     assert_type(new, Model)

@@ -196,6 +196,11 @@ def check_same_state(name: str, tree: Any, like: Any) -> None:
         )
     leaves = jax.tree_util.tree_leaves_with_path(tree)
     for (path, x), y in zip(leaves, jax.tree.leaves(like), strict=True):
+        if jnp.shape(x) != jnp.shape(y):
+            raise ValueError(
+                f"`{name}` returned a state whose leaf {leaf_name(path)} has the shape "
+                f"{jnp.shape(x)}, but began with {jnp.shape(y)}; a state cannot change its shapes"
+            )
         if kind(x) > kind(y):
             raise TypeError(
                 f"`{name}` returned a state whose leaf {leaf_name(path)} is "
@@ -208,6 +213,15 @@ def kind(x: Any) -> int:
     """Returns the place of a value's dtype among booleans, integers, real and complex numbers."""
     kinds = jax.dtypes.prng_key, jnp.bool_, jnp.integer, jnp.floating, jnp.complexfloating
     return [jnp.issubdtype(jnp.result_type(x), k) for k in kinds].index(True)
+
+
+def check_denominator(name: str, is_missing: bool) -> None:
+    """Raises where sums of losses have nothing that they could be divided by."""
+    if is_missing:
+        raise ValueError(
+            f"`loss_reduction` 'sum' needs {name}, the number of examples or tokens in each "
+            "microbatch: gradients of sums are divided by the sum of the weights"
+        )
 
 
 def check_accumulator_dtype(dtype: Any) -> jnp.dtype | None:

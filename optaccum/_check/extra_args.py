@@ -40,7 +40,8 @@ def check_spelling(extra_args: Iterable[str], others: Iterable[str]) -> None:
     Most transformations of Optax take any extra argument and say nothing.
     """
     for name in set(extra_args).difference(others):
-        if meant := nearest(name, OURS):
+        meant = nearest(name, OURS)
+        if meant and name.lower().startswith(meant[0]):  # `height` is a word of its own
             raise TypeError(
                 f"`{name}` is no argument of `accumulate`; did you mean `{meant}`? (If it is one "
                 "of `inner`, wrap `inner` so that the signature of its `update` names it)"

@@ -1,6 +1,7 @@
 """A word on accumulators that stand where they do harm, known by the state of the whole."""
 
 from collections.abc import Iterator
+import contextlib
 import pathlib
 import sys
 from typing import Any
@@ -24,9 +25,10 @@ def warn_if_misplaced(update: Any, state: Any) -> None:
         state: its state.
     """
     owner = getattr(update, "__self__", update)
-    if owner in seen:
-        return
-    seen.add(owner)
+    with contextlib.suppress(TypeError):  # what cannot be remembered is asked again
+        if owner in seen:
+            return
+        seen.add(owner)
     if message := _misplaced(state):
         level, frame = 1, sys._getframe()
         while frame.f_back and frame.f_code.co_filename.startswith(PACKAGE):
@@ -52,7 +54,7 @@ def _misplaced(state: Any) -> str:
             bare = None if jax.tree.leaves(link.inner_state) else link
         elif bare is not None and jax.tree.leaves(link):
             return (
-                "`accumulate` without an optimizer stands in front of a link that keeps state, "
+                "`accumulate` stands in front of a link that keeps state, "
                 f"{type(link).__name__}, which takes the zeros of every hold for gradients; put "
                 "the links after it inside: `accumulate(k, optax.chain(...))`"
             )
