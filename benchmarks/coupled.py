@@ -5,7 +5,7 @@ its loss and gradient. The JSON:
 
     benchmark, date, device, versions      as of every benchmark
     rows, num_microbatches, rounds         the batch, and how it is divided
-    budget_factor                          memory for the largest batch, in peaks of `microbatched`
+    budget_factor                          memory for the largest batch, in our peak on this one
     models[]                               for each model and contender
       model, name                          which
       loss_error, gradient_error           relative, to the full batch; the gradient's in its norm

@@ -7,7 +7,7 @@ The first two agree to float32 rounding. The third compares within microbatches:
 """
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 import itertools
 from pathlib import Path
 import time
@@ -54,7 +54,7 @@ def init(key: jax.Array) -> Any:
     return {"upper": tower(upper), "lower": tower(lower), "scale": jnp.log(10.0)}
 
 
-def encode(params: Any, batch: dict[str, jax.Array]) -> dict[str, jax.Array]:
+def encode(params: Any, batch: Mapping[str, Any]) -> dict[str, jax.Array]:
     """Return a unit vector for each upper and each lower half."""
 
     def embed(layers, x):
@@ -99,8 +99,9 @@ def make_ways(n: int) -> dict[str, Callable[..., Any]]:
 
 def read_halves() -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
     """Return the halves of the digits to train on, and of those to be tested on."""
-    images = load_digits().images.astype(np.float32) / 16
-    parts = train_test_split(images, test_size=0.2, random_state=0)
+    images, _ = load_digits(return_X_y=True)
+    images = images.reshape(-1, 8, 8).astype(np.float32) / 16
+    parts: Any = train_test_split(images, test_size=0.2, random_state=0)
     train, test = (
         {"upper": x[:, :4].reshape(-1, 32), "lower": x[:, 4:].reshape(-1, 32)} for x in parts
     )

@@ -6,6 +6,7 @@ or fail where the environment sets OPTACCUM_REQUIRE_ACCELERATORS.
 
 import functools
 import os
+from typing import Any
 
 from flax import nnx
 from helpers import meshes
@@ -18,7 +19,14 @@ import optax
 import pytest
 
 from benchmarks import hlo, targets
-from optaccum import accumulate, apply_gradients, skip_not_finite, state_shardings, value_and_grad
+from optaccum import (
+    accumulate,
+    apply_gradients,
+    microbatched,
+    skip_not_finite,
+    state_shardings,
+    value_and_grad,
+)
 from optaccum.flax import Optimizer, TrainState
 
 # Leaves of 128 MB: TPUs stage smaller ones through the chip's own memory.
@@ -273,3 +281,53 @@ def test_deferred_gradients_are_reduced_in_the_release_alone(target, kind):
     assert {one.kind for one in found} == {"all-reduce"}
     assert all(one.conditional for one in found)
     assert sum(one.bytes for one in found) == pytest.approx(2 * LAYER_BYTES, rel=0.01)
+
+
+def _towers(params, batch):
+    """Two MLPs that share their weights, of rows of 512 features."""
+    return {name: jnp.tanh(x @ params["in"]) @ params["out"] for name, x in batch.items()}
+
+
+def _in_map(params, batch):
+    """The recipe that `microbatched` is held against: contiguous rows, each computed again."""
+    parts = jax.tree.map(lambda x: x.reshape(16, -1, *x.shape[1:]), batch)
+    found = jax.lax.map(jax.checkpoint(lambda part: _towers(params, part)), parts)
+    return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), found)
+
+
+TOWERS = {
+    "in": jax.ShapeDtypeStruct((512, 2048), jnp.float32),
+    "out": jax.ShapeDtypeStruct((2048, 512), jnp.float32),
+}
+PAIRS = {name: jax.ShapeDtypeStruct((2**16, 512), jnp.float32) for name in ("image", "text")}
+
+
+def _covariance(z):
+    return jnp.sum((z["image"].T @ z["text"]) ** 2)
+
+
+def test_microbatched_needs_the_memory_of_a_checkpointed_map(target):
+    (device,) = targets.devices(target, 1)
+    args = _place((TOWERS, PAIRS), jax.sharding.SingleDeviceSharding(device))
+
+    def temporaries(encode):
+        step = jax.jit(jax.value_and_grad(lambda p, batch: _covariance(encode(p, batch))))
+        compiled: Any = step.lower(*args).compile()
+        return compiled.memory_analysis().temp_size_in_bytes
+
+    ours = temporaries(microbatched(_towers, num_microbatches=16))
+    assert ours <= 1.05 * temporaries(_in_map)
+
+
+def test_microbatched_reduces_once_in_shard_map(target):
+    mesh = Mesh(np.array(targets.devices(target, 8)), ("data",))
+    encode = microbatched(_towers, num_microbatches=4, reduce_axes="data")
+    encode = jax.shard_map(encode, mesh=mesh, in_specs=(P(), P("data")), out_specs=P("data"))
+    args = _place(TOWERS, NamedSharding(mesh, P())), _place(PAIRS, NamedSharding(mesh, P("data")))
+    step = jax.jit(jax.grad(lambda p, batch: _covariance(encode(p, batch))))
+    found = hlo.collectives(step.lower(*args).compile().as_text())
+    size = sum(4 * p.size for p in TOWERS.values())
+    # Beside the covariance, which is a quarter of one of the two matrices.
+    large = [one for one in found if one.bytes > size / 4]
+    assert not [one for one in large if one.conditional or one.trips > 1]
+    assert sum(one.bytes for one in large) == pytest.approx(size, rel=0.01)

@@ -1,10 +1,13 @@
 """The misplaced optimizer: wrong in silence, and so the reason for a warning, once."""
 
+import dataclasses
+from typing import NamedTuple
 import warnings
 
 from flax import nnx
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 import pytest
 
