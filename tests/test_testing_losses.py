@@ -20,6 +20,7 @@ def check(case, num_microbatches):
     return check_loss(case.fun, losses.PARAMS, batch, num_microbatches=num_microbatches, **options)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CASES)
 def test_numbers_give_the_verdict(name):
     case = CASES[name]

@@ -10,6 +10,8 @@ import numpy as np
 from optaccum._check.arguments import check_argnums, describe, kind
 from optaccum._core.batch import is_typed_key
 
+PAD = "pad the batch and give the padding no weight with `weight_fn`"
+
 
 def check_roles(given: dict[str, Any], has_aux: bool = False) -> dict[str, tuple[int, ...]]:
     """Returns the positions that each role was given, as tuples."""
@@ -29,7 +31,7 @@ def check_call(
     args: tuple,
     kwargs: dict,
     n: int,
-    remedy: str = "pad the batch and give the padding no weight with `weight_fn`",
+    remedy: str = PAD,
 ) -> list[tuple[int, ...]]:
     """Returns the positions of each role in a call, none negative, if its arguments fit them.
 
@@ -123,7 +125,7 @@ def _widens(x: Any, old: Any) -> bool:
         return kind(x) > kind(old) or jnp.result_type(x, old) != jnp.result_type(old)
 
 
-def check_batch(batch: dict[int, Any], n: int, remedy: str) -> None:
+def check_batch(batch: dict[int, Any], n: int, remedy: str = PAD) -> None:
     """Raises unless every leaf has one number of rows, which `n` divides on every device."""
     leaves = _named_leaves(batch)
     if not leaves:
