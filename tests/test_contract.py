@@ -242,7 +242,7 @@ def test_equinox_filtered_trees(step):
     _assert_close(train(tx, x), train(full, [x.reshape(8, 2)]))
 
 
-@pytest.mark.filterwarnings("ignore:`accumulate` without an optimizer:UserWarning")
+@pytest.mark.filterwarnings("ignore:`accumulate` stands in front:UserWarning")
 @pytest.mark.parametrize(
     "tx",
     [
