@@ -56,7 +56,7 @@ def apply_gradients(
         `(params, opt_state)`.
 
     Warns:
-        UserWarning: once, if in `tx` an :func:`accumulate` with a stateless one stands in front of
+        UserWarning: once, if in `tx` an :func:`accumulate` of a stateless optimizer stands before
             a link that keeps state, or around or inside of `optax.MultiSteps`.
 
     Raises:
