@@ -8,7 +8,7 @@ from jax.core import Tracer
 import jax.numpy as jnp
 import optax
 
-from optaccum._check.arguments import leaf_name
+from optaccum._check.arguments import check_count, leaf_name
 from optaccum._core import devices, window
 from optaccum._core.traced import cast_like
 from optaccum._state import AccumulateState
@@ -104,6 +104,7 @@ def to_multi_steps(
     params: Any,
     *,
     use_grad_mean: bool = True,
+    every_k: int | None = None,
 ) -> Any:
     """Return the state with which `optax.MultiSteps` goes on where an `accumulate` stopped.
 
@@ -121,12 +122,14 @@ def to_multi_steps(
     2 [2. 3.]
 
     Args:
-        tx: an `optax.MultiSteps` of the same inner optimizer. Its windows must be longer than the
-            open one is by now. Between two windows it may also be a transformation that contains
-            one, as the old transformation contained its `accumulate`.
+        tx: an `optax.MultiSteps` of the same inner optimizer, or a transformation that contains it
+            as the old one contained its `accumulate`. Its windows must be longer than the open one
+            is by now.
         state: the state of :func:`optaccum.accumulate`, or of what contains it.
         params: the parameters, as for `tx.init`.
         use_grad_mean: as `tx` is built, and `accumulate` was.
+        every_k: microbatches in the next window of `tx`, which cannot be seen where another
+            transformation contains it. Needed if a window is open then.
 
     Returns:
         A state of `tx`. The counts of skipped microbatches are lost.
@@ -136,8 +139,10 @@ def to_multi_steps(
         ValueError: if the inner optimizers or the parameters differ; or if a window is open that
             `optax.MultiSteps` cannot go on with: of other weights, with `average_args`, in parts
             (`reduce_axes`), in a wider dtype, of as many microbatches as `tx` has in a window, or
-            inside another transformation.
+            inside another transformation without `every_k`.
     """
+    if every_k is not None:
+        every_k = check_count("`every_k`", every_k)
     owner = tx if isinstance(tx, optax.MultiSteps) else getattr(tx.update, "__self__", None)
     schedule = getattr(owner, "_every_k_schedule", None)
 
@@ -148,13 +153,13 @@ def to_multi_steps(
         _check_same("`state.inner_state`", old.inner_state, inner, new.inner_opt_state)
         if held:
             _check_same("`state.grad_sum`", old.grad_sum, "`params`", acc_grads)
-            if schedule is None:
+            if schedule is None and every_k is None:
                 raise ValueError(
                     f"a window of {held} microbatches is open, and inside another transformation "
-                    "the length of the windows of optax.MultiSteps cannot be seen; go on with "
-                    "`accumulate` until `mini_step` is 0"
+                    "the length of the windows of optax.MultiSteps cannot be seen; pass it as "
+                    "`every_k`"
                 )
-            length = int(schedule(old.gradient_step))
+            length = every_k or int(schedule(old.gradient_step))
             if problem := _inexpressible(old, acc_grads, held, length, use_grad_mean):
                 raise ValueError(
                     f"optax.MultiSteps cannot go on with the open window of {held} microbatches: "

@@ -62,7 +62,12 @@ def test_there_and_back_again(wrap, held):
     ours = from_multi_steps(new, state, params)
     assert jax.tree.structure(ours) == jax.tree.structure(new.init(params))
     found, ours = train(new, ours, params, 4 + held, 8 + held)
-    back = to_multi_steps(old, ours, found)
+    if held and wrap is not WRAPPERS["alone"]:
+        with pytest.raises(ValueError, match="cannot be seen; pass it as `every_k`"):
+            to_multi_steps(old, ours, found)
+        with pytest.raises(ValueError, match="windows of 3, and would lose or misweight"):
+            to_multi_steps(old, ours, found, every_k=3)
+    back = to_multi_steps(old, ours, found, every_k=4)
     assert jax.tree.structure(back) == jax.tree.structure(state)
     types = [jax.tree.map(jnp.result_type, tree) for tree in (back, state)]
     assert types[0] == types[1]
@@ -122,7 +127,7 @@ def test_weights_that_multi_steps_can_express():
             multi_steps(),
             r"`average_args` \('value',\)",
         ),
-        (accumulate(4, INNER), {}, multi_steps(2), r"windows of 2, which it would never close"),
+        (accumulate(4, INNER), {}, multi_steps(2), r"windows of 2, and would lose or misweight"),
         (
             accumulate(4, INNER),
             {},
