@@ -1,6 +1,7 @@
 """From the state of `optax.MultiSteps` to ours and back, wherever in a state it is."""
 
 import functools
+import inspect
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +15,7 @@ from optaccum import accumulate, from_multi_steps, get_state, to_multi_steps
 PARAMS = {"a": jnp.ones(2), "b": jnp.full(3, 2.0), "frozen": jnp.ones(2)}
 LABELS = {"a": "a", "b": "b", "frozen": "none"}
 INNER = optax.adam(0.1)
+OLD = "accumulator_dtype" not in inspect.signature(optax.MultiSteps.__init__).parameters
 
 
 def grads(i):
@@ -128,11 +130,12 @@ def test_weights_that_multi_steps_can_express():
             r"`average_args` \('value',\)",
         ),
         (accumulate(4, INNER), {}, multi_steps(2), r"windows of 2, and would lose or misweight"),
-        (
+        pytest.param(
             accumulate(4, INNER),
             {},
-            multi_steps(accumulator_dtype=jnp.bfloat16),
+            multi_steps() if OLD else multi_steps(accumulator_dtype=jnp.bfloat16),
             r"its sums are float32, and its accumulator would be bfloat16",
+            marks=pytest.mark.skipif(OLD, reason="needs a newer Optax"),
         ),
     ],
 )

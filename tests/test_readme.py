@@ -9,10 +9,10 @@ import numpy as np
 import optax
 import pytest
 
-from benchmarks import report
 import optaccum
 
-TEXT = report.README.read_text()
+ROOT = pathlib.Path(__file__).parent.parent
+TEXT = (ROOT / "README.md").read_text()
 
 
 def test_the_examples_run_as_they_say(capsys):
@@ -30,7 +30,7 @@ def test_the_examples_run_as_they_say(capsys):
 
 
 def test_each_bug_is_found_as_the_page_says(capsys):
-    text = (report.ROOT / "docs" / "is_my_accumulation_right.md").read_text()
+    text = (ROOT / "docs" / "is_my_accumulation_right.md").read_text()
     names, programs = {}, re.findall(r"```(python|text)\n(.*?)```", text, re.DOTALL)
     for language, block in programs:
         if language == "python":
@@ -42,7 +42,7 @@ def test_each_bug_is_found_as_the_page_says(capsys):
 
 @pytest.mark.skipif(not hasattr(jax, "reshard"), reason="needs a newer JAX")
 def test_many_devices_give_what_one_gives():
-    text = (report.ROOT / "docs" / "many_devices.md").read_text()
+    text = (ROOT / "docs" / "many_devices.md").read_text()
     names, trained = {}, []
     for code in re.findall(r"```python\n(.*?)```", text, re.DOTALL):
         exec(compile(code, "many_devices.md", "exec"), names)
@@ -63,7 +63,7 @@ def test_many_devices_give_what_one_gives():
 
 
 def test_coupled_losses_give_what_the_full_batch_gives():
-    text = (report.ROOT / "docs" / "coupled_losses.md").read_text()
+    text = (ROOT / "docs" / "coupled_losses.md").read_text()
     names = {}
     for code in re.findall(r"```python\n(.*?)```", text, re.DOTALL):
         exec(compile(code, "coupled_losses.md", "exec"), names)
@@ -94,7 +94,7 @@ def test_each_command_sets_up_all_that_it_needs():
 
 
 def test_every_file_that_they_name_exists():
-    pages = [*report.ROOT.glob("*.md"), *report.ROOT.glob("docs/*.md")]
+    pages = [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")]
     for page in pages:
         for name in re.findall(r"\]\(([\w./-]+)(?:#[\w-]*)?\)", page.read_text()):
             assert pathlib.Path(page.parent, name).exists(), (page, name)

@@ -1,5 +1,6 @@
 """The programs of docs/switching.md, and what an old checkpoint says in a new program."""
 
+import pathlib
 import re
 
 import equinox as eqx
@@ -11,10 +12,9 @@ import optax
 import orbax.checkpoint as ocp
 import pytest
 
-from benchmarks import report
 import optaccum
 
-TEXT = (report.ROOT / "docs" / "switching.md").read_text()
+TEXT = (pathlib.Path(__file__).parent.parent / "docs" / "switching.md").read_text()
 
 
 @pytest.fixture(scope="module")

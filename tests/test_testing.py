@@ -9,12 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from benchmarks import product_model, transformer
-from benchmarks.transformer import Config
 from optaccum.testing import assert_equivalent, check_loss, check_step
 
 CASES, PARAMS, BATCH = losses.CASES, losses.PARAMS, losses.BATCH
-SMALL = Config(vocabulary=32, width=16, layers=2, heads=2)
 
 
 def mean(params, x):
@@ -141,29 +138,6 @@ def test_devices_that_reduce_are_followed():
 
     assert check_loss(loss, W, X).exact
     assert check_loss(lambda w, x: jnp.sqrt(loss(w, x)), W, X).kind == "nonlinear"
-
-
-def product_batch():
-    (batch,) = product_model.make_window(SMALL, 1, 8, 12)
-    return jax.tree.map(jnp.asarray, batch)
-
-
-def test_the_models_of_the_benchmarks_have_no_finding():
-    params = product_model.make_params(SMALL)
-    options = {"num_microbatches": 4, "weight_fn": product_model.tokens_of}
-    report = check_loss(product_model.mean_loss, params, product_batch(), **options)
-    assert report.exact, report
-    nnx = pytest.importorskip("flax.nnx")
-    graph, params = transformer.build(SMALL)
-
-    def loss(params, rows):
-        return transformer.mean_loss(nnx.merge(graph, params), rows)
-
-    rows = jax.random.randint(jax.random.key(0), (8, 13), 0, 32)
-    for number in (None, 4):
-        report = check_loss(loss, params, rows, num_microbatches=number)
-        assert report.exact, report
-        assert report.findings == ()
 
 
 def test_the_model_of_the_tests_has_no_finding():
