@@ -167,7 +167,7 @@ class _Program:
                 continue  # counted where it starts
             if opcode == "conditional":
                 branches = [both(self.runs(branch)) for branch in instruction.callees()]
-                step += max(branches, key=lambda runs: sum(run.bytes * run.times for run in runs))
+                step += max(branches, key=self._dearness)
             elif opcode == "while":
                 (condition,), (body,) = map(instruction.callees, ("condition", "body"))
                 always += both(self.runs(condition))
@@ -181,6 +181,11 @@ class _Program:
             else:
                 always.append(_Run(name, own, self._bytes(name, instruction), 1))
         return always, step
+
+    def _dearness(self, runs: list[_Run]) -> tuple[bool, int]:
+        """Returns a key that puts branches that send above others, and else those that move."""
+        sends = any(list(self.collectives_in(run.computation, run.name)) for run in runs)
+        return sends, sum(run.bytes * run.times for run in runs)
 
     def collectives_in(
         self, computation: str, name: str, fused: bool = False
