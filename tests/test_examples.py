@@ -101,6 +101,7 @@ def steps_of(digits, transformation):
     return make_step
 
 
+@pytest.mark.filterwarnings("ignore:`accumulate` stands in front:UserWarning")
 @pytest.mark.parametrize(
     ("transformation", "kind"),
     [

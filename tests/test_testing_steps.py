@@ -335,6 +335,7 @@ STEPS = {
 }
 
 
+@pytest.mark.filterwarnings("ignore:`accumulate` stands in front:UserWarning")
 @pytest.mark.slow  # each compiles several training programs
 @pytest.mark.parametrize("name", STEPS)
 def test_the_mistake_is_named(name):
