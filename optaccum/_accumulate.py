@@ -67,7 +67,8 @@ def accumulate(
         * The sums are at least float32, and no leaf of the state ever changes its dtype.
         * One fused addition per microbatch. With :func:`optaccum.apply_gradients` and donated
           buffers a call has no temporary of parameter size, on CPUs, GPUs and TPUs, but those of
-          `inner` and `should_skip_update_fn`.
+          `inner` and `should_skip_update_fn`. (With `reduce_axes` a release has the reduced sums,
+          and on GPUs a call with unreduced sums has copies.)
 
     The page "Semantics" of the documentation (docs/semantics.md) has a table of all cases. The page
     "Many devices" (docs/many_devices.md) has programs for `jax.shard_map` and explicit sharding.
