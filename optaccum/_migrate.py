@@ -153,13 +153,16 @@ def to_multi_steps(
         _check_same("`state.inner_state`", old.inner_state, inner, new.inner_opt_state)
         if held:
             _check_same("`state.grad_sum`", old.grad_sum, "`params`", acc_grads)
-            if schedule is None and every_k is None:
+            if every_k is not None:
+                length = every_k
+            elif schedule is not None:
+                length = int(schedule(old.gradient_step))
+            else:
                 raise ValueError(
                     f"a window of {held} microbatches is open, and inside another transformation "
                     "the length of the windows of optax.MultiSteps cannot be seen; pass it as "
                     "`every_k`"
                 )
-            length = every_k or int(schedule(old.gradient_step))
             if problem := _inexpressible(old, acc_grads, held, length, use_grad_mean):
                 raise ValueError(
                     f"optax.MultiSteps cannot go on with the open window of {held} microbatches: "
