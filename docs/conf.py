@@ -1,7 +1,10 @@
 """How the site is built: `python -m sphinx -W docs site`. Warnings are errors."""
 
 import os
+import re
 from typing import Any
+
+from sphinx.pycode import ModuleAnalyzer
 
 import optaccum
 
@@ -23,7 +26,9 @@ extensions = [
 ]
 exclude_patterns = ["_build", "**/.ipynb_checkpoints"]
 suppress_warnings = ["toc.empty_glob"]
-nitpicky = False
+smartquotes = False
+nitpicky = True  # of our own names; other projects are not linked
+nitpick_ignore_regex = [("py:.*", r"(?!optaccum).*")]
 
 myst_enable_extensions = ["colon_fence", "deflist", "dollarmath"]
 myst_heading_anchors = 3
@@ -32,6 +37,7 @@ nb_execution_raise_on_error = True
 nb_execution_timeout = 120
 nb_merge_streams = True
 
+default_role = "code"
 autodoc_member_order = "bysource"
 autodoc_typehints = "signature"
 autodoc_typehints_format = "short"
@@ -39,6 +45,8 @@ autodoc_preserve_defaults = True
 napoleon_google_docstring = True
 napoleon_numpy_docstring = False
 napoleon_use_rtype = False
+napoleon_custom_sections = ["Guarantees"]
+python_maximum_signature_line_length = 88
 
 copybutton_exclude = ".linenos, .gp, .go"
 copybutton_prompt_text = ">>> "
@@ -49,7 +57,51 @@ html_static_path = ["_static"]
 html_css_files = ["optaccum.css"]
 html_show_sourcelink = False
 html_theme_options: dict[str, Any] = {
+    "navbar_persistent": [],
     "show_toc_level": 2,
     "use_download_button": False,
     "use_fullscreen_button": False,
 }
+
+
+# Names in which types are shown; Python hands over what they stand for.
+ARRAY = "~jax.jaxlib._jax.Array"
+ARRAY_LIKE = f"{ARRAY} | ~numpy.ndarray | ~numpy.bool | ~numpy.number | bool | int | float | complex"
+TYPES = {
+    f"{ARRAY_LIKE} | ~typing.Iterable[ArrayTree] | ~typing.Mapping[~typing.Any, ArrayTree]": (
+        "optax.OptState"
+    ),
+    "str | type[~typing.Any] | ~numpy.dtype | ~jax._src.typing.SupportsDType": (
+        "jax.typing.DTypeLike"
+    ),
+    ARRAY_LIKE: "jax.typing.ArrayLike",
+    ARRAY: "jax.Array",
+    "~optax._src.base.": "optax.",
+    "~flax.core.frozen_dict.FrozenDict[str, ~typing.Any]": "~typing.Any",
+    "~optaccum._apply.Params": "Params",
+    "[[...], ": "[..., ",
+}
+
+
+def name_types(app, what, name, obj, options, signature, returned):
+    """Replace types by the names that users write."""
+    for long, short in TYPES.items():
+        signature = signature and signature.replace(long, short)
+        returned = returned and returned.replace(long, short)
+    return signature, returned
+
+
+def mark_up(app, what, name, obj, options, lines):
+    """Let code end inside a word, as in `str`s: docstrings are also read as they are, by help."""
+    code = r"(:\w+:)?(`+)([^`]+)\2(?=(\w?))"
+    text = re.sub(code, lambda m: m[0] + ("\\ " if m[4] else ""), "\n".join(lines))
+    lines[:] = text.split("\n")
+
+
+def setup(app):
+    """Let the hooks in, and show one signature where overloads serve type checkers."""
+    analyzer = ModuleAnalyzer.for_module("optaccum._value_and_grad")
+    analyzer.analyze()
+    analyzer.overloads.clear()
+    app.connect("autodoc-process-signature", name_types)
+    app.connect("autodoc-process-docstring", mark_up)
