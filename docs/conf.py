@@ -25,7 +25,6 @@ extensions = [
     "sphinx_design",
 ]
 exclude_patterns = ["_build", "**/.ipynb_checkpoints"]
-suppress_warnings = ["toc.empty_glob"]
 smartquotes = False
 nitpicky = True  # of our own names; other projects are not linked
 nitpick_ignore_regex = [("py:.*", r"(?!optaccum).*")]
@@ -66,7 +65,8 @@ html_theme_options: dict[str, Any] = {
 
 # Names in which types are shown; Python hands over what they stand for.
 ARRAY = "~jax.jaxlib._jax.Array"
-ARRAY_LIKE = f"{ARRAY} | ~numpy.ndarray | ~numpy.bool | ~numpy.number | bool | int | float | complex"
+NUMBERS = "~numpy.ndarray | ~numpy.bool | ~numpy.number | bool | int | float | complex"
+ARRAY_LIKE = f"{ARRAY} | {NUMBERS}"
 TYPES = {
     f"{ARRAY_LIKE} | ~typing.Iterable[ArrayTree] | ~typing.Mapping[~typing.Any, ArrayTree]": (
         "optax.OptState"
@@ -98,10 +98,16 @@ def mark_up(app, what, name, obj, options, lines):
     lines[:] = text.split("\n")
 
 
+def drop_folders(app, relative_path, parent, content):
+    """Name a folder of the repository that an included page links to: it is no page of the site."""
+    content[0] = content[0].replace("[results](results)", "`benchmarks/results`")
+
+
 def setup(app):
     """Let the hooks in, and show one signature where overloads serve type checkers."""
     analyzer = ModuleAnalyzer.for_module("optaccum._value_and_grad")
     analyzer.analyze()
     analyzer.overloads.clear()
+    app.connect("include-read", drop_folders)
     app.connect("autodoc-process-signature", name_types)
     app.connect("autodoc-process-docstring", mark_up)

@@ -70,8 +70,8 @@ def accumulate(
           `inner` and `should_skip_update_fn`. (With `reduce_axes` a release has the reduced sums,
           and on GPUs a call with unreduced sums has copies.)
 
-    Documentation: the page "Semantics" has a table of all cases, the page "On many devices" programs
-    for `jax.shard_map` and explicit sharding.
+    Documentation: "Semantics" has a table of all cases, "On many devices" programs for
+    `jax.shard_map` and explicit sharding.
 
     The optimizer belongs inside. Without `inner` the transformation emits zeros until a window is
     released, then G, which is right only in front of *stateless* transformations:
