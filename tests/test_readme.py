@@ -9,6 +9,8 @@ import numpy as np
 import optax
 import pytest
 
+import optaccum
+
 ROOT = pathlib.Path(__file__).parent.parent
 TEXT = (ROOT / "README.md").read_text()
 
@@ -83,6 +85,16 @@ def test_every_file_that_they_name_exists():
     for page in pages:
         for name in re.findall(r"\]\(([\w./-]+)(?:#[\w-]*)?\)", page.read_text()):
             assert pathlib.Path(page.parent, name).exists(), (page, name)
+
+
+def test_one_version_and_its_date_are_everywhere():
+    released = re.search(r"## (\S+) \((\S+)\)", (ROOT / "CHANGELOG.md").read_text())
+    assert released is not None
+    version, date = released.groups()
+    citation = (ROOT / "CITATION.cff").read_text()
+    assert version == optaccum.__version__
+    assert f"\nversion: {version}\n" in citation
+    assert f'\ndate-released: "{date}"\n' in citation
 
 
 def test_the_readme_fits_on_a_page():
