@@ -25,7 +25,7 @@ extensions = [
     "sphinx_design",
 ]
 exclude_patterns = ["_build", "**/.ipynb_checkpoints"]
-smartquotes = False
+smartquotes_action = "D"  # dashes alone: a quoted word may be a string of Python
 nitpicky = True  # of our own names; other projects are not linked
 nitpick_ignore_regex = [("py:.*", r"(?!optaccum).*")]
 
