@@ -25,7 +25,7 @@ from benchmarks import (
 
 ROOT = pathlib.Path(__file__).parent.parent
 FIGURES = ROOT / "benchmarks" / "figures"
-README = ROOT / "README.md"
+README = ROOT / "docs" / "explanation" / "holds.md"
 READMES = README, ROOT / "benchmarks" / "README.md"
 DEVICES = "", "-cpu", "-gpu", "-tpu"
 TABLES = {

@@ -272,7 +272,10 @@ def parse_args() -> argparse.Namespace:
         holds = f"a run of {found}, not {args.settings}" if found else "no checkpoint"
         parser.error(f"argument --resume: {args.checkpoints} holds {holds}")
     try:
+        is_new = not args.output.exists()
         args.output.open("ab").close()
+        if is_new:  # a run that is stopped leaves no empty figure
+            args.output.unlink()
     except OSError as error:
         parser.error(f"argument --output: {error}")
     return args

@@ -12,6 +12,8 @@ from optaccum._state import AccumulateState, get_state, has_released
 from optaccum._state_shardings import state_shardings
 from optaccum._value_and_grad import grad, value_and_grad
 
+__version__ = "0.1.0"
+
 __all__ = (
     "AccumulateState",
     "Fit",

@@ -42,7 +42,7 @@ def accumulate(
     """Accumulate the gradients of a window of microbatches, then step `inner` once.
 
     For the accepted microbatches i = 1..n of a window, with gradients g_i and weights w_i, the
-    inner optimizer is given
+    inner optimizer is given::
 
         G = (sum_i w_i g_i) / (sum_i w_i)        use_grad_mean=True, the default
         G =  sum_i w_i g_i                       use_grad_mean=False
@@ -73,8 +73,8 @@ def accumulate(
           `inner` and `should_skip_update_fn`. (With `reduce_axes` a release has the reduced sums,
           and on GPUs a call with unreduced sums has copies.)
 
-    The page "Semantics" of the documentation (docs/semantics.md) has a table of all cases. The page
-    "Many devices" (docs/many_devices.md) has programs for `jax.shard_map` and explicit sharding.
+    Documentation: "Semantics" has a table of all cases, "On many devices" programs for
+    `jax.shard_map` and explicit sharding.
 
     The optimizer belongs inside. Without `inner` the transformation emits zeros until a window is
     released, then G, which is right only in front of *stateless* transformations:

@@ -2,7 +2,7 @@
 
 Gradients of data-parallel training are parts of a sum, one on each device. Reduced as they come,
 they cost one reduction per microbatch. Accumulated as parts they cost one per window, inside the
-release branch. A part is known by its type; docs/many_devices.md shows how users get one.
+release branch. A part is known by its type; the page "On many devices" shows how users get one.
 
 Auto axes have no parts: `jax.jit` reduces before anyone sees the gradient.
 """
