@@ -177,6 +177,16 @@ def test_a_weight_costs_a_hold_nothing_and_a_verdict_one_reading(target, use_gra
     assert hold <= 4.1
 
 
+@pytest.mark.parametrize(("mode", "more"), [("first", 1), ("all", 0)])
+def test_measuring_the_noise_costs_a_hold_nothing(target, mode, more):
+    """The norms of all are fused with the sums; of the first alone it is one reading, once."""
+    tx = accumulate(8, ADAMW, measure_noise=mode)
+    hold, release, temporaries = _figures(_compile(target, *_apply_gradients(tx)))
+    assert hold == pytest.approx(3, abs=0.05)
+    assert release == pytest.approx(10 + more, abs=0.05)
+    assert temporaries < 0.005
+
+
 WIDTH, ROWS = 8192, 64
 LAYERS = {name: jax.ShapeDtypeStruct((WIDTH, WIDTH), jnp.float32) for name in ("a", "b")}
 LAYER_BYTES = 4 * WIDTH**2
