@@ -20,6 +20,7 @@ version = release = optaccum.__version__
 extensions = [
     "myst_nb",
     "sphinx.ext.autodoc",
+    "sphinx.ext.autosummary",
     "sphinx.ext.napoleon",
     "sphinx_copybutton",
     "sphinx_design",
@@ -37,6 +38,7 @@ nb_execution_timeout = 300  # a machine may be busy
 nb_merge_streams = True
 
 default_role = "code"
+autosummary_generate = False
 autodoc_member_order = "bysource"
 autodoc_typehints = "signature"
 autodoc_typehints_format = "short"

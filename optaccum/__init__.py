@@ -1,4 +1,7 @@
-"""Exact, free and safe gradient accumulation for Optax."""
+"""Exact, free and safe gradient accumulation for Optax.
+
+Documentation: the address is in the metadata of the package, `pip show -v optaccum`.
+"""
 
 from optaccum._accumulate import accumulate
 from optaccum._apply import apply_gradients

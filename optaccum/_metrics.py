@@ -33,15 +33,19 @@ def window_metrics(
     >>> print(metrics["released"], metrics["loss"], metrics["grad_norm"])
     True 4.0 5.0
 
-    | key | meaning |
-    |---|---|
-    | `gradient_step` | i32[], windows released so far |
-    | `mini_step` | i32[], microbatches in the open window; 0 after a release |
-    | `released` | bool[], whether the last call released a window |
-    | `skipped` | i32[], microbatches rejected so far |
-    | `weight` | f32[], sum of the window's weights |
-    | `grad_norm` | f32[], norm of the window's mean gradient, as `inner` got it |
-    | names in `average_args` and `metrics` | f32[], the window's weighted means |
+    =========================================  ==================================================
+    key                                        meaning
+    =========================================  ==================================================
+    `gradient_step`                            i32[], windows released so far
+    `mini_step`                                i32[], microbatches in the open window; 0 after a
+                                               release
+    `released`                                 bool[], whether the last call released a window
+    `skipped`                                  i32[], microbatches rejected so far
+    `weight`                                   f32[], sum of the window's weights
+    `grad_norm`                                f32[], norm of the window's mean gradient, as
+                                               `inner` got it
+    the names in `average_args` and `metrics`  f32[], the window's weighted means
+    =========================================  ==================================================
 
     Guarantees:
         * Nothing is NaN that was not NaN before: means and norm are 0 before the first microbatch.

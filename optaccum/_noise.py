@@ -15,7 +15,7 @@ class NoiseScale(NamedTuple):
     Attributes:
         trace: f32[], estimate of tr(Sigma), where Sigma / w is the covariance of the gradient of a
             microbatch of weight w.
-        signal: f32[], estimate of |E g|^2. By chance it may be negative.
+        signal: f32[], estimate of `|E g|^2`. By chance it may be negative.
         batch_size: f32[], `trace / signal`, in units of `weight`: the weight of a batch whose
             gradient has as much noise as signal.
     """
@@ -29,7 +29,7 @@ def noise_scale(opt_state: Any) -> NoiseScale:
     """Return the gradient noise scale that an `accumulate(..., measure_noise=)` has measured.
 
     For the measured microbatches M of a window, of weights w_i and gradients g_i, and the window's
-    mean gradient G and weight W, with S = sum_M w_i |g_i|^2, V = sum_M w_i and m = |M|,
+    mean gradient G and weight W, with `S = sum_M w_i |g_i|^2`, `V = sum_M w_i` and `m = |M|`::
 
         trace  = (S - V |G|^2) / (m - V / W)
         signal = |G|^2 - trace / W

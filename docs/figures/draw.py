@@ -24,7 +24,7 @@ BLUE, SKY, VERMILION, BLACK = "#0072B2", "#56B4E9", "#D55E00", "#222222"
 GREY, PALE, LINE = "#777777", "#EEEEEE", "#BBBBBB"
 WINDOWS = "#CDE6F7", "#FBE3CF", "#D5EEDF"  # a colour for each window
 DARK = BLUE, VERMILION, "#007A57"
-STYLE: dict[str, Any] = {
+STYLE: dict[Any, Any] = {
     "figure.facecolor": "white",
     "font.size": 11,
     "svg.fonttype": "path",
