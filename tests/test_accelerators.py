@@ -319,7 +319,7 @@ TOWERS = {
     "in": jax.ShapeDtypeStruct((512, 2048), jnp.float32),
     "out": jax.ShapeDtypeStruct((2048, 512), jnp.float32),
 }
-PAIRS = {name: jax.ShapeDtypeStruct((2**16, 512), jnp.float32) for name in ("image", "text")}
+PAIRS = {name: jax.ShapeDtypeStruct((2**13, 512), jnp.float32) for name in ("image", "text")}
 
 
 def _covariance(z):
