@@ -68,6 +68,7 @@ def test_meta_gradients_are_those_of_the_full_batch(form, step, differentiate):
     _assert_close(found, differentiate(_train_on_full_batches, (0, 1))(PARAMS, 0.1))
 
 
+@pytest.mark.slow
 @every_step
 def test_second_derivatives_too(form, step):
     def loss(train, rate):

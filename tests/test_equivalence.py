@@ -147,6 +147,7 @@ def test_bare_form_is_right_only_before_stateless_optimizers(name, matches):
     assert distance <= TOLERANCE if matches else distance > 1000 * TOLERANCE
 
 
+@pytest.mark.slow
 @every_step
 @pytest.mark.parametrize("name", ["sgd", "adam", "muon", "adafactor"])
 @pytest.mark.usefixtures("x64")

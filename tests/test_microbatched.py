@@ -54,6 +54,7 @@ def test_eagerly_too(loss):
     _assert_close(jax.value_and_grad(with_encoder(loss, _in(3)))(PARAMS, BATCH), expected)
 
 
+@pytest.mark.slow
 @every_loss
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16, jnp.complex64])
 def test_any_dtype(loss, dtype):

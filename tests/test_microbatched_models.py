@@ -38,7 +38,9 @@ COMPOSED = {
 
 
 @pytest.mark.parametrize("compose", COMPOSED.values(), ids=COMPOSED)
-@pytest.mark.parametrize("jit", [lambda f: f, jax.jit], ids=["eager", "jit"])
+@pytest.mark.parametrize(
+    "jit", [pytest.param(lambda f: f, marks=pytest.mark.slow), jax.jit], ids=["eager", "jit"]
+)
 def test_transformations(compose, jit):
     batches = jax.tree.map(lambda x: jnp.stack([x, x[::-1]]), BATCH)
     _assert_close(jit(compose(OURS))(PARAMS, batches), jit(compose(EXPECTED))(PARAMS, batches))

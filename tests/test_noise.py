@@ -142,6 +142,7 @@ def test_without_bias(mode):
         assert error < 0.02 * truth
 
 
+@pytest.mark.slow
 def test_all_is_more_precise_than_first():
     def deviation(mode):
         tx = accumulate(8, optax.sgd(0.0), measure_noise=mode, noise_decay=0.0)
@@ -208,6 +209,7 @@ def test_a_signal_that_is_not_positive():
     assert noise_scale(state).batch_size == jnp.inf
 
 
+@pytest.mark.slow
 @each_mode
 def test_eager_is_jitted_is_a_static_release(mode):
     tx = accumulate(K, optax.adam(0.1), measure_noise=mode)
@@ -221,6 +223,7 @@ def test_eager_is_jitted_is_a_static_release(mode):
         )
 
 
+@pytest.mark.slow
 @each_mode
 def test_members_of_a_vmap(mode):
     tx = accumulate(K, optax.adam(0.1), measure_noise=mode)

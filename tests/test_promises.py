@@ -8,7 +8,7 @@ import functools
 import re
 
 from helpers import hlo, meshes
-from helpers.steps import every_step, recording, update_and_apply
+from helpers.steps import STEPS, every_step, recording, update_and_apply
 import jax
 import jax.numpy as jnp
 from jax.sharding import AxisType, PartitionSpec as P
@@ -209,8 +209,16 @@ def inner_calls(state):
     return int(optax.tree.get(state.inner_state, "RecordingState").count)
 
 
-@pytest.mark.parametrize("traced", [False, True], ids=["eager", "jit"])
-@every_step
+# The programs of both ways that are compiled: one of them on one version.
+WAYS = {
+    "update-eager": (STEPS["update"], False),
+    "apply_gradients-eager": (STEPS["apply_gradients"], False),
+    "apply_gradients-jit": (STEPS["apply_gradients"], True),
+    "update-jit": pytest.param(STEPS["update"], True, marks=pytest.mark.slow),
+}
+
+
+@pytest.mark.parametrize(("step", "traced"), WAYS.values(), ids=WAYS)
 @pytest.mark.parametrize("rows", WINDOWS.values(), ids=WINDOWS)
 def test_window(rows, step, traced):
     tx, *rows = rows
