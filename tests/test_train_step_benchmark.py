@@ -14,6 +14,7 @@ import pytest
 pytest.importorskip("rich")
 pytest.importorskip("tabulate")
 pytest.importorskip("flax")
+pytest.importorskip("optax", "0.2.7", reason="benchmarks.inners has options of optax 0.2.7")
 
 from benchmarks import contenders, train_step, training, transformer
 from benchmarks.programs import largest_error
