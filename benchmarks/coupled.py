@@ -16,9 +16,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from benchmarks import harness, training, transformer
+from benchmarks import harness, programs, training, transformer
 from benchmarks.contenders import FULL_BATCH, VALUE_AND_GRAD
-from benchmarks.programs import peak_bytes
 from benchmarks.tables import Table, median, where
 import optaccum
 
@@ -26,7 +25,7 @@ OURS, REMAT, CONCAT = "optaccum.microbatched", "lax.map(checkpoint)", "optax.mic
 CONFIG = transformer.Config(vocabulary=512, width=256, layers=2, heads=4, scanned=True)
 TOKENS, BUDGET_FACTOR, DRIFT_MICROBATCHES = 32, 2, 512
 OPTIONS = {
-    "rows": (2, 32, 256, 4096),
+    "rows": (2, 16, 256, 4096),
     "num_microbatches": (2, 4, 16, 16),
     "rounds": (1, 1, 9, 15),
     "doublings": (1, 1, 3, 4),
@@ -117,27 +116,29 @@ def measure(args: Any) -> Iterator[harness.Result]:
     result |= {"budget_factor": BUDGET_FACTOR, "drift": drift(), "models": []}
     for model, (tower, one, batch) in make_tasks(args.rows).items():
 
-        def compiled(name, rows, tower=tower, params=(one, one), batch=batch):
+        def compiled(name, rows, optimized, tower=tower, params=(one, one), batch=batch):
             shapes = [jax.ShapeDtypeStruct((rows, *x.shape[1:]), x.dtype) for x in batch]
             step = make_steps(tower, max(n * rows // args.rows, 1))[name]
-            return jax.jit(step).lower(params, shapes).compile()
+            return jax.jit(step).lower(params, shapes).compile(programs.options(optimized))
 
-        programs: Any = {name: compiled(name, args.rows) for name in make_steps(tower, n)}
+        names = make_steps(tower, n)
+        found: Any = {name: compiled(name, args.rows, not args.quick) for name in names}
         given = (one, one), list(batch)
-        turns = {name: functools.partial(program, *given) for name, program in programs.items()}
-        found = {name: turn() for name, turn in turns.items()}
+        turns = {name: functools.partial(program, *given) for name, program in found.items()}
+        results = {name: turn() for name, turn in turns.items()}
         seconds = harness.take_turns(turns, args.rounds, model)
-        budget = BUDGET_FACTOR * peak_bytes(programs[OURS])
-        (loss, grads), tried = found[FULL_BATCH], f"{model}: compiling larger batches"
-        for name, program in harness.progress(programs.items(), tried):
+        budget = BUDGET_FACTOR * programs.peak_bytes(found[OURS])
+        (loss, grads), tried = results[FULL_BATCH], f"{model}: compiling larger batches"
+        for name, program in harness.progress(found.items(), tried):
 
-            def peak_of(rows, name=name, compiled=compiled):
-                return peak_bytes(compiled(name, rows))
+            def peak_of(rows, name=name, program=program, compiled=compiled):
+                same = rows == args.rows
+                return programs.peak_bytes(program if same else compiled(name, rows, False))
 
             largest, capped = training.largest_batch(peak_of, args.rows, budget, args.doublings)
             row = {"model": model, "name": name, "largest_batch": largest, "capped": capped}
-            row["loss_error"] = abs(float(found[name][0] / loss) - 1)
-            row["gradient_error"] = relative_error(found[name][1], grads)
+            row["loss_error"] = abs(float(results[name][0] / loss) - 1)
+            row["gradient_error"] = relative_error(results[name][1], grads)
             row["temporary_bytes"] = program.memory_analysis().temp_size_in_bytes
             row["time_to_full_batch"] = harness.ratios(seconds, name, FULL_BATCH)
             result["models"].append(row)

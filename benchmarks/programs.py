@@ -40,9 +40,7 @@ class Window:
 
         Of `params` and `batch` only shapes and dtypes are read. A batch is rows for the model, or
         gradients without one; `devices` share it, and if `weighted` it counts with its tokens.
-        Optimising code for a CPU takes most of the time, and comes after memory is assigned and
-        collectives are placed: without it the figures but times are the same. The last program
-        alone is the one that releases.
+        The last program alone is the one that releases.
         """
         self.contender, self.model, self.weighted = contender, model, weighted
         devices = devices or jax.devices()[:1]
@@ -50,8 +48,6 @@ class Window:
         self.manual = kind is AxisType.Manual
         kinds = (AxisType.Auto if self.manual else kind,)
         self.mesh = Mesh(np.array(devices), (AXIS,), axis_types=kinds)
-        skips = devices[0].platform == "cpu" and not optimized
-        options: Any = {"xla_backend_optimization_level": "0"} if skips else {}
         steps = contender.steps[-1:] if only_last else contender.steps
         self.trace_s = self.compile_s = 0.0
         with jax.set_mesh(self.mesh):
@@ -62,7 +58,7 @@ class Window:
                 part = {name: shapes[name] for name in self._names(step)}
                 lowered = self._jit(step, part).lower(part, batch)
                 middle = time.perf_counter()
-                compiled[step] = lowered.compile(options)
+                compiled[step] = lowered.compile(options(optimized, devices[0]))
                 self.trace_s += middle - start
                 self.compile_s += time.perf_counter() - middle
         self.programs = [compiled[step] for step in steps]
@@ -156,6 +152,16 @@ class Window:
         return jax.tree.map(
             lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), tree
         )
+
+
+def options(optimized: bool, device: Any = None) -> Any:
+    """Returns options to compile with.
+
+    Optimising code for a CPU takes most of the time, and comes after memory is assigned and
+    collectives are placed: without it all figures but times are the same.
+    """
+    cpu = (device or jax.devices()[0]).platform == "cpu"
+    return {"xla_backend_optimization_level": "0"} if cpu and not optimized else {}
 
 
 def peak_bytes(program: Any) -> int:
