@@ -51,7 +51,7 @@ class Window:
         steps = contender.steps[-1:] if only_last else contender.steps
         self.trace_s = self.compile_s = 0.0
         with jax.set_mesh(self.mesh):
-            shapes, batch = self._carry_shapes(params), self._shapes(batch, P(AXIS))
+            shapes, batch = self._carry_shapes(params), self._shapes(batch, self._named(P(AXIS)))
             compiled = {}
             for step in dict.fromkeys(steps):
                 start = time.perf_counter()
@@ -126,7 +126,7 @@ class Window:
         return jax.jit(run, out_shardings=self._named(out_specs), **given)
 
     def _carry_shapes(self, params: Any) -> Carry:
-        params = self._shapes(params, P())
+        params = self._shapes(params, self._named(P()))
         entries = [name for step in self.contender.steps for name in step.names]
         self.specs = dict.fromkeys(["params", *entries], P()) | self.contender.layout.specs(params)
         init = self.contender.init
@@ -137,21 +137,17 @@ class Window:
         if None in self.specs.values():  # only the compiler knows
             placed = self._init.lower(params).compile().output_shardings
         else:
-            placed = jax.tree.broadcast(self._named(self.specs), shapes)
-        return jax.tree.map(
-            lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
-            shapes,
-            placed,
-        )
+            placed = self._named(self.specs)
+        return self._shapes(shapes, placed)
 
     def _named(self, specs: Any) -> Any:
         return jax.tree.map(functools.partial(NamedSharding, self.mesh), specs)
 
-    def _shapes(self, tree: Any, spec: P) -> Any:
-        sharding = NamedSharding(self.mesh, spec)
-        return jax.tree.map(
-            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), tree
-        )
+    def _shapes(self, tree: Any, shardings: Any) -> Any:
+        def shape(x, sharding):
+            return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+
+        return jax.tree.map(shape, tree, jax.tree.broadcast(shardings, tree))
 
 
 def options(optimized: bool, device: Any = None) -> Any:
