@@ -28,10 +28,10 @@ NAMES = (
 )
 UNITS = {"time_to_multi_steps": MULTI_STEPS, "time_to_hand_written": parallel.BY_HAND}
 OPTIONS = training.OPTIONS | {
-    "parameters": (tuple(training.transformer.PRESETS), "100k", "3m", "110m"),
-    "dtype": (("float32", "bfloat16"), *["float32"] * 3),
-    "every_k": (2, 4, 16, 16),
-    "sequence": (1, 16, 32, 1024),
+    "parameters": ("the model", tuple(training.transformer.PRESETS), "100k", "3m", "110m"),
+    "dtype": ("what it computes in", ("float32", "bfloat16"), *["float32"] * 3),
+    "every_k": ("microbatches per window", 2, 4, 16, 16),
+    "sequence": ("tokens in each sequence", 1, 16, 32, 1024),
 }
 
 

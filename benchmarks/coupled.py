@@ -25,10 +25,10 @@ OURS, REMAT, CONCAT = "optaccum.microbatched", "lax.map(checkpoint)", "optax.mic
 CONFIG = transformer.Config(vocabulary=512, width=256, layers=2, heads=4, scanned=True)
 TOKENS, BUDGET_FACTOR, DRIFT_MICROBATCHES = 32, 2, 512
 OPTIONS = {
-    "rows": (2, 16, 256, 4096),
-    "num_microbatches": (2, 4, 16, 16),
-    "rounds": (1, 1, 9, 15),
-    "doublings": (1, 1, 3, 4),
+    "rows": ("pairs in a batch", 2, 16, 256, 4096),
+    "num_microbatches": ("microbatches of a batch", 2, 4, 16, 16),
+    "rounds": ("timed rounds", 1, 1, 9, 15),
+    "doublings": ("of the batch, at most", 1, 1, 3, 4),
 }
 Tower = Callable[..., Any]  # (params, rows) -> rows
 

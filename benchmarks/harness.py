@@ -26,8 +26,8 @@ RESULTS = pathlib.Path(__file__).parent / "results"
 PACKAGES = "jax", "jaxlib", "optax", "flax", "keras", "libtpu", "jax-cuda12-plugin"
 progress = functools.partial(track, console=Console(stderr=True))
 Result = dict[str, Any]
-# By option: its least value or its choices; then what it is with --quick, on a CPU, on others.
-Options = Mapping[str, tuple[Any, Any, Any, Any]]
+# By option: help, its least value or its choices, and what it is with --quick, on a CPU, elsewhere.
+Options = Mapping[str, tuple[Any, Any, Any, Any, Any]]
 
 
 def parse_args(name: str, doc: str | None, options: Options, argv: Any = None) -> Any:
@@ -36,13 +36,13 @@ def parse_args(name: str, doc: str | None, options: Options, argv: Any = None) -
     add = parser.add_argument
     add("--quick", action="store_true", help="a smoke test; its numbers mean nothing")
     add("--output", type=_writable, metavar="FILE", help="also write JSON")
-    for option, (least, quick, *values) in options.items():
+    for option, (told, least, quick, *values) in options.items():
         checks: Any = {"choices": least} if isinstance(quick, str) else {"type": _at_least(least)}
-        told = f"{values[0]} on a CPU, {values[1]} on a GPU or TPU, --quick {quick}"
+        told = f"{told} ({values[0]} on a CPU, {values[1]} on a GPU or TPU; quick: {quick})"
         add(f"--{option.replace('_', '-')}", help=told, **checks)
     args = parser.parse_args(argv)
     args.scale = 0 if args.quick else 1 if jax.default_backend() == "cpu" else 2
-    for option, (_, *values) in options.items():
+    for option, (_, _, *values) in options.items():
         if getattr(args, option) is None:
             setattr(args, option, values[args.scale])
     return args

@@ -38,11 +38,11 @@ MAX_DISTINCT_MICROBATCHES = 8
 TOLERANCE = 1e-3  # Keras corrects Adam's bias by a difference of numbers near 1
 PARTS = ("window", "hold", "release")
 OPTIONS = {
-    "every_k": (2, 8, 8, 8),
+    "every_k": ("microbatches per window", 2, 8, 8, 8),
     # Of parameters. The states of all contenders lie side by side, about 40 times as large.
-    "megabytes": (0.001, 0.1, 25.0, 1000.0),
-    "leaves": (1, 4, 24, 24),
-    "rounds": (1, 3, 15, 15),
+    "megabytes": ("of float32 parameters", 0.001, 0.1, 25.0, 1000.0),
+    "leaves": ("leaves of the parameters", 1, 4, 24, 24),
+    "rounds": ("timed rounds", 1, 3, 15, 15),
 }
 # Muon multiplies matrices on every microbatch where the inner optimizer is masked, not skipped.
 SMALLER = {"muon": 16}

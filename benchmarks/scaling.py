@@ -30,18 +30,26 @@ INNER = dataclasses.replace(INNERS["adamw"], transformation=optax.adamw(0.1, eps
 TOLERANCE = {"float32": 1e-3, "bfloat16": 0.02}
 # The most that the contenders, their gradients and the check need at one time.
 BYTES_PER_PARAMETER = 80
-OPTIONS = {"leaves": (10, 4, 1000, 5000), "rounds": (1, 2, 5, 5)}  # the most leaves
-# The columns of each sweep, and those that are fitted.
-TIMES = {"hold_ms": "hold ms", "release_ms": "release ms"}
-SHOWN = {
-    "parameters": TIMES | {"temporaries": "temporaries"},
-    "leaves": {"trace_s": "trace s", "compile_s": "compile s", "dispatch_ms": "dispatch ms"}
-    | {"compilation_ms_a_leaf": "trace, compile ms/leaf"}
-    | {"dispatch_us_a_leaf": "dispatch us/leaf"},
-    "every_k": TIMES | {"microbatch_ms": "mean ms"},
-    "dtype": TIMES
-    | {"parameter_bytes": "params MB", "state_bytes": "state MB", "temporary_bytes": "temps MB"},
+OPTIONS = {
+    "leaves": ("the most leaves of a tree", 10, 4, 1000, 5000),
+    "rounds": ("timed rounds", 1, 2, 5, 5),
 }
+# The columns of each sweep, the names of their figures, and the figures that are fitted.
+SHOWN = {
+    "parameters": ("hold ms", "release ms", "temporaries"),
+    "leaves": ("trace s", "compile s", "dispatch ms", "trace, compile ms/leaf", "dispatch us/leaf"),
+    "every_k": ("hold ms", "release ms", "mean ms"),
+    "dtype": ("hold ms", "release ms", "params MB", "state MB", "temps MB"),
+}
+KEYS: Any = {
+    "contender": "name",
+    "k": "every_k",
+    "mean ms": "microbatch_ms",
+    "state MB": "state_bytes",
+}
+KEYS |= {"params MB": "parameter_bytes", "temps MB": "temporary_bytes"}
+KEYS |= {"trace, compile ms/leaf": "compilation_ms_a_leaf"}
+KEYS |= {"dispatch us/leaf": "dispatch_us_a_leaf", "largest three": "slope_of_largest"}
 FITTED = {
     "parameters": ("hold_ms", "release_ms"),
     "leaves": ("trace_s", "compile_s", "dispatch_ms"),
@@ -136,29 +144,33 @@ def slopes(sweep: str, rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     return fits
 
 
-def cell(key: str, value: Any) -> str:
-    """Returns how a table shows a figure, by its name: medians, and bytes in MB."""
-    if value is None or isinstance(value, bool):
-        return AGREES[value]
-    value = middle(value) / 1e6 if key.endswith("bytes") else middle(value)
-    if not isinstance(value, float):
-        return value if isinstance(value, str) else f"{value:,}"
-    return f"{value:.0f}" if value >= 100 else f"{value:.2f}" if value < 10 else f"{value:.1f}"
+def cells(row: dict[str, Any], *headings: str) -> dict[str, str]:
+    """Returns how a table shows figures, by their names: medians, and bytes in MB."""
+
+    def cell(heading: str) -> str:
+        value = middle(row[KEYS.get(heading, heading.replace(" ", "_"))])
+        if value is None or isinstance(value, bool):
+            return AGREES[value]
+        value = value / 1e6 if heading.endswith("MB") else value
+        if not isinstance(value, float):
+            return value if isinstance(value, str) else f"{value:,}"
+        return f"{value:.0f}" if value >= 100 else f"{value:.2f}" if value < 10 else f"{value:.1f}"
+
+    return {heading: cell(heading) for heading in headings}
 
 
 def tables(result: dict[str, Any]) -> dict[str, list[Table]]:
     """Returns the rows of each sweep, and all slopes."""
     named, fits, notes = {}, [], [where(result)]
-    powers = {"slope": "slope", "slope_of_largest": "largest three"}
-    for sweep, figures in result["sweeps"].items():
+    for sweep, found in result["sweeps"].items():
         variable = "k" if sweep == "every_k" else sweep
-        shown = {sweep: variable, "name": "contender"} | SHOWN[sweep] | {"agrees": "agrees"}
-        rows = [{shown[key]: cell(key, row[key]) for key in shown} for row in figures["rows"]]
+        headings = variable, "contender", *SHOWN[sweep], "agrees"
+        rows = [cells(row, *headings) for row in found["rows"]]
         named[sweep] = [Table(rows, f"By {variable}", notes)]
-        for fit in figures["slopes"]:
-            figure = f"{shown[fit['quantity']].rpartition(' ')[0]}, by {variable}"
-            cells = {powers[key]: cell(key, fit[key]) for key in powers}
-            fits.append({"figure": figure, "contender": fit["name"]} | cells)
+        for fit in found["slopes"]:
+            name = fit["quantity"].replace("microbatch", "mean").rpartition("_")[0]
+            figure = {"figure": f"{name}, by {variable}"}
+            fits.append(figure | cells(fit, "contender", "slope", "largest three"))
     return named | ({"slopes": [Table(fits, "Slopes, log-log", notes)]} if fits else {})
 
 

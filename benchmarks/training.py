@@ -20,12 +20,12 @@ from benchmarks.programs import Window, largest_error, nbytes
 # than the gradients: a step is nearly linear in them.
 INNER = INNERS["adamw"]
 OPTIONS = {
-    "parameters": (tuple(transformer.PRESETS), "100k", "10m", "350m"),
-    "dtype": (("float32", "bfloat16"), "float32", "float32", "bfloat16"),  # that it computes in
-    "every_k": (2, 4, 8, 8),  # microbatches per window
-    "microbatch": (1, 1, 1, 4),  # sequences in each, on each device
-    "sequence": (1, 16, 64, 1024),  # tokens in each
-    "rounds": (1, 3, 15, 15),
+    "parameters": ("the model", tuple(transformer.PRESETS), "100k", "10m", "350m"),
+    "dtype": ("what it computes in", ("float32", "bfloat16"), "float32", "float32", "bfloat16"),
+    "every_k": ("microbatches per window", 2, 4, 8, 8),
+    "microbatch": ("sequences in each microbatch, on each device", 1, 1, 1, 4),
+    "sequence": ("tokens in each sequence", 1, 16, 64, 1024),
+    "rounds": ("timed rounds", 1, 3, 15, 15),
 }
 
 

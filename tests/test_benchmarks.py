@@ -203,7 +203,7 @@ def test_a_run_says_how_long_the_committed_one_took_and_that_quick_means_nothing
 @pytest.mark.parametrize(("backend", "rounds"), [("cpu", 2), ("gpu", 3), ("tpu", 3)])
 def test_a_gpu_and_a_tpu_get_large_sizes(backend, rounds, monkeypatch):
     monkeypatch.setattr(jax, "default_backend", lambda: backend)
-    options = {"rounds": (1, 1, 2, 3)}
+    options = {"rounds": ("timed rounds", 1, 1, 2, 3)}
     assert harness.parse_args("some", None, options, []).rounds == rounds
     assert harness.parse_args("some", None, options, ["--quick"]).rounds == 1
 
