@@ -16,7 +16,7 @@ from benchmarks import harness, plots
 
 ROOT = pathlib.Path(__file__).parent.parent
 FIGURES = ROOT / "benchmarks" / "figures"
-READMES = ROOT / "README.md", ROOT / "benchmarks" / "README.md"
+READMES = ROOT / "docs" / "explanation" / "holds.md", ROOT / "benchmarks" / "README.md"
 DEVICES = "", "-cpu", "-gpu", "-tpu"
 MODULES = {"compiled": "compiled_tables"} | {
     name: name

@@ -10,6 +10,7 @@ import argparse
 from collections.abc import Callable, Mapping
 import itertools
 from pathlib import Path
+import sys
 import time
 from typing import Any, NamedTuple
 
@@ -201,7 +202,10 @@ def parse_args() -> argparse.Namespace:
     if args.output.suffix.lower() not in (".png", ".svg", ".pdf"):
         parser.error(f"argument --output: must end in .png, .svg or .pdf, got {args.output}")
     try:
+        is_new = not args.output.exists()
         args.output.open("ab").close()
+        if is_new:  # a run that is stopped leaves no empty figure
+            args.output.unlink()
     except OSError as error:
         parser.error(f"argument --output: {error}")
     return args
@@ -209,7 +213,10 @@ def parse_args() -> argparse.Namespace:
 
 if __name__ == "__main__":
     args = parse_args()
-    results = train_all(args.microbatches, args.steps)
+    try:
+        results = train_all(args.microbatches, args.steps)
+    except KeyboardInterrupt:
+        sys.exit(130)
     print_table(results)
     draw(results, args.microbatches, args.output)
     print(f"Wrote {args.output.resolve()}")

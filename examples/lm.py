@@ -6,6 +6,8 @@ from the last one, in mid-window too, and ends with the same parameters, bit for
 may have to be told to add in a fixed order). Then the first gradient steps are taken again in three
 ways: on full batches, on microbatches weighted with their bytes, and on unweighted microbatches,
 which gives the mean of their means and not the gradient of the full batch.
+
+`--noise` trains with windows that grow, and draws the gradient noise scale beside the loss.
 """
 
 import argparse
@@ -20,6 +22,7 @@ from typing import Any
 from flax import nnx
 import jax
 import jax.numpy as jnp
+import lm_noise
 from matplotlib.figure import Figure
 import numpy as np
 import optax
@@ -32,7 +35,7 @@ from optaccum.flax import Optimizer
 END, PADDING = 0, 1  # a token is a byte, and no text has these two
 LENGTH = 128  # tokens that the model sees at once
 HEAD_WIDTH = 32
-SETTINGS = ("steps", "every_k", "batch_size", "width", "layers")  # resume with the same
+SETTINGS = ("steps", "every_k", "batch_size", "width", "layers", "noise")  # resume with the same
 FULL_BATCH, WEIGHTED, UNWEIGHTED = "full batch", "weight=tokens", "no weight (mean of means)"
 
 
@@ -92,10 +95,13 @@ def read_microbatch(rows: np.ndarray, number: int, args: argparse.Namespace) -> 
 
     The paragraphs of a window are sorted by length, as loaders do who cut the padding off. Here
     all of it stays, so that one program serves all microbatches; but they count very differently.
+    The noise scale is that of samples, which must not be sorted.
     """
     window, i = divmod(number, args.every_k)
     size = args.every_k * args.batch_size
     drawn = rows[np.random.default_rng(window).choice(len(rows), size, replace=False)]
+    if args.noise:
+        return drawn[i * args.batch_size : (i + 1) * args.batch_size]
     order = np.argsort((drawn != PADDING).sum(axis=1), kind="stable")
     return drawn[order[i * args.batch_size : (i + 1) * args.batch_size]]
 
@@ -112,7 +118,7 @@ def loss_fn(model: LanguageModel, rows: Any) -> tuple[jax.Array, jax.Array]:
 def train_step(model: LanguageModel, optimizer: Optimizer, rows: Any, weighted: bool):
     """Take in one microbatch; return its loss and number of tokens."""
     (loss, tokens), grads = nnx.value_and_grad(loss_fn, has_aux=True)(model, rows)
-    optimizer.update(model, grads, weight=tokens if weighted else None, value=loss)
+    optimizer.update(model, grads, weight=tokens if weighted else None, loss=loss)
     return loss, tokens
 
 
@@ -124,10 +130,16 @@ def make_optimizer(model: LanguageModel, args: argparse.Namespace, whole: bool =
     """Return an optimizer that steps once per window or, for whole batches, every time."""
     # Inside `accumulate` it sees windows: clips their means, schedules gradient steps.
     schedule = optax.cosine_decay_schedule(5e-3, decay_steps=args.steps)
+    length = functools.partial(lm_noise.window_length, every_k=args.every_k, steps=args.steps)
+    rate = (lambda i: schedule(i) * jnp.sqrt(length(i) / args.every_k)) if args.noise else schedule
     # With Adam's usual 1e-8 a gradient that is no more than a rounding error makes a whole step.
-    inner = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(schedule, eps=1e-6))
+    inner = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(rate, eps=1e-6))
     tx = optaccum.accumulate(
-        args.every_k, inner, should_skip_update_fn=optax.skip_not_finite, average_args=("value",)
+        length if args.noise else args.every_k,
+        inner,
+        should_skip_update_fn=optax.skip_not_finite,
+        metrics=("loss",),
+        measure_noise="all" if args.noise else None,
     )
     return Optimizer(model, optax.with_extra_args_support(inner) if whole else tx, wrt=nnx.Param)
 
@@ -146,11 +158,17 @@ def catch_signals() -> list[int]:
 
 
 def train(model: LanguageModel, rows: np.ndarray, args: argparse.Namespace, caught: list[int]):
-    """Train from the last checkpoint, if there is one, to the end; save checkpoints on the way."""
+    """Train from the last checkpoint, if there is one, to the end; save checkpoints on the way.
+
+    Returns the windows of this run, if their noise is measured.
+    """
     optimizer = make_optimizer(model, args)
     columns = *Progress.get_default_columns(), TextColumn("{task.fields[report]}")
     run = {"model": model, "optimizer": optimizer}
-    start, last = 0, args.steps * args.every_k
+    start, last, windows = 0, args.steps * args.every_k, []
+    if args.noise:
+        steps = np.arange(args.steps)
+        last = int(lm_noise.window_length(steps, args.every_k, args.steps).sum())
     with open_checkpoints(args.checkpoints) as checkpoints, Progress(*columns) as progress:
         if checkpoints.latest is not None:
             start = checkpoints.latest.step
@@ -162,10 +180,15 @@ def train(model: LanguageModel, rows: np.ndarray, args: argparse.Namespace, caug
             tokens += train_step(model, optimizer, microbatch, weighted=True)[1]
             progress.update(task, advance=1)
             if optimizer.has_released:
-                window = optaccum.get_state(optimizer.opt_state)
-                loss = float(window.arg_sums["value"][...] / window.weight[...])
-                speed = float(tokens) / (time.perf_counter() - since)
-                progress.update(task, report=f"loss {loss:.3f}, {speed:,.0f} tokens/s")
+                window = optaccum.window_metrics(optimizer.opt_state)
+                loss, speed = float(window["loss"]), float(tokens) / (time.perf_counter() - since)
+                report = f"loss {loss:.3f}, {speed:,.0f} tokens/s"
+                if args.noise:
+                    scale = float(optaccum.noise_scale(optimizer.opt_state).batch_size)
+                    step, weight = int(window["gradient_step"]), float(window["weight"])
+                    windows.append(lm_noise.Window(step, loss, weight, scale))
+                    report += f", noise scale {scale:,.0f} tokens"
+                progress.update(task, report=report)
                 tokens, since = 0, time.perf_counter()
             done = number + 1
             if caught or done % args.save_every == 0 or done == last:
@@ -173,6 +196,7 @@ def train(model: LanguageModel, rows: np.ndarray, args: argparse.Namespace, caug
             if caught:
                 progress.console.print(f"Saved after microbatch {done}; go on with --resume.")
                 sys.exit(128 + caught[0])
+    return windows
 
 
 def open_checkpoints(folder: Path) -> ocp.training.Checkpointer:
@@ -251,10 +275,11 @@ def parse_args() -> argparse.Namespace:
     add("--compare-steps", type=int, default=100, help="gradient steps to compare; 0 for none")
     add("--checkpoints", type=Path, default=Path("lm-checkpoints"), help="where to keep them")
     add("--resume", action="store_true", help="go on from the last checkpoint")
+    add("--noise", action="store_true", help="measure the noise scale, draw it, compare nothing")
     add("--output", type=Path, default=Path("lm.png"), help="where to write the figure")
     args = parser.parse_args()
     for name in (*SETTINGS, "save_every", "compare_steps"):
-        value, least = getattr(args, name), 0 if name == "compare_steps" else 1
+        value, least = getattr(args, name), 0 if name in ("compare_steps", "noise") else 1
         if value < least:
             parser.error(f"argument --{name.replace('_', '-')}: must be >= {least}, got {value}")
     if args.width % HEAD_WIDTH:
@@ -272,7 +297,10 @@ def parse_args() -> argparse.Namespace:
         holds = f"a run of {found}, not {args.settings}" if found else "no checkpoint"
         parser.error(f"argument --resume: {args.checkpoints} holds {holds}")
     try:
+        is_new = not args.output.exists()
         args.output.open("ab").close()
+        if is_new:  # a run that is stopped leaves no empty figure
+            args.output.unlink()
     except OSError as error:
         parser.error(f"argument --output: {error}")
     return args
@@ -284,10 +312,14 @@ if __name__ == "__main__":
     # Accelerators may round float32 products coarsely, and differently for each batch size.
     with jax.default_matmul_precision("highest"):
         model = LanguageModel(args.width, args.layers, nnx.Rngs(0))
-        train(model, rows, args, caught)
+        windows = train(model, rows, args, caught)
         bits = float(evaluate(model, held_out)[0]) / np.log(2)
         print(f"Held out: {bits:.3f} bits per byte. It writes:\n\n{write_paragraph(model)}\n")
-        if args.compare_steps:
+        if args.noise and windows:
+            lm_noise.draw(windows, args.output)
+            print(f"Noise scale: {windows[-1].noise_scale:,.0f} bytes. A step had", end=" ")
+            print(f"{windows[-1].tokens:,.0f}. Wrote {args.output.resolve()}")
+        elif args.compare_steps:
             curves = compare(rows, args, caught)
             draw(curves, args.every_k, args.output)
             for name, (losses, distances) in curves.items():

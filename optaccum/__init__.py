@@ -1,18 +1,26 @@
-"""Exact, free and safe gradient accumulation for Optax."""
+"""Exact, free and safe gradient accumulation for Optax.
+
+Documentation: the address is in the metadata of the package, `pip show -v optaccum`.
+"""
 
 from optaccum._accumulate import accumulate
 from optaccum._apply import apply_gradients
 from optaccum._fit import Fit, fit_num_microbatches
+from optaccum._metrics import window_metrics
 from optaccum._microbatched import microbatched
 from optaccum._migrate import from_multi_steps, to_multi_steps
+from optaccum._noise import NoiseScale, noise_scale
 from optaccum._skip import skip_not_finite
 from optaccum._state import AccumulateState, get_state, has_released
 from optaccum._state_shardings import state_shardings
 from optaccum._value_and_grad import grad, value_and_grad
 
+__version__ = "0.1.0"
+
 __all__ = (
     "AccumulateState",
     "Fit",
+    "NoiseScale",
     "accumulate",
     "apply_gradients",
     "fit_num_microbatches",
@@ -21,8 +29,10 @@ __all__ = (
     "grad",
     "has_released",
     "microbatched",
+    "noise_scale",
     "skip_not_finite",
     "state_shardings",
     "to_multi_steps",
     "value_and_grad",
+    "window_metrics",
 )

@@ -11,7 +11,7 @@ import optax
 from optaccum._check import arguments, devices as check_devices, extra_args as check_args
 from optaccum._check.gradients import Options, check_microbatch, check_parameters
 from optaccum._check.multi_steps import Accumulate, explain_order
-from optaccum._core import window
+from optaccum._core import noise, window
 from optaccum._core.traced import (
     both,
     branch,
@@ -34,12 +34,15 @@ def accumulate(
     should_skip_update_fn: Callable[[Any, jax.Array, Any], tuple[Any, Any]] | None = None,
     accumulator_dtype: jax.typing.DTypeLike | None = None,
     average_args: tuple[str, ...] = (),
+    metrics: tuple[str, ...] = (),
+    measure_noise: str | None = None,
+    noise_decay: float = 0.99,
     reduce_axes: str | tuple[str, ...] = (),
 ) -> optax.GradientTransformationExtraArgs:
     """Accumulate the gradients of a window of microbatches, then step `inner` once.
 
     For the accepted microbatches i = 1..n of a window, with gradients g_i and weights w_i, the
-    inner optimizer is given
+    inner optimizer is given::
 
         G = (sum_i w_i g_i) / (sum_i w_i)        use_grad_mean=True, the default
         G =  sum_i w_i g_i                       use_grad_mean=False
@@ -70,8 +73,8 @@ def accumulate(
           `inner` and `should_skip_update_fn`. (With `reduce_axes` a release has the reduced sums,
           and on GPUs a call with unreduced sums has copies.)
 
-    The page "Semantics" of the documentation (docs/semantics.md) has a table of all cases. The page
-    "Many devices" (docs/many_devices.md) has programs for `jax.shard_map` and explicit sharding.
+    Documentation: "Semantics" has a table of all cases, "On many devices" programs for
+    `jax.shard_map` and explicit sharding.
 
     The optimizer belongs inside. Without `inner` the transformation emits zeros until a window is
     released, then G, which is right only in front of *stateless* transformations:
@@ -93,6 +96,12 @@ def accumulate(
             float32. A narrower one saves memory and loses bits.
         average_args: names of scalar extra arguments of which `inner` should see the window's
             weighted mean, and not the last microbatch's value: `("value",)` for a loss.
+        metrics: names of scalar extra arguments that are averaged in the same way for
+            :func:`optaccum.window_metrics` alone: `inner` does not get them.
+        measure_noise: None; "first" to measure the gradient noise scale with the first microbatch
+            of each window, "all" with every one: more precise, and on CPUs one more reading of
+            the gradients in every call. :func:`optaccum.noise_scale` returns it.
+        noise_decay: in 0..1 without 1, how much of the noise scale's averages a release keeps.
         reduce_axes: mesh axes over which gradients arrive as one part per device, to be reduced
             once per window.
 
@@ -117,10 +126,12 @@ def accumulate(
     arguments.check_transformation("`inner`", inner)
     options = Options(
         arguments.check_every_k(every_k),
-        check_args.check_average_args(average_args),
+        *check_args.check_averages(average_args, metrics),
         check_devices.check_axes(reduce_axes),
         check_args.named_by(inner.update),
+        arguments.check_measure_noise(measure_noise),
     )
+    noise_decay = arguments.check_decay("`noise_decay`", noise_decay)
     inner = arguments.as_inner(inner)
     summed = arguments.check_loss_reduction(loss_reduction) == "sum"
     judge = arguments.as_judge(should_skip_update_fn)
@@ -129,7 +140,9 @@ def accumulate(
     def init_fn(params):
         trained, i32 = _trained(params), jnp.int32
         check_parameters(trained, accumulator_dtype)
-        over = check_devices.check_sums(trained, options.reduce_axes)
+        over = check_devices.check_sums(
+            trained, options.reduce_axes, measured=options.measure_noise is not None
+        )
         report = ()
         if judge is not None:
             step = jax.ShapeDtypeStruct((), i32)
@@ -137,7 +150,7 @@ def accumulate(
         zeros = Sums(
             jnp.zeros([], jnp.float32),
             window.open_sums(trained, accumulator_dtype) if options.keeps_sums else (),
-            {name: jnp.zeros([], jnp.float32) for name in options.average_args},
+            {name: jnp.zeros([], jnp.float32) for name in options.averages},
         )
         weight, grad_sum, arg_sums = over.open(zeros)
         return AccumulateState(
@@ -150,6 +163,7 @@ def accumulate(
             arg_sums=arg_sums,
             skip_state=jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), report),
             inner_state=jax.tree.map(strongly_typed, inner.init(params)),
+            noise=noise.start(over) if options.measure_noise else (),
         )
 
     def advance(grads, state, params, weight, release, extra_args, *, apply):
@@ -158,6 +172,7 @@ def accumulate(
         trained = None if params is None else _trained(params)
         given = check_microbatch(options, grads, state, trained, weight, release, extra_args)
         weight, over, alone = given.weight, given.devices, given.alone
+        extra_args = {name: x for name, x in extra_args.items() if name not in options.metrics}
 
         # Does it count?
         accept, skip_state = True, state.skip_state
@@ -190,34 +205,47 @@ def accumulate(
             accept=accept,
             summed=summed,
         )
+        samples, averages = noise.measure(
+            state.noise,
+            grads,
+            factor,
+            None if alone else measure_noise,
+            over,
+            first=first,
+            accept=accept,
+            summed=summed,
+        )
         total = over.total(sums, due, closes)
         steps = closes if certain else both(closes, total > 0)
 
         # Step, or hold.
         arrays, join = take_apart(params)
 
-        def step(params, inner_state):
-            kept = over.load(sums)
-            grad_sum, args = over.reduce(kept.grads, kept.scalars, trained)
+        def step(params, inner_state, averages):
+            kept, measured = over.load((sums, samples))
+            grad_sum, (args, measured) = over.reduce(kept.grads, (kept.scalars, measured), trained)
+            averages = noise.update(averages, measured, grad_sum, total, noise_decay)
             mean, args = window.mean(Sums(total, grad_sum, args), values, of_grads=use_grad_mean)
             if alone:
                 mean = window.alone(grads, factor, summed=summed, of_mean=use_grad_mean)
             params = join(params) if apply else params
-            updates, new = inner.update(mean, inner_state, params, **{**extra_args, **args})
+            args = extra_args | {name: args[name] for name in options.average_args}
+            updates, new = inner.update(mean, inner_state, params, **args)
             result = take_apart(apply_updates(params, updates))[0] if apply else updates
-            return result, cast_like(new, inner_state)
+            return result, cast_like(new, inner_state), averages
 
         def shapes(step):
             if step is not None:
-                return (jax.eval_shape(step, state.inner_state)[0],)
+                return (jax.eval_shape(step, state.inner_state, averages)[0],)
             return (shapes_of_updates(inner.update, grads, state.inner_state, params, extra_args),)
 
+        start = state.inner_state, averages
         if apply:
-            result, inner_state = branch(due, steps, step, (arrays, state.inner_state))
+            result, inner_state, averages = branch(due, steps, step, (arrays, *start))
             result = join(result)
         else:
             update = functools.partial(step, params)
-            result, inner_state = branch(due, steps, update, (state.inner_state,), shapes)
+            result, inner_state, averages = branch(due, steps, update, start, shapes)
         return result, AccumulateState(
             mini_step=jnp.where(closes, 0, jnp.where(accept, count, state.mini_step)),
             gradient_step=jnp.where(
@@ -230,6 +258,7 @@ def accumulate(
             arg_sums=sums.scalars,
             skip_state=skip_state,
             inner_state=inner_state,
+            noise=noise.Noise(samples, averages) if state.noise else state.noise,
         )
 
     def update_fn(updates, state, params=None, *, weight=None, release=None, **extra_args):

@@ -38,7 +38,7 @@ def fit_num_microbatches(
     """Return the fewest microbatches with which a training step fits in memory.
 
     Compiles the step ahead of time for one candidate after the other, fewest first, and stops at
-    the first whose peak, on each device, is within the limit:
+    the first whose peak, on each device, is within the limit::
 
         peak = arguments + outputs - donated outputs + temporaries
 

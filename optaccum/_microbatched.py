@@ -25,7 +25,7 @@ def microbatched(
     """Return `fun` that runs its rows in n microbatches, exactly for losses that couple all rows.
 
     For the microbatches i = 0..n-1 of the batch, a loss L of all outputs Y, and its derivative
-    y-bar_i by those of microbatch i,
+    y-bar_i by those of microbatch i::
 
         Y = [fun(params, rows_i) for all i]        gradient = sum_i vjp_i(y-bar_i)
 

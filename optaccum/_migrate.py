@@ -24,7 +24,7 @@ def from_multi_steps(
     """Return the state with which `tx` goes on where `optax.MultiSteps` stopped.
 
     `optax.MultiSteps` keeps the mean of the n microbatches of its open window (or, without
-    `use_grad_mean`, their sum); :func:`optaccum.accumulate` keeps sum and weight,
+    `use_grad_mean`, their sum); :func:`optaccum.accumulate` keeps sum and weight::
 
         grad_sum = n * acc_grads,    weight = n.
 

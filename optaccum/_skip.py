@@ -11,7 +11,7 @@ from optaccum._core import devices, window
 def skip_not_finite(updates: Any, gradient_step: Any, params: Any) -> tuple[jax.Array, Any]:
     """Reject a microbatch whose gradients hold a NaN or an infinity.
 
-    For `should_skip_update_fn`. It decides what `optax.skip_not_finite` does, but by a sum,
+    For `should_skip_update_fn`. It decides what `optax.skip_not_finite` does, but by a sum::
 
         skip = not isfinite(sum_j 0 * g_j)        0 * g is NaN where g is not finite, else 0
 

@@ -26,6 +26,8 @@ class AccumulateState(NamedTuple):
         arg_sums: {name: f32[]}, weighted sums of the `average_args`.
         skip_state: what `should_skip_update_fn` last reported; () without one.
         inner_state: state of the inner optimizer; only a release changes it.
+        noise: what `measure_noise` has measured, of the open window in `noise.samples` and of
+            those before it in `noise.averages`: f32[] all; () without it.
     """
 
     mini_step: jax.Array
@@ -37,6 +39,7 @@ class AccumulateState(NamedTuple):
     arg_sums: dict[str, jax.Array]
     skip_state: Any
     inner_state: Any
+    noise: Any = ()
 
     def __getattr__(self, name: str) -> Any:
         raise renamed("AccumulateState", name)

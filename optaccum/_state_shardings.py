@@ -15,7 +15,7 @@ from optaccum._core.devices import unreduced, varying
 def state_shardings(tx: optax.GradientTransformation, params: Any, shardings: Any = None) -> Any:
     """Return the shardings of `tx.init(params)`, leaf by leaf, without running it.
 
-    A leaf of the state that belongs to the parameter p, sharded like s, is given
+    A leaf of the state that belongs to the parameter p, sharded like s, is given::
 
         s                  in the shape of p: the sums of gradients, the optimizer's moments
         (None, ..., *s)    with more axes before it: a history, as L-BFGS keeps one

@@ -68,7 +68,7 @@ def value_and_grad(
 ) -> Callable[..., Any]:
     """Return `jax.value_and_grad(fun)` that runs the batch in n microbatches, by one scan.
 
-    For the microbatches i = 0..n-1 of the batch, with losses l_i, gradients g_i and weights w_i,
+    For the microbatches i = 0..n-1 of the batch, with losses l_i, gradients g_i and weights w_i::
 
         loss = (sum_i w_i l_i) / (sum_i w_i)        gradient = (sum_i w_i g_i) / (sum_i w_i)
 
@@ -108,8 +108,9 @@ def value_and_grad(
     `num_microbatches` 1                          `jax.value_and_grad(fun)`: no scan, no sums, the
                                                   caller's keys; aux has its leading axis of 1
                                                   (with `reduce_axes` there are sums)
-    weight below 2**-100 (0), negative or NaN,    the microbatch adds nothing, not even a NaN, and
-    or one that takes their sum above 2**126      leaves the carry as it was; its aux is kept
+    a weight below 2**-100, negative or NaN       the microbatch adds nothing, not even a NaN, and
+                                                  leaves the carry as it was; its aux is kept
+    one that takes their sum above 2**126         the same
     weights sum to 0                              loss and gradients are zeros
     n does not divide the rows                    an error that names the nearest divisors; pad,
                                                   and give the padding no weight

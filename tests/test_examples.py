@@ -3,6 +3,7 @@
 import os
 from pathlib import Path
 import re
+import runpy
 import subprocess
 import sys
 
@@ -87,6 +88,19 @@ def test_digits_microbatches_need_less_memory(table, way):
 def test_digits_writes_the_figure(printed, figure):
     assert str(figure) in printed
     assert figure.read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
+
+
+@pytest.mark.parametrize("script", ["digits.py", "clip.py"])
+def test_ctrl_c_leaves_no_traceback_and_no_figure(script, tmp_path, monkeypatch):
+    def stop(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("sklearn.datasets.load_digits", stop)
+    monkeypatch.setattr(sys, "argv", [script, "--output", str(tmp_path / "figure.png")])
+    with pytest.raises(SystemExit) as exit_:
+        runpy.run_path(str(DIGITS.with_name(script)), run_name="__main__")
+    assert exit_.value.code == 130
+    assert not list(tmp_path.iterdir())
 
 
 def steps_of(digits, transformation):

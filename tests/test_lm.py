@@ -95,7 +95,7 @@ def assert_same(a, b):
 
 
 def make_args(folder, **settings):
-    settings = {**SETTINGS, **settings}
+    settings = {**SETTINGS, "noise": False, **settings}
     return argparse.Namespace(
         **settings,
         settings=settings,
@@ -197,6 +197,7 @@ def test_a_signal_saves_and_exits_and_resume_goes_on(lm, finished, tmp_path, num
     assert process.returncode == code, errors
     (done,) = re.findall(r"Saved after microbatch (\d+)", printed)
     assert saved(lm, tmp_path)[0][-1] == int(done) < LAST
+    assert not (tmp_path / "lm.png").exists()
     run(tmp_path, *options, "--resume")
     assert_same(saved(lm, tmp_path)[1], saved(lm, finished[0])[1])
 
@@ -261,3 +262,17 @@ def refusal(lm, monkeypatch, capsys, *options):
     assert exit_.value.code == 2
     (option,) = re.findall(r"error: argument (\S+): ", capsys.readouterr().err)
     return option
+
+
+def test_the_noise_is_measured_while_the_window_grows(tmp_path):
+    printed = run(tmp_path, "--noise", "--output=noise.svg", "--steps=6")
+    assert re.search(r"Noise scale: [\d,]+ bytes\. A step had [\d,]+\.", printed)
+    assert "noise scale" in (tmp_path / "noise.svg").read_text()
+    assert "compare" not in printed.lower()
+
+
+def test_windows_double_until_they_are_full():
+    lengths = scripts.load(LM.with_name("lm_noise.py")).window_length
+    assert [int(lengths(step, 8, 8)) for step in range(8)] == [2, 2, 4, 4, 8, 8, 8, 8]
+    assert [int(lengths(step, 6, 4)) for step in range(4)] == [2, 4, 6, 6]
+    assert [int(lengths(step, 1, 2)) for step in range(2)] == [1, 1]

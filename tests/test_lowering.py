@@ -158,3 +158,22 @@ def test_the_program_does_not_grow_with_k():
     sizes = {k: len(_compile(accumulate(k, optax.adamw(0.1))).as_text()) for k in (2, 1000)}
     # Nothing but the digits of the constant differs.
     assert abs(sizes[1000] - sizes[2]) < 64
+
+
+@pytest.mark.parametrize("mode", ["first", "all"])
+def test_measuring_the_noise_needs_no_temporary(mode):
+    """The norm of the mean is that of the sums: the mean is not written for it."""
+    tx = accumulate(4, optax.adamw(0.1), measure_noise=mode)
+    assert temporaries(_compile(tx, weighted=True)) <= SCALARS
+
+
+def test_not_measuring_leaves_the_program_as_it_is():
+    def text(tx):
+        state = tx.init(PARAMS)
+        return (
+            jax.jit(functools.partial(apply_gradients, tx)).lower(PARAMS, state, PARAMS).as_text()
+        )
+
+    off = text(accumulate(4, optax.adamw(0.1), measure_noise=None, noise_decay=0.5))
+    assert off == text(accumulate(4, optax.adamw(0.1)))
+    assert off != text(accumulate(4, optax.adamw(0.1), measure_noise="first"))

@@ -38,6 +38,14 @@ REPORT = """
 .skip_state['num_not_finite'] int32[]
 .skip_state['should_skip'] bool[]
 """
+NOISE = """
+.noise.samples.squares float32[]
+.noise.samples.weight float32[]
+.noise.samples.count float32[]
+.noise.averages.trace float32[]
+.noise.averages.signal float32[]
+.noise.averages.mass float32[]
+"""
 
 
 def _layout(state):
@@ -64,8 +72,9 @@ def _layout(state):
             ),
             SCALARS + SUMS + AVERAGED + REPORT + ADAM,
         ),
+        (accumulate(4, measure_noise="first"), SCALARS + SUMS + NOISE),
     ],
-    ids=["bare", "adam", "function", "array", "one", "all"],
+    ids=["bare", "adam", "function", "array", "one", "all", "noise"],
 )
 def test_layout(tx, expected):
     lines = [line for line in expected.splitlines() if line]
@@ -86,9 +95,10 @@ def test_fields():
         "arg_sums",
         "skip_state",
         "inner_state",
+        "noise",
     )
     state = accumulate(1, optax.sgd(0.1)).init(PARAMS)
-    assert (state.grad_sum, state.arg_sums, state.skip_state) == ((), {}, ())
+    assert (state.grad_sum, state.arg_sums, state.skip_state, state.noise) == ((), {}, (), ())
 
 
 def test_flax_train_state():

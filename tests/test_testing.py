@@ -50,6 +50,16 @@ def test_the_weights_are_the_shares_of_the_right_ones():
     np.testing.assert_allclose(report.weights, counts / counts.sum(), atol=1e-5)
 
 
+def test_rows_that_are_stacked_are_followed():
+    def loss(params, batch):
+        both = jnp.stack([batch["x"] @ params, jnp.sin(batch["x"] @ params)], axis=1)
+        return (batch["mask"][:, None] * both**2).sum() / batch["mask"].sum()
+
+    mask = jnp.array([1.0, 0, 1, 1, 0, 0, 1, 1])
+    report = check_loss(loss, W, {"x": X, "mask": mask}, num_microbatches=2)
+    assert {finding.kind for finding in report.findings} == {"weights", "divisor"}
+
+
 def test_a_factor_is_measured():
     report = check_loss(CASES["sum_over_rows"].fun, PARAMS, BATCH, num_microbatches=4)
     assert report.scale == pytest.approx(4, abs=1e-4)

@@ -117,6 +117,21 @@ def check_loss_reduction(reduction: Any) -> str:
     return reduction
 
 
+def check_measure_noise(mode: Any) -> str | None:
+    """Returns `measure_noise`, if it is a way to measure."""
+    if mode is not None and mode not in ("first", "all"):
+        raise ValueError(f"`measure_noise` must be None, 'first' or 'all', got {mode!r}")
+    return mode
+
+
+def check_decay(name: str, decay: Any) -> float:
+    """Returns a factor in 0..1, without 1, as a float."""
+    known = isinstance(decay, int | float) and not isinstance(decay, bool)
+    if not known or not 0 <= decay < 1:
+        raise ValueError(f"{name} must be a Python number >= 0 and < 1, got {describe(decay)}")
+    return float(decay)
+
+
 def check_transformation(name: str, tx: Any) -> None:
     """Raises unless `tx` has the `init` and `update` of a transformation."""
     if not (callable(getattr(tx, "init", None)) and callable(getattr(tx, "update", None))):

@@ -48,15 +48,22 @@ def check_spelling(extra_args: Iterable[str], others: Iterable[str]) -> None:
             )
 
 
-def check_average_args(names: Any) -> tuple[str, ...]:
-    """Returns the names of the averaged extra arguments as a tuple."""
-    names = check_names("`average_args`", names, "a tuple of names like ('value',)")
-    reserved = set(OURS).intersection(names)
-    if reserved:
+def check_averages(average_args: Any, metrics: Any) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Returns the names of the averaged extra arguments, those for `inner` and the others."""
+    found = []
+    for owner, names in (("average_args", average_args), ("metrics", metrics)):
+        names = check_names(f"`{owner}`", names, "a tuple of names like ('value',)")
+        if reserved := set(OURS).intersection(names):
+            raise ValueError(
+                f"`{owner}` cannot name {min(reserved)!r}: `accumulate` uses that argument itself"
+            )
+        found.append(names)
+    if both := set(found[0]).intersection(found[1]):
         raise ValueError(
-            f"`average_args` cannot name {min(reserved)!r}: `accumulate` uses that argument itself"
+            f"{min(both)!r} is named by `average_args` and by `metrics`; `inner` gets the first, "
+            "and not the second: name it in one"
         )
-    return names
+    return found[0], found[1]
 
 
 def check_read(
@@ -112,17 +119,20 @@ def _is_data(value: Any) -> bool:
     return bool(leaves) and all(isinstance(x, kinds) for x in leaves)
 
 
-def averaged(names: Iterable[str], extra_args: dict[str, Any]) -> dict[str, jax.Array]:
+def averaged(
+    average_args: Iterable[str], metrics: Iterable[str], extra_args: dict[str, Any]
+) -> dict[str, jax.Array]:
     """Returns the extra arguments to average, as floating scalars."""
+    owners = dict.fromkeys(metrics, "metrics") | dict.fromkeys(average_args, "average_args")
     values = {}
-    for name in names:
+    for name, owner in owners.items():
         if name not in extra_args:
             raise ValueError(
-                f"`average_args` names {name!r}, but the update was called without it; pass "
-                f"`{name}=` with every microbatch"
+                f"`{owner}` names {name!r}, but the update was called without it; pass `{name}=` "
+                "with every microbatch"
             )
         value = extra_args[name]
-        check_scalar(f"`{name}` (one of `average_args`)", value, jnp.floating, jnp.integer)
+        check_scalar(f"`{name}` (one of `{owner}`)", value, jnp.floating, jnp.integer)
         dtype = jnp.result_type(value)
         floating = jnp.issubdtype(dtype, jnp.floating)
         values[name] = jnp.asarray(value, dtype if floating else jnp.float32)

@@ -18,8 +18,15 @@ class Options(NamedTuple):
 
     every_k: int | jax.Array | Callable[[jax.Array], Any]
     average_args: tuple[str, ...]
+    metrics: tuple[str, ...]
     reduce_axes: tuple[str, ...]
     inner_args: frozenset[str]
+    measure_noise: str | None
+
+    @property
+    def averages(self) -> tuple[str, ...]:
+        """The names of all extra arguments that are averaged."""
+        return *self.average_args, *self.metrics
 
     @property
     def keeps_sums(self) -> bool:
@@ -72,7 +79,7 @@ def check_microbatch(
         TypeError: for arguments of another kind.
         ValueError: for arguments that do not fit the state.
     """
-    _check_state(state, grads, options.keeps_sums)
+    _check_state(state, grads, options)
     # A state that came from a longer window has sums, perhaps of an open one: keep them.
     none = jax.tree.structure(state.grad_sum) == jax.tree.structure(())
     alone = not options.keeps_sums and none
@@ -85,11 +92,11 @@ def check_microbatch(
     check_devices.check_parts(grads, over)
     if not alone:
         check_devices.check_placed(over.as_parts(grads), sums)
-    check_args.check_spelling(extra_args, {*options.inner_args, *options.average_args})
+    check_args.check_spelling(extra_args, {*options.inner_args, *options.averages})
     if weight is not None:
         weight = check_args.as_weight("`weight`", weight)
     due = check_args.as_release(release, alone=alone)
-    args = check_args.averaged(options.average_args, extra_args)
+    args = check_args.averaged(options.average_args, options.metrics, extra_args)
     length = arguments.window_length(options.every_k, state.gradient_step)
     check_devices.check_agreed(length if due is None else due, over)
     return Checked(weight, True if alone else due, args, length, alone, over)
@@ -182,8 +189,8 @@ def _describe_mismatch(grads: Any, like: Any) -> str:
     )
 
 
-def _check_state(state: Any, grads: Any, needs_sums: bool) -> None:
-    """Raises unless `state` is what `init` returns, with an accumulator if it needs one."""
+def _check_state(state: Any, grads: Any, options: Options) -> None:
+    """Raises unless `state` is what `init` returns, with all that the options ask for."""
     if not isinstance(state, AccumulateState):
         remedy = "the order is update(grads, state, params)"
         if isinstance(state, optax.MultiStepsState):
@@ -195,8 +202,20 @@ def _check_state(state: Any, grads: Any, needs_sums: bool) -> None:
             f"{type(state).__name__}; {remedy}"
         )
     no_sums = jax.tree.structure(state.grad_sum) == jax.tree.structure(())
-    if needs_sums and no_sums and jax.tree.leaves(grads):
+    if options.keeps_sums and no_sums and jax.tree.leaves(grads):
         raise ValueError(
             "the optimizer state has no accumulator: it was made with `every_k=1`; give it one "
             "with `state._replace(grad_sum=tx.init(params).grad_sum)`"
+        )
+    names = tuple(state.arg_sums)
+    if sorted(names) != sorted(options.averages):
+        raise ValueError(
+            f"the optimizer state has averages of {names}, but `average_args` and `metrics` name "
+            f"{options.averages}; between two windows, go on with "
+            "`state._replace(arg_sums=tx.init(params).arg_sums)`"
+        )
+    if options.measure_noise and not state.noise:
+        raise ValueError(
+            "the optimizer state has no measurement: it was made without `measure_noise`; give it "
+            "one with `state._replace(noise=tx.init(params).noise)`"
         )

@@ -2,7 +2,7 @@
 
 Gradients of data-parallel training are parts of a sum, one on each device. Reduced as they come,
 they cost one reduction per microbatch. Accumulated as parts they cost one per window, inside the
-release branch. A part is known by its type; docs/many_devices.md shows how users get one.
+release branch. A part is known by its type; the page "On many devices" shows how users get one.
 
 Auto axes have no parts: `jax.jit` reduces before anyone sees the gradient.
 """
@@ -33,7 +33,7 @@ class Whole:
         """Returns zeros as a state keeps them."""
         return sums
 
-    def store(self, values: Sums) -> Sums:
+    def store(self, values: Any) -> Any:
         """Returns a microbatch in the shapes that a state keeps."""
         return values
 
@@ -152,6 +152,19 @@ def over(axes: tuple[str, ...]) -> Whole:
     mesh = jax.sharding.get_abstract_mesh()
     types = dict(zip(mesh.axis_names, mesh.axis_types, strict=True))
     return PerDevice(axes) if types[axes[0]] == AxisType.Manual else Unreduced(axes)
+
+
+def of_all(sums: Sums) -> Sums:
+    """Returns sums of a state, read inside or outside of `jax.shard_map`, over all devices."""
+    if not jnp.ndim(sums.weight):
+        grads, scalars = Unreduced(()).reduce(sums.grads, sums.scalars)
+        return Sums(sums.weight, grads, scalars)
+    axes = tuple(varying(sums.weight))  # outside there are none, but all parts along one axis
+
+    def total(x):
+        return lax.psum(x.sum(0), axes) if axes else x.sum(0)
+
+    return jax.tree.map(total, sums)
 
 
 def reduce_like(total: jax.Array, x: jax.Array, kept: Whole) -> jax.Array:

@@ -14,6 +14,7 @@ KEEP = {
     "mesh_cast", "bitcast_convert_type",
 }  # fmt: skip
 ADD = {"add", "sub", "add_any"}
+JOIN = {"concatenate", "stack"}
 SUMS = {"reduce_sum", "dot_general", "scatter-add", "scatter_add", "reduce_window_sum", "psum",
         "psum2", "psum_invariant"}  # fmt: skip
 ORDER = {"cumsum", "cumprod", "cummax", "cummin", "cumlogsumexp", "rev", "sort", "top_k",
@@ -101,7 +102,7 @@ def _one(walk: Any, one: Any, two: Any, values: list[Value], i: int) -> Value:
             return rules.sum_rows(values)
         return rules.flaw(values, "unknown", "a convolution over rows", "unknown")
     if name in ("gather", "dynamic_slice", "slice", "split", "dynamic_update_slice", "pad",
-                "scatter", "concatenate", "reshape"):  # fmt: skip
+                "scatter", "reshape", *JOIN):  # fmt: skip
         return _moved(walk, one, two, values, before, after)
     shapes = {x.aval.shape for x in one.invars if x.aval.shape}
     entrywise = all(_broadcasts(shape, one.outvars[i].aval.shape) for shape in shapes)
@@ -119,7 +120,7 @@ def _constant(walk: Any, name: str, values: list[Value], before: list, after: tu
     numbers = merged.numbers
     if not any(v.degree for v in values) and not (any(before) and not after):
         return merge(values, numbers=numbers and bool(after), pair=None)
-    if name in KEEP or name in ("reshape", "concatenate", "gather", "slice", "max", "min", "clamp"):
+    if name in KEEP | JOIN | {"reshape", "gather", "slice", "max", "min", "clamp"}:
         return merged
     if name in ("mul", "div"):
         sign = 1 if name == "mul" else -1
@@ -210,7 +211,7 @@ def _moved(walk: Any, one: Any, two: Any, values: list[Value], before: list, aft
         if after and shape[after[0]] < walk.rows:
             return rules.flaw(values, "order", "rows are put into groups")
         return merged
-    if name == "concatenate":
+    if name in JOIN:
         return merged
     taken = values[0].kind != "const" and before[0]
     if name == "gather" and taken:

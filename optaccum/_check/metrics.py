@@ -1,0 +1,32 @@
+"""Metrics: whether a state can be read, and each of its numbers has a name of its own."""
+
+from collections.abc import Iterable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+
+def check_readable(mini_step: jax.Array, grad_sum: Any, grads: Any) -> bool:
+    """Returns whether a state has sums, or raises where the gradient's norm cannot be known."""
+    if jnp.ndim(mini_step):
+        raise ValueError(
+            "`opt_state` is that of several members of jax.vmap, "
+            f"{jnp.shape(mini_step)}; pass that of one: `jax.vmap(window_metrics)(opt_state)`"
+        )
+    has_sums = jax.tree.structure(grad_sum) != jax.tree.structure(())
+    if not has_sums and grads is None:
+        raise ValueError(
+            "`opt_state` has no sums of gradients, since `every_k` is the constant 1; pass "
+            "`grads`, those of the update before it, with every k"
+        )
+    return has_sums
+
+
+def check_own_names(averages: Iterable[str], others: Iterable[str]) -> None:
+    """Raises where an average has the name of another number."""
+    if both := sorted(set(averages).intersection(others)):
+        raise ValueError(
+            f"`average_args` or `metrics` name {both[0]!r}, which `window_metrics` returns itself; "
+            "pass it under another name"
+        )

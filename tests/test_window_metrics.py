@@ -1,0 +1,247 @@
+"""What is logged of a window: at every k, in a jitted loop, on many devices and in train states."""
+
+import functools
+
+from flax import linen as nn, nnx
+from helpers import meshes, tokens
+import jax
+import jax.numpy as jnp
+from jax.sharding import AxisType, PartitionSpec as P
+import numpy as np
+import optax
+import pytest
+
+from optaccum import accumulate, apply_gradients, skip_not_finite, window_metrics
+import optaccum.flax
+
+PARAMS = {"w": jnp.zeros((2, 2)), "b": jnp.zeros(3)}
+WEIGHTS = (1.0, 3.0, 2.0)
+LOSSES = (5.0, 1.0, 4.0)
+KEYS = ("gradient_step", "mini_step", "released", "skipped", "weight", "grad_norm")
+
+
+def gradients(seed):
+    rng = np.random.default_rng(seed)
+    return {name: rng.normal(size=p.shape).astype(np.float32) for name, p in PARAMS.items()}
+
+
+def norm(tree):
+    return np.sqrt(sum(float(np.sum(np.asarray(x, float) ** 2)) for x in tree.values()))
+
+
+def logged(tx, calls, **options):
+    """Returns the metrics after each call of (weight, loss, gradients), in one jitted program."""
+
+    @jax.jit
+    def step(grads, state, params, weight, loss):
+        params, state = apply_gradients(tx, grads, state, params, weight=weight, loss=loss)
+        return params, state, window_metrics(state, grads, **options)
+
+    params, state, found = PARAMS, tx.init(PARAMS), []
+    for weight, loss, grads in calls:
+        params, state, metrics = step(grads, state, params, jnp.float32(weight), jnp.float32(loss))
+        found.append(jax.device_get(metrics))
+    return found
+
+
+@pytest.mark.parametrize(
+    "k", [3, lambda step: 3, jnp.int32(3)], ids=["constant", "function", "array"]
+)
+def test_the_numbers_of_a_window(k):
+    tx = accumulate(k, optax.adam(0.1), metrics=("loss",))
+    calls = list(zip(WEIGHTS, LOSSES, map(gradients, range(3)), strict=True))
+    found = logged(tx, calls)
+    assert [m["released"] for m in found] == [False, False, True]
+    assert [m["mini_step"] for m in found] == [1, 2, 0]
+    for n, metrics in enumerate(found, 1):
+        weight = sum(WEIGHTS[:n])
+        mean = {name: sum(w * g[name] for w, _, g in calls[:n]) / weight for name in PARAMS}
+        loss = sum(w * x for w, x, _ in calls[:n]) / weight
+        expected = {"weight": weight, "grad_norm": norm(mean), "loss": loss, "skipped": 0}
+        for name, value in expected.items():
+            np.testing.assert_allclose(metrics[name], value, rtol=1e-6)
+    assert set(found[0]) == {*KEYS, "loss"}
+
+
+@pytest.mark.parametrize(
+    "k", [1, lambda step: 1, jnp.int32(1)], ids=["constant", "function", "array"]
+)
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_the_same_program_at_k_1(k, reduction):
+    tx = accumulate(k, optax.adam(0.1), metrics=("loss",), loss_reduction=reduction)
+    calls = list(zip(WEIGHTS, LOSSES, map(gradients, range(3)), strict=True))
+    for i, metrics in enumerate(logged(tx, calls, loss_reduction=reduction)):
+        divisor = WEIGHTS[i] if reduction == "sum" else 1
+        assert metrics["released"]
+        assert metrics["gradient_step"] == i + 1
+        np.testing.assert_allclose(metrics["weight"], WEIGHTS[i])
+        np.testing.assert_allclose(metrics["grad_norm"], norm(calls[i][2]) / divisor, rtol=1e-6)
+        np.testing.assert_allclose(metrics["loss"], LOSSES[i] / divisor, rtol=1e-6)
+
+
+@pytest.mark.parametrize("k", [1, 3])
+def test_before_the_first_microbatch_nothing_is_nan(k):
+    tx = accumulate(k, optax.adam(0.1), average_args=("value",), metrics=("loss",))
+    metrics = window_metrics(tx.init(PARAMS), PARAMS)
+    assert set(metrics) == {*KEYS, "value", "loss"}
+    for value in metrics.values():
+        assert value == 0
+
+
+@pytest.mark.parametrize("k", [1, 2])
+def test_a_rejected_microbatch_leaves_no_trace(k):
+    tx = accumulate(k, optax.sgd(0.1), metrics=("loss",), should_skip_update_fn=skip_not_finite)
+    bad = jax.tree.map(lambda p: np.full(p.shape, np.nan, np.float32), PARAMS)
+    first, second = logged(tx, [(2.0, 5.0, gradients(0)), (9.0, np.nan, bad)])
+    assert second["skipped"] == 1
+    assert not second["released"]
+    assert second["weight"] == first["weight"] == 2
+    assert second["loss"] == first["loss"] == 5
+    assert second["grad_norm"] == (0 if k == 1 else first["grad_norm"])
+
+
+def test_metrics_are_not_seen_by_the_inner_optimizer():
+    """Even one that would refuse them; what `average_args` names it gets as the mean."""
+    given = []
+
+    def update(updates, state, params=None, *, value):
+        del params
+        given.append(value)
+        return updates, state
+
+    inner = optax.GradientTransformationExtraArgs(lambda _: optax.EmptyState(), update)
+    tx = accumulate(2, inner, average_args=("value",), metrics=("loss", "accuracy"))
+    state = tx.init(PARAMS)
+    for i in range(2):
+        _, state = tx.update(gradients(i), state, PARAMS, value=1.0 + i, loss=3.0, accuracy=i)
+    assert float(given[-1]) == 1.5
+    assert window_metrics(state)["accuracy"] == 0.5
+
+
+def test_under_jit_an_unused_norm_costs_nothing():
+    tx = accumulate(4, optax.sgd(0.1), metrics=("loss",))
+    state = tx.init({"w": jnp.zeros(1024)})
+
+    def text(name):
+        return jax.jit(lambda state: window_metrics(state)[name]).lower(state).compile().as_text()
+
+    assert "f32[1024]" in text("grad_norm")
+    assert "f32[1024]" not in text("loss")
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "text"),
+    [
+        ({"metrics": "loss"}, TypeError, "`metrics` must be a tuple of names"),
+        ({"metrics": ("weight",)}, ValueError, "`metrics` cannot name 'weight'"),
+        (
+            {"metrics": ("value",), "average_args": ("value",)},
+            ValueError,
+            "'value' is named by `average_args` and by `metrics`",
+        ),
+    ],
+)
+def test_names_that_cannot_be(options, error, text):
+    with pytest.raises(error, match=text):
+        accumulate(4, **options)
+
+
+def test_what_cannot_be_read():
+    named = accumulate(2, metrics=("grad_norm",)).init(PARAMS)
+    with pytest.raises(ValueError, match="name 'grad_norm', which `window_metrics` returns itself"):
+        window_metrics(named)
+    with pytest.raises(ValueError, match="pass `grads`, those of the update before it"):
+        window_metrics(accumulate(1).init(PARAMS))
+    members = jax.vmap(accumulate(2).init)(jax.tree.map(lambda p: jnp.stack([p, p]), PARAMS))
+    with pytest.raises(ValueError, match=r"jax.vmap\(window_metrics\)\(opt_state\)"):
+        window_metrics(members)
+    assert jax.vmap(window_metrics)(members)["weight"].shape == (2,)
+    with pytest.raises(ValueError, match="`loss_reduction` must be 'mean' or 'sum'"):
+        window_metrics(accumulate(2).init(PARAMS), loss_reduction="token")
+    with pytest.raises(ValueError, match="holds no AccumulateState"):
+        window_metrics(optax.sgd(0.1).init(PARAMS))
+
+
+def test_a_forgotten_metric_is_an_error():
+    tx = accumulate(2, metrics=("loss",))
+    with pytest.raises(ValueError, match=r"name.* 'loss', but the update was called without it"):
+        tx.update(PARAMS, tx.init(PARAMS))
+
+
+def test_a_state_with_other_metrics():
+    old, new = accumulate(4, metrics=("loss",)), accumulate(4, metrics=("loss", "accuracy"))
+    state = old.init(PARAMS)
+    with pytest.raises(
+        ValueError, match=r"`state._replace\(arg_sums=tx.init\(params\).arg_sums\)`"
+    ):
+        new.update(PARAMS, state, loss=1.0, accuracy=1.0)
+
+
+def test_of_a_linen_train_state():
+    tx = accumulate(2, optax.adam(0.1), metrics=("loss",))
+    model = nn.Dense(1)
+    params = model.init(jax.random.key(0), jnp.ones((1, 2)))["params"]
+    state = optaccum.flax.TrainState.create(apply_fn=model.apply, params=params, tx=tx)
+    grads = jax.tree.map(jnp.ones_like, params)
+    for loss in (1.0, 2.0):
+        state = state.apply_gradients(grads=grads, loss=loss)
+    metrics = window_metrics(state.opt_state)
+    assert metrics["released"]
+    assert metrics["loss"] == 1.5
+    np.testing.assert_allclose(metrics["grad_norm"], np.sqrt(3), rtol=1e-6)
+
+
+def test_of_an_nnx_optimizer():
+    tx = accumulate(2, optax.adam(0.1), metrics=("loss",))
+    model = nnx.Linear(2, 1, rngs=nnx.Rngs(0))
+    optimizer = optaccum.flax.Optimizer(model, tx, wrt=nnx.Param)
+    grads = nnx.grad(lambda model: model(jnp.ones((1, 2))).sum())(model)
+    for loss in (1.0, 2.0):
+        optimizer.update(model, grads, loss=loss)
+    metrics = window_metrics(optimizer.opt_state)
+    assert metrics["released"]
+    assert metrics["loss"] == 1.5
+    np.testing.assert_allclose(metrics["grad_norm"], np.sqrt(3), rtol=1e-6)
+
+
+@pytest.mark.parametrize("inside", [True, False], ids=["inside", "outside"])
+def test_parts_of_devices(inside):
+    """The numbers of all devices, read inside and outside of `jax.shard_map`."""
+    mesh = meshes.make_mesh(AxisType.Auto)
+    tx = accumulate(tokens.K, tokens.INNER, reduce_axes="data", metrics=("value",))
+    with jax.set_mesh(mesh):
+        init, step = tokens.make_programs(tx, mesh)
+        params, state = jax.tree.map(jnp.copy, tokens.PARAMS), init(tokens.PARAMS)
+        for i in range(tokens.K):
+            params, state = step(params, state, tokens.X[i], tokens.MASK[i])
+        if inside:
+            read = jax.shard_map(window_metrics, mesh=mesh, in_specs=(tokens.SPECS,), out_specs=P())
+            metrics = jax.jit(read)(state)
+        else:
+            metrics = window_metrics(state)
+    x, mask = tokens.X[: tokens.K].reshape(-1, 40), tokens.MASK[: tokens.K].reshape(-1)
+    loss, grads = jax.value_and_grad(tokens.loss_fn)(tokens.PARAMS, x, mask)
+    assert metrics["released"]
+    np.testing.assert_allclose(metrics["weight"], mask.sum())
+    np.testing.assert_allclose(metrics["value"], loss, rtol=1e-5)
+    np.testing.assert_allclose(metrics["grad_norm"], optax.tree.norm(grads), rtol=1e-5)
+
+
+@meshes.needs_reshard
+def test_unreduced_sums():
+    mesh = meshes.make_mesh(AxisType.Explicit)
+    tx = accumulate(2, optax.sgd(0.1), reduce_axes="data")
+
+    def loss(params, x, mask):
+        return jnp.sum(mask[:, None] * (x @ params["w"]) ** 2) / jnp.sum(mask)
+
+    with jax.set_mesh(mesh):
+        params, place = tokens.replicated(mesh, {"w": jnp.ones((40, 3))})
+        state, step = tx.init(params), tokens.explicit_step(tx, loss)
+        before = jax.device_get(params)
+        for i in range(2):
+            params, state = step(params, state, place(tokens.X[i]), place(tokens.MASK[i]))
+        metrics = jax.jit(functools.partial(window_metrics))(state)
+    x, mask = tokens.X[:2].reshape(-1, 40), tokens.MASK[:2].reshape(-1)
+    expected = optax.tree.norm(jax.grad(loss)(before, x, mask))
+    np.testing.assert_allclose(metrics["grad_norm"], expected, rtol=1e-5)
