@@ -6,55 +6,39 @@ full batch. Then they take turns. Collectives are counted in the compiled progra
 as often as it has trips, and those of a branch in the last call of a window, which releases it.
 """
 
-import argparse
 import collections
 from collections.abc import Iterator
 import dataclasses
 import itertools
 import os
+import sys
 from typing import Any
 
 import jax
 
-from benchmarks import contenders, harness, hlo, training
+from benchmarks import contenders, harness, hlo, parallel, training
 from benchmarks.contenders import APPLY_GRADIENTS, FULL_BATCH, MULTI_STEPS, VALUE_AND_GRAD
-from benchmarks.parallel import (
-    BY_HAND,
-    CALLS_DEFERRED,
-    CALLS_EXPLICIT,
-    IN_STEP_DEFERRED,
-    IN_STEP_EXPLICIT,
-)
-from benchmarks.tables import AGREES, Table, median, where
+from benchmarks.parallel import CALLS_DEFERRED, IN_STEP_DEFERRED
+from benchmarks.tables import AGREES, Table, left_out, median, where
 
-CPU_DEVICES = 8
-CPU_FLAG = "xla_force_host_platform_device_count"
+CPU_DEVICES, CPU_FLAG = 8, "xla_force_host_platform_device_count"
 NAMES = (
-    FULL_BATCH,
-    MULTI_STEPS,
-    APPLY_GRADIENTS,
-    CALLS_DEFERRED,
-    CALLS_EXPLICIT,
-    VALUE_AND_GRAD,
-    IN_STEP_DEFERRED,
-    IN_STEP_EXPLICIT,
-    BY_HAND,
+    *(FULL_BATCH, MULTI_STEPS, APPLY_GRADIENTS, CALLS_DEFERRED, parallel.CALLS_EXPLICIT),
+    *(VALUE_AND_GRAD, IN_STEP_DEFERRED, parallel.IN_STEP_EXPLICIT, parallel.BY_HAND),
 )
-GROWING = (MULTI_STEPS, CALLS_DEFERRED, IN_STEP_DEFERRED)
-DEFAULTS = {  # quick, CPU, GPU or TPU
-    "parameters": ("100k", "3m", "110m"),
-    "microbatch": (1, 1, 4),
-    "sequence": (16, 32, 1024),
-    "rounds": (3, 15, 15),
+UNITS = {"time_to_multi_steps": MULTI_STEPS, "time_to_hand_written": parallel.BY_HAND}
+OPTIONS = training.OPTIONS | {
+    "parameters": ("the model", tuple(training.transformer.PRESETS), "100k", "3m", "110m"),
+    "dtype": ("what it computes in", ("float32", "bfloat16"), *["float32"] * 3),
+    "every_k": ("microbatches per window", 2, 4, 16, 16),
+    "sequence": ("tokens in each sequence", 1, 16, 32, 1024),
 }
 
 
 def traffic(programs: list[Any], every_k: int) -> tuple[list[Any], list[Any] | None]:
     """Returns the collectives of a window, and those of a microbatch that does not release it.
 
-    Args:
-        programs: one compiled program for each call: with a microbatch, or with the whole batch.
-        every_k: microbatches of the window.
+    There is one compiled program for each call: with a microbatch, or with the whole batch.
     """
     found = {program: hlo.collectives(program.as_text()) for program in dict.fromkeys(programs)}
     calls = [[one for one in found[program] if not one.conditional] for program in programs]
@@ -84,24 +68,22 @@ def total(found: list[dict[str, Any]]) -> int:
     return sum(one["bytes"] * one["times"] for one in found)
 
 
-def measure(args: argparse.Namespace) -> Iterator[harness.Result]:
-    """Yields every figure of the benchmark, ready for JSON."""
+def measure(args: Any) -> Iterator[harness.Result]:
+    if jax.device_count() < 2:
+        sys.exit(
+            f"needs at least 2 devices, found {jax.device_count()} {jax.devices()[0].device_kind}; "
+            f"with JAX_PLATFORMS=cpu, and without --{CPU_FLAG} in XLA_FLAGS, a CPU becomes "
+            f"{CPU_DEVICES}"
+        )
     # Under explicit sharding gradients stay unreduced where parameters stand in products.
     task = training.Task.of(args, jax.devices(), one_hot=True, tied=False)
-    found, left_out = contenders.make(NAMES, training.INNER, args.every_k)
-    windows = {
-        name: task.compile(found[name], optimized=not args.quick)
-        for name in harness.progress(found, "Compiling")
-    }
-    units = {"time_to_multi_steps": MULTI_STEPS, "time_to_hand_written": BY_HAND}
-    result = training.compare(task, windows, args.rounds, units)
-    result |= {"devices": jax.device_count(), "preset": args.parameters, "left_out": left_out}
-    result["by_every_k"] = []
+    windows, result = training.compare(task, NAMES, UNITS, args)
+    result |= {"devices": jax.device_count(), "by_every_k": []}
     for row in result["contenders"]:
         row["window"], hold = traffic(windows[row["name"]].programs, args.every_k)
         row["hold"] = None if row["name"] == FULL_BATCH else hold
     yield result
-    lengths = [(name, every_k) for name in GROWING for every_k in (4, 16, 64)]
+    lengths = list(itertools.product((MULTI_STEPS, CALLS_DEFERRED, IN_STEP_DEFERRED), (4, 16, 64)))
     for name, every_k in harness.progress(lengths, "Compiling windows of 4 to 64"):
         longer = dataclasses.replace(task, every_k=every_k)
         contender = contenders.ADAPTERS[name](training.INNER, every_k)
@@ -148,40 +130,18 @@ def tables(result: dict[str, Any]) -> dict[str, list[Table]]:
         {"contender": name} | {f"k = {row['every_k']}": f"{row['bytes'] / size:.2f}" for row in of}
         for name, of in itertools.groupby(result["by_every_k"], key=lambda row: row["name"])
     ]
-    left_out = [f"Left out: {name}, for {why}." for name, why in result["left_out"].items()]
-    notes = [*left_out, f"{training.setting(result)} {where(result)}"]
-    several = (
-        [Table(lengths, "Parameter sizes that a device reduces per window")] if lengths else []
-    )
+    notes = [*left_out(result), f"{training.setting(result)} {where(result)}"]
+    title = "Parameter sizes that a device reduces per window"
+    several = [Table(lengths, title)] if lengths else []
     return {"collectives": [Table(rows, "A window", notes), *several]}
-
-
-def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    """Returns the command line, with defaults for the device."""
-    parser = harness.make_parser("collectives", __doc__)
-    training.add_arguments(parser, 16)
-    args = harness.parse_args(parser, DEFAULTS, argv)
-    if jax.device_count() < 2:
-        found = f"{jax.device_count()} {jax.devices()[0].device_kind}"
-        parser.error(
-            f"needs at least 2 devices, found {found}; with JAX_PLATFORMS=cpu, and without "
-            f"--{CPU_FLAG} in XLA_FLAGS, a CPU becomes {CPU_DEVICES}"
-        )
-    return args
 
 
 def make_cpu_devices() -> None:
     """Makes several devices of a CPU, unless the user has said how many."""
-    told = CPU_FLAG in os.environ.get("XLA_FLAGS", "") or "JAX_NUM_CPU_DEVICES" in os.environ
-    if not told:
+    if CPU_FLAG not in os.environ.get("XLA_FLAGS", "") and "JAX_NUM_CPU_DEVICES" not in os.environ:
         jax.config.update("jax_num_cpu_devices", CPU_DEVICES)
 
 
-def main() -> None:
-    """Runs the benchmark."""
-    make_cpu_devices()  # before anything asks for one
-    harness.run("collectives", parse_args(), measure, tables)
-
-
 if __name__ == "__main__":
-    main()
+    make_cpu_devices()  # before anything asks for one
+    harness.main("collectives", __doc__, OPTIONS, measure, tables)

@@ -6,7 +6,6 @@ eight devices send each other. Bytes are operands and results of all instruction
 in P, the size of the parameters; TPU compilers report theirs, and the two are compared.
 """
 
-import argparse
 from collections.abc import Iterator
 import dataclasses
 from typing import Any
@@ -14,45 +13,39 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from benchmarks import (
-    collectives,
-    compiled_tables,
-    contenders,
-    harness,
-    hlo,
-    parallel,
-    programs,
-    targets,
-    transformer,
-)
+from benchmarks import collectives, contenders, harness, hlo, parallel, targets, transformer
+from benchmarks.compiled_tables import tables
 from benchmarks.contender import Contender, Step
+from benchmarks.contenders import APPLY_GRADIENTS, MULTI_STEPS, VALUE_AND_GRAD
 from benchmarks.inners import INNERS
+from benchmarks.programs import Window, nbytes
+from benchmarks.training import Task
 
 EVERY_K, DEVICES = 8, 8
-GRADIENTS, UNWEIGHTED = "gradients alone", f"{contenders.VALUE_AND_GRAD}, unweighted"
+UNWEIGHTED = f"{VALUE_AND_GRAD}, unweighted"
 OPTIMIZER = (
-    contenders.APPLY_GRADIENTS,
-    contenders.RELEASE,
-    contenders.TRAIN_STATE,
-    contenders.NNX_OPTIMIZER,
-    contenders.UPDATE,
-    contenders.FLAX_OPTIMIZER,
-    contenders.MULTI_STEPS,
-    contenders.AGGREGATING,
-    contenders.APPLY_EVERY,
-    contenders.HAND_WRITTEN,
-    contenders.NOT_ZEROING,
+    *(APPLY_GRADIENTS, contenders.RELEASE, contenders.TRAIN_STATE, contenders.NNX_OPTIMIZER),
+    *(contenders.UPDATE, contenders.FLAX_OPTIMIZER, MULTI_STEPS, contenders.AGGREGATING),
+    *(contenders.APPLY_EVERY, contenders.HAND_WRITTEN, contenders.NOT_ZEROING),
 )
-IN_STEP = contenders.VALUE_AND_GRAD, contenders.MICROBATCH, contenders.SCAN
-TRAINING = contenders.MULTI_STEPS, contenders.APPLY_GRADIENTS, *IN_STEP
-CALLS = (
-    contenders.MULTI_STEPS,
-    contenders.APPLY_GRADIENTS,
-    parallel.CALLS_DEFERRED,
-    parallel.CALLS_EXPLICIT,
-    parallel.FSDP,
-    parallel.ZERO_2,
-)
+IN_STEP = VALUE_AND_GRAD, contenders.MICROBATCH, contenders.SCAN
+TRAINING = MULTI_STEPS, APPLY_GRADIENTS, *IN_STEP
+SMALL = transformer.Config(2048, 256, 2, 2, tied=False)
+MODELS = {  # and who trains them on eight devices
+    "blocks in a list": (
+        SMALL,
+        (
+            *(MULTI_STEPS, APPLY_GRADIENTS, parallel.CALLS_DEFERRED, parallel.CALLS_EXPLICIT),
+            *(parallel.FSDP, parallel.ZERO_2, UNWEIGHTED, *IN_STEP),
+            *(parallel.IN_STEP_DEFERRED, parallel.IN_STEP_EXPLICIT),
+        ),
+    ),
+    "blocks in a scan": (dataclasses.replace(SMALL, scanned=True), (UNWEIGHTED, *IN_STEP)),
+    "tied embedding": (
+        dataclasses.replace(SMALL, tied=True),
+        (UNWEIGHTED, *IN_STEP, parallel.IN_STEP_DEFERRED),
+    ),
+}
 # TPUs stage leaves below some 64 MB through memory on the chip, and count them twice.
 LEAVES = {"sgd": (4, 4096, 8192), "adamw": (4, 4096, 8192), "muon": (2, 8192, 8192)}
 
@@ -61,19 +54,17 @@ def optimizer_row(target: str, inner: str, name: str, leaves: tuple[int, int, in
     """Returns what a window moves where the gradients lie ready."""
     count, *shape = leaves
     params = {f"w{i}": jax.ShapeDtypeStruct(tuple(shape), jnp.float32) for i in range(count)}
-    contender, size = contenders.ADAPTERS[name](INNERS[inner], EVERY_K), programs.nbytes(params)
-    window = programs.Window(contender, params, params, devices=targets.devices(target))
+    contender, size = contenders.ADAPTERS[name](INNERS[inner], EVERY_K), nbytes(params)
+    window = Window(contender, params, params, devices=targets.devices(target))
     moved = [hlo.moved(program.as_text()) for program in window.programs]
     reported = [(p.cost_analysis() or {}).get("bytes accessed") for p in window.programs]
-    differences = [
-        abs(found / one.release - 1) for found, one in zip(reported, moved, strict=True) if found
-    ]
+    pairs = zip(reported, moved, strict=True)
     return {
         **{"target": target, "inner": inner, "name": name, "equivalent": contender.equivalent},
         "parameter_bytes": size,
-        **_bytes(moved, size),
+        **bytes_of(moved, size),
         "reported_release": reported[-1] / size if reported[-1] else None,
-        "disagreement": max(differences, default=None),
+        "disagreement": max((abs(x / one.release - 1) for x, one in pairs if x), default=None),
         "temporaries": window.temporary_bytes / size,
         # The first hold may overwrite the sums, and do without reading them.
         "kernels_of_hold": moved[-2].kernels_of_hold,
@@ -82,37 +73,32 @@ def optimizer_row(target: str, inner: str, name: str, leaves: tuple[int, int, in
     }
 
 
-def _bytes(moved: list[hlo.Moved], size: int, free: float = 0.0) -> dict[str, Any]:
+def bytes_of(moved: list[hlo.Moved], size: int, free: float = 0.0) -> dict[str, Any]:
     """Returns bytes of a hold, a release and a window in P, without those of the gradients."""
+    last = moved[-1].release
+    window = (sum(one.hold for one in moved[:-1]) + last) / size - EVERY_K * free
     if len(moved) == 1:
-        return {"hold": None, "release": None, "window": moved[0].release / size - EVERY_K * free}
-    window = sum(one.hold for one in moved[:-1]) + moved[-1].release
-    parts = {"hold": moved[-2].hold, "release": moved[-1].release}
-    return {name: x / size - free for name, x in parts.items()} | {
-        "window": window / size - EVERY_K * free
-    }
+        return {"hold": None, "release": None, "window": window}
+    return {"hold": moved[-2].hold / size - free, "release": last / size - free, "window": window}
 
 
 def training_rows(target: str, config: transformer.Config, rows: int, sequence: int) -> Any:
     """Yields what training steps move above the bytes that their gradients take alone."""
-    params = transformer.param_shapes(config)
-    size, devices = programs.nbytes(params), targets.devices(target)
+    task = Task(config, transformer.param_shapes(config), EVERY_K, rows, sequence)
+    size = nbytes(task.params)
 
     def compiled(contender):
-        count = rows * (EVERY_K if len(contender.steps) == 1 else 1)
-        batch = transformer.batch_shapes(count, sequence)
-        model = transformer.Model(config)
-        window = programs.Window(contender, params, batch, model=model, devices=devices)
+        window = task.compile(contender, devices=targets.devices(target))
         return window, [hlo.moved(program.as_text()) for program in window.programs]
 
     keep = Step(lambda part, grads, weight: {"state": grads}, ("state",))
-    alone = Contender(GRADIENTS, lambda p: {"params": p, "state": p}, (keep, keep))
+    alone = Contender("gradients", lambda p: {"params": p, "state": p}, (keep, keep))
     free = compiled(alone)[1][0].release / size
     for name in TRAINING:
         window, moved = compiled(contenders.ADAPTERS[name](INNERS["adamw"], EVERY_K))
         yield {
             **{"target": target, "name": name, "parameter_bytes": size, "gradients": free},
-            **_bytes(moved, size, free),
+            **bytes_of(moved, size, free),
             "temporaries": window.temporary_bytes / size,
             "peak_bytes": window.peak_bytes,
         }
@@ -120,96 +106,49 @@ def training_rows(target: str, config: transformer.Config, rows: int, sequence: 
 
 def traffic_row(target: str, model: str, config: transformer.Config, name: str) -> Any:
     """Returns what eight devices send each other in a hold and in a window."""
-    adapter = contenders.VALUE_AND_GRAD if name == UNWEIGHTED else name
+    adapter = VALUE_AND_GRAD if name == UNWEIGHTED else name
     contender = contenders.ADAPTERS[adapter](INNERS["adamw"], EVERY_K)
     config = dataclasses.replace(config, one_hot="explicit" in name)
-    params = transformer.param_shapes(config)
-    rows = DEVICES * (EVERY_K if len(contender.steps) == 1 else 1)
-    window = programs.Window(
-        contender,
-        params,
-        transformer.batch_shapes(rows, 64),
-        model=transformer.Model(config),
-        weighted=name != UNWEIGHTED,
-        devices=targets.devices(target, DEVICES),
-        optimized=False,
-    )
+    params, devices = transformer.param_shapes(config), targets.devices(target, DEVICES)
+    task = Task(config, params, EVERY_K, 1, 64, devices)
+    window = task.compile(contender, weighted=name != UNWEIGHTED, optimized=False)
     sent, hold = collectives.traffic(window.programs, EVERY_K)
-    return {
-        **{"target": target, "model": model, "name": name, "devices": DEVICES},
-        **{"parameter_bytes": programs.nbytes(params), "window": sent, "hold": hold},
-    }
+    row = {"target": target, "model": model, "name": name, "devices": DEVICES}
+    return row | {"parameter_bytes": nbytes(params), "window": sent, "hold": hold}
 
 
-def measure(args: argparse.Namespace) -> Iterator[harness.Result]:
-    """Yields every figure of the benchmark, ready for JSON, after each program."""
-    left_out = {target: targets.missing(target) for target in args.targets}
-    found = [target for target, remedy in left_out.items() if not remedy]
+def measure(args: Any) -> Iterator[harness.Result]:
+    remedies = {x: targets.missing(x) for x in (["cpu"] if args.quick else targets.TARGETS)}
+    found = [target for target, remedy in remedies.items() if not remedy]
     result: harness.Result = {
         "device": "compiled for " + ", ".join(found),
         "every_k": EVERY_K,
-        "left_out": {target: remedy for target, remedy in left_out.items() if remedy},
+        "left_out": {target: remedy for target, remedy in remedies.items() if remedy},
         **{"optimizer": [], "training": [], "traffic": []},
     }
-    leaves = {"adamw": (2, 64, 128)} if args.quick else LEAVES
-    tasks = [
-        (target, inner, name, leaves[inner])
-        for target in found
-        for inner in leaves
-        for name in OPTIMIZER
-    ]
+    sizes = {"adamw": (2, 64, 128)} if args.quick else LEAVES
+    tasks = [(target, x, name, sizes[x]) for target in found for x in sizes for name in OPTIMIZER]
     for task in harness.progress(tasks, "Compiling windows"):
         result["optimizer"].append(optimizer_row(*task))
         yield result
 
-    small = transformer.Config(2048, 256, 2, 2, tied=False)
-    models = {
-        "blocks in a list": small,
-        "blocks in a scan": dataclasses.replace(small, scanned=True),
-        "tied embedding": dataclasses.replace(small, tied=True),
-    }
-    deferred = parallel.IN_STEP_DEFERRED, parallel.IN_STEP_EXPLICIT
-    ways = {
-        "blocks in a list": (*CALLS, UNWEIGHTED, *IN_STEP, *deferred),
-        "blocks in a scan": (UNWEIGHTED, *IN_STEP),
-        "tied embedding": (UNWEIGHTED, *IN_STEP, parallel.IN_STEP_DEFERRED),
-    }
-    chips = [target for target in found if target in ("cpu" if args.quick else ("h100", "v5e"))]
-    tasks = [
-        (chip, model, models[model], n) for chip in chips for model in ways for n in ways[model]
-    ]
+    chips = [target for target in found if args.quick or target in ("h100", "v5e")]
+    models = [(model, config, name) for model, (config, x) in MODELS.items() for name in x]
+    tasks = [(chip, *model) for chip in chips for model in models]
     for task in harness.progress(tasks, "Compiling for eight devices"):
         result["traffic"].append(traffic_row(*task))
         yield result
 
     large = dataclasses.replace(transformer.PRESETS["350m"], layers=2, dtype=jnp.bfloat16)
-    config = transformer.PRESETS["100k"] if args.quick else large
+    sizes = (transformer.PRESETS["100k"], 1, 32) if args.quick else (large, 4, 1024)
     for chip in chips:
-        rows = training_rows(chip, config, 1 if args.quick else 4, 32 if args.quick else 1024)
+        rows = training_rows(chip, *sizes)
         for row in harness.progress(rows, f"Compiling training, {chip}", total=len(TRAINING)):
             result["training"].append(row)
             yield result
 
 
-def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    """Returns the command line."""
-    parser = harness.make_parser("compiled", __doc__)
-    parser.add_argument(
-        *("--targets", "--target"),
-        nargs="+",
-        choices=targets.TARGETS,
-        help="chips to compile for (all; quick: cpu)",
-    )
-    defaults = {"targets": (["cpu"], targets.TARGETS, targets.TARGETS)}
-    return harness.parse_args(parser, defaults, argv)
-
-
-def main() -> None:
-    """Runs the benchmark."""
+if __name__ == "__main__":
     targets.prepare()
     jax.config.update("jax_num_cpu_devices", DEVICES)
-    harness.run("compiled", parse_args(), measure, compiled_tables.tables)
-
-
-if __name__ == "__main__":
-    main()
+    harness.main("compiled", __doc__, {}, measure, tables)

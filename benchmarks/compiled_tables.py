@@ -24,62 +24,49 @@ def tables(result: dict[str, Any]) -> dict[str, list[Table]]:
 def windows(result: dict[str, Any], found: list[dict[str, Any]]) -> Table:
     """Returns bytes and temporaries of each contender, target by target."""
     chips = [chip for chip in TARGETS if any(row["target"] == chip for row in found)]
-
-    def cells(rows):
-        row = next(iter(rows.values()))
-        temporaries = [
-            median(rows[c]["temporaries"], "{:.2f}") if c in rows else "-" for c in chips
-        ]
-        return {
-            **({"inner": row["inner"]} if row["inner"] != "adamw" else {}),
-            "contender": name_of(row),
-            **{TARGETS[chip]: _window(rows.get(chip)) for chip in chips},
-            "temporaries": " / ".join(temporaries),
-        }
-
-    by_name: dict[tuple[str, str], dict[str, Any]] = {}
+    rows = {}
     for row in found:
-        by_name.setdefault((row["inner"], row["name"]), {})[row["target"]] = row
+        names = {"inner": row["inner"]} if row["inner"] != "adamw" else {}
+        names["contender"] = name_of(row)
+        empty = names | {TARGETS[chip]: "-" for chip in chips} | {"temporaries": ["-"] * len(chips)}
+        cells = rows.setdefault(tuple(names.values()), empty)
+        parts = (three_digits(row[part]) for part in ("hold", "release", "window"))
+        cells[TARGETS[row["target"]]] = " / ".join(parts)
+        cells["temporaries"][chips.index(row["target"])] = f"{row['temporaries']:.2f}"
+    cells = [row | {"temporaries": " / ".join(row["temporaries"])} for row in rows.values()]
     sizes = dict.fromkeys(f"{row['inner']} {row['parameter_bytes'] / 1e6:,.0f} MB" for row in found)
     order = ", ".join(TARGETS[chip] for chip in chips)
     legend = f"Cells: bytes of a hold / a release / a window; temporaries for {order}. All are in "
     legend += "sizes of the parameters, P."
     notes = [legend, NOT_EQUIVALENT, f"Parameters: {', '.join(sizes)}. {_setting(result)}"]
-    return Table([cells(rows) for rows in by_name.values()], "Windows", notes)
+    return Table(cells, "Windows", notes)
 
 
 def kernels(result: dict[str, Any]) -> Table:
     """Returns kernels of a hold and a release of AdamW, and the time to compile a window."""
     rows: dict[str, dict[str, str]] = {}
     found = [row for row in result["optimizer"] if row["inner"] == "adamw"]
-    for chip in TARGETS:
-        for row in (row for row in found if row["target"] == chip):
-            cells = rows.setdefault(row["name"], {"contender": name_of(row)})
-            counts = f"{row['kernels_of_hold']} / {row['kernels_of_release']}"
-            cells[f"{TARGETS[chip]}: kernels"] = counts
-            cells[f"{TARGETS[chip]}: compile"] = f"{row['compile_s']:.1f} s"
+    for row in sorted(found, key=lambda row: list(TARGETS).index(row["target"])):
+        cells = rows.setdefault(row["name"], {"contender": name_of(row)})
+        counts = f"{row['kernels_of_hold']} / {row['kernels_of_release']}"
+        cells[f"{TARGETS[row['target']]}: kernels"] = counts
+        cells[f"{TARGETS[row['target']]}: compile"] = f"{row['compile_s']:.1f} s"
     return Table(list(rows.values()), "Programs of AdamW", [agreement(result), _setting(result)])
 
 
 def training(result: dict[str, Any]) -> Table:
     """Returns what training steps move above their gradients, and their peak."""
     rows = [
-        {
-            "target": TARGETS[row["target"]],
-            "contender": row["name"],
-            **{
-                f"{part}, P": median(row[part], "{:+.1f}") for part in ("hold", "release", "window")
-            },
-            "temporaries, P": f"{row['temporaries']:.2f}",
-            "peak": f"{row['peak_bytes'] / 1e9:.2f} GB",
-        }
+        {"target": TARGETS[row["target"]], "contender": row["name"]}
+        | {f"{part}, P": median(row[part], "{:+.1f}") for part in ("hold", "release", "window")}
+        | {"temporaries, P": f"{row['temporaries']:.2f}"}
+        | {"peak": f"{row['peak_bytes'] / 1e9:.2f} GB"}
         for row in result["training"]
     ]
-    notes = []
-    if rows:
-        size = result["training"][0]["parameter_bytes"] / 4e6
-        notes = [f"Transformer of {size:.1f} M parameters in bfloat16.", _setting(result)]
-    return Table(rows, "Training: bytes above those of the gradients alone", notes)
+    sizes = {row["parameter_bytes"] / 4e6 for row in result["training"]}
+    notes = [f"Transformer of {size:.1f} M parameters in bfloat16." for size in sizes]
+    title = "Training: bytes above those of the gradients alone"
+    return Table(rows, title, [*notes, _setting(result)])
 
 
 def traffic(result: dict[str, Any]) -> Table:
@@ -123,16 +110,8 @@ def agreement(result: dict[str, Any]) -> str:
     )
 
 
-def _window(row: dict[str, Any] | None) -> str:
-    if row is None:
-        return "-"
-    return " / ".join(three_digits(row[part]) for part in ("hold", "release", "window"))
-
-
 def _setting(result: dict[str, Any]) -> str:
     versions = ", ".join(f"{name} {version}" for name, version in result["versions"].items())
-    left_out = "".join(
-        f" Left out: {TARGETS[target]}; `{remedy}`."
-        for target, remedy in result["left_out"].items()
-    )
+    remedies = result["left_out"].items()
+    left_out = "".join(f" Left out: {TARGETS[chip]}; `{remedy}`." for chip, remedy in remedies)
     return f"k = {result['every_k']}. Compiled with {versions}, {result['date'][:10]}.{left_out}"

@@ -31,12 +31,7 @@ VALUE_AND_GRAD, MICROBATCH = "optaccum.value_and_grad", "optax.microbatch"
 SCAN, ALONE = "hand-written scan", "AdamW alone"
 
 
-def of(tx: Any, name: str, calls: int, apply: Any = None, **more: Any) -> Contender:
-    """Returns a contender whose calls are all the same step of a transformation."""
-    return Contender(name, _init(tx), (_step(tx, apply or _update),) * calls, **more)
-
-
-def _update(tx: Any, grads: Any, opt_state: Any, params: Any) -> tuple[Any, Any]:
+def update(tx: Any, grads: Any, opt_state: Any, params: Any) -> tuple[Any, Any]:
     updates, opt_state = tx.update(grads, opt_state, params)
     return optax.apply_updates(params, updates), opt_state
 
@@ -54,11 +49,15 @@ def _step(tx: Any, apply: Callable[..., tuple[Any, Any]], takes_weight: bool = F
     return Step(step)
 
 
+def of(tx: Any, name: str, calls: int, apply: Any = update, **more: Any) -> Contender:
+    """Returns a contender whose calls are all the same step of a transformation."""
+    step = _step(tx, apply, takes_weight=apply is optaccum.apply_gradients)
+    return Contender(name, more.pop("init", _init(tx)), (step,) * calls, **more)
+
+
 def apply_gradients(inner: Inner, every_k: int, **options: Any) -> Contender:
-    """`optaccum.apply_gradients`: the parameters are updated where the inner optimizer steps."""
     tx = optaccum.accumulate(every_k, inner.transformation, **options)
-    step = _step(tx, optaccum.apply_gradients, takes_weight=True)
-    return Contender(APPLY_GRADIENTS, _init(tx), (step,) * every_k)
+    return of(tx, APPLY_GRADIENTS, every_k, optaccum.apply_gradients)
 
 
 def release(inner: Inner, every_k: int) -> Contender:
@@ -71,7 +70,6 @@ def release(inner: Inner, every_k: int) -> Contender:
 
 
 def train_state(inner: Inner, every_k: int) -> Contender:
-    """`optaccum.flax.TrainState`, Flax's linen train state."""
     tx = optaccum.accumulate(every_k, inner.transformation)
 
     def make(params):
@@ -85,7 +83,7 @@ def train_state(inner: Inner, every_k: int) -> Contender:
         new = make(params).replace(step=state[0], opt_state=state[1]).apply_gradients(grads=grads)
         return new.params, (new.step, new.opt_state)
 
-    return Contender(TRAIN_STATE, init, (_step(tx, apply),) * every_k)
+    return of(tx, TRAIN_STATE, every_k, apply, init=init)
 
 
 def nnx_optimizer(name: str, kind: Any, inner: Inner, every_k: int) -> Contender:
@@ -104,25 +102,19 @@ def nnx_optimizer(name: str, kind: Any, inner: Inner, every_k: int) -> Contender
         tree = jax.tree.structure(params)
         return jax.tree.unflatten(tree, jax.tree.leaves(trained)), nnx.split(optimizer)
 
-    return Contender(name, init, (_step(tx, apply),) * every_k)
+    return of(tx, name, every_k, apply, init=init)
 
 
 def aggregating(inner: Inner, every_k: int) -> Contender:
-    """`optax.experimental.aggregating.process`."""
-    from optax.experimental import aggregating  # since optax 0.2.7
+    from optax.experimental import aggregating
 
     mean = aggregating.average_incrementally_updates(per_elt_axis=None, accumulation_steps=every_k)
-    tx = aggregating.process(
-        preprocessor=optax.identity(), aggregator=mean, postprocessor=inner.transformation
-    )
+    tx = aggregating.process(optax.identity(), mean, inner.transformation)
     return of(tx, AGGREGATING, every_k)
 
 
 def apply_every(inner: Inner, every_k: int) -> Contender:
-    """`optax.apply_every` behind the inner optimizer, which steps k times per window.
-
-    Not equivalent: it sums k steps of the inner optimizer, each on the gradient of a microbatch.
-    """
+    """It sums k steps of the inner optimizer, each on the gradient of a microbatch."""
     tx = optax.chain(inner.transformation, optax.apply_every(every_k))
     return of(tx, APPLY_EVERY, every_k, equivalent=False)
 
@@ -145,7 +137,7 @@ def hand_written(inner: Inner, every_k: int, zeroing: bool = True) -> Contender:
 
     def add_and_update(part, grads, weight):
         mean = optax.tree.scale(1 / every_k, add(part, grads, weight)["sums"])
-        params, opt_state = _update(tx, mean, part["state"], part["params"])
+        params, opt_state = update(tx, mean, part["state"], part["params"])
         sums = optax.tree.zeros_like(part["sums"]) if zeroing else part["sums"]
         return {"params": params, "state": opt_state, "sums": sums}
 
@@ -164,7 +156,7 @@ def keras(inner: Inner, every_k: int) -> Contender:
     if keras.backend.backend() != "jax":
         raise ImportError(f"Keras runs on {keras.backend.backend()}, not on jax")
     try:
-        optimizer = inner.keras(keras.optimizers, every_k)
+        optimizer = inner.keras(keras.optimizers, gradient_accumulation_steps=every_k)
     except (AttributeError, ValueError) as error:  # raised for Muon by older versions
         raise ImportError(f"Keras {keras.__version__}: {error}") from error
 
@@ -173,9 +165,7 @@ def keras(inner: Inner, every_k: int) -> Contender:
             # Keras keeps concrete variables, even while a caller traces this for its shapes.
             with jax.ensure_compile_time_eval():
                 leaves = jax.tree.leaves(params)
-                optimizer.build(
-                    [keras.Variable("zeros", shape=p.shape, dtype=p.dtype) for p in leaves]
-                )
+                optimizer.build([keras.Variable("zeros", p.shape, p.dtype) for p in leaves])
         return {"params": params, "state": [jnp.copy(v.value) for v in optimizer.variables]}
 
     def apply(tx, grads, opt_state, params):
@@ -183,31 +173,24 @@ def keras(inner: Inner, every_k: int) -> Contender:
         leaves, opt_state = tx.stateless_apply(opt_state, jax.tree.leaves(grads), leaves)
         return jax.tree.unflatten(treedef, leaves), opt_state
 
-    return Contender(KERAS, init, (_step(optimizer, apply),) * every_k, reference=inner.reference)
+    return of(optimizer, KERAS, every_k, apply, init=init, reference=inner.reference)
 
 
 def in_step(inner: Inner, every_k: int, **options: Any) -> Contender:
-    """`optaccum.value_and_grad`: the whole batch in one program."""
-
-    def differentiate(loss_fn, weight_fn):
+    def differentiate(loss_fn, weight_fn, params, batch):
         given = {"num_microbatches": every_k, "weight_fn": weight_fn, **options}
-        return optaccum.value_and_grad(loss_fn, **given)
+        return optaccum.value_and_grad(loss_fn, **given)(params, batch)
 
     return of(inner.transformation, VALUE_AND_GRAD, 1, differentiate=differentiate)
 
 
 def microbatch(inner: Inner, every_k: int) -> Contender:
     """`optax.microbatch` with the accumulator that means what the full batch means."""
-    if not hasattr(optax, "microbatch"):
-        raise ImportError("this optax has no `microbatch`")
 
-    def differentiate(loss_fn, weight_fn):
-        def value_and_grad(params, batch):
-            rows = len(jax.tree.leaves(batch)[0]) // every_k
-            mean = optax.microbatching.AccumulationType.MEAN
-            return optax.microbatch(jax.value_and_grad(loss_fn), 1, rows, mean)(params, batch)
-
-        return value_and_grad
+    def differentiate(loss_fn, weight_fn, params, batch):
+        rows = len(jax.tree.leaves(batch)[0]) // every_k
+        mean = optax.microbatching.AccumulationType.MEAN
+        return optax.microbatch(jax.value_and_grad(loss_fn), 1, rows, mean)(params, batch)
 
     return of(inner.transformation, MICROBATCH, 1, differentiate=differentiate)
 
@@ -215,19 +198,16 @@ def microbatch(inner: Inner, every_k: int) -> Contender:
 def scan(inner: Inner, every_k: int) -> Contender:
     """The usual scan over microbatches, that sums in the dtype of the parameters."""
 
-    def differentiate(loss_fn, weight_fn):
-        def value_and_grad(params, batch):
-            def body(sums, rows):
-                return optax.tree.add(sums, jax.value_and_grad(loss_fn)(params, rows)), None
+    def differentiate(loss_fn, weight_fn, params, batch):
+        def body(sums, rows):
+            return optax.tree.add(sums, jax.value_and_grad(loss_fn)(params, rows)), None
 
-            def split(x):  # every k-th row, so that each microbatch has rows of all devices
-                return x.reshape(-1, every_k, *x.shape[1:]).swapaxes(0, 1)
+        def split(x):  # every k-th row, so that each microbatch has rows of all devices
+            return x.reshape(-1, every_k, *x.shape[1:]).swapaxes(0, 1)
 
-            zeros = jnp.zeros([]), optax.tree.zeros_like(params)
-            sums, _ = lax.scan(body, zeros, jax.tree.map(split, batch))
-            return optax.tree.scale(1 / every_k, sums)
-
-        return value_and_grad
+        zeros = jnp.zeros([]), optax.tree.zeros_like(params)
+        sums, _ = lax.scan(body, zeros, jax.tree.map(split, batch))
+        return optax.tree.scale(1 / every_k, sums)
 
     return of(inner.transformation, SCAN, 1, differentiate=differentiate)
 

@@ -1,20 +1,11 @@
 """Losses that compare rows: the gradient of a contrastive loss, whole and in microbatches.
 
 Two towers embed pairs, and the loss compares every pair with every other. Each contender returns
-its loss and gradient. The JSON:
-
-    benchmark, date, device, versions      as of every benchmark
-    rows, num_microbatches, rounds         the batch, and how it is divided
-    budget_factor                          memory for the largest batch, in our peak on this one
-    models[]                               for each model and contender
-      model, name                          which
-      loss_error, gradient_error           relative, to the full batch; the gradient's in its norm
-      temporary_bytes                      of the compiled program
-      time_to_full_batch                   {q1, median, q3}
-      largest_batch, capped                rows that fit, and whether the search was cut short
+its loss and gradient, which are compared with those of the full batch. Then all take turns. The
+largest batch is that of the compiled programs which need at most twice the peak memory of
+`optaccum.microbatched`, with microbatches of one size. The drift is that of a bfloat16 gradient.
 """
 
-import argparse
 from collections.abc import Callable, Iterator
 import functools
 from typing import Any
@@ -22,63 +13,49 @@ from typing import Any
 import jax
 from jax import lax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
-from benchmarks import harness, training
+from benchmarks import harness, programs, training, transformer
 from benchmarks.contenders import FULL_BATCH, VALUE_AND_GRAD
-from benchmarks.programs import peak_bytes
 from benchmarks.tables import Table, median, where
 import optaccum
 
 OURS, REMAT, CONCAT = "optaccum.microbatched", "lax.map(checkpoint)", "optax.microbatch, CONCAT"
-WIDTH, TOKENS, HEADS, EMBEDDING, LAYERS = 256, 32, 4, 128, 4
-DEFAULTS = {  # quick, CPU, GPU or TPU
-    "rows": (32, 256, 4096),
-    "rounds": (1, 9, 15),
-    "doublings": (1, 3, 4),
+CONFIG = transformer.Config(vocabulary=512, width=256, layers=2, heads=4, scanned=True)
+TOKENS, BUDGET_FACTOR, DRIFT_MICROBATCHES = 32, 2, 512
+OPTIONS = {
+    "rows": ("pairs in a batch", 2, 16, 256, 4096),
+    "num_microbatches": ("microbatches of a batch", 2, 4, 16, 16),
+    "rounds": ("timed rounds", 1, 1, 9, 15),
+    "doublings": ("of the batch, at most", 1, 1, 3, 4),
 }
+Tower = Callable[..., Any]  # (params, rows) -> rows
 
 
-def normal(key: jax.Array, *shape: int) -> jax.Array:
-    return jax.random.normal(key, shape) / shape[-2] ** 0.5
-
-
-def mlp_params(key: jax.Array) -> Any:
-    sizes = (WIDTH, 2 * WIDTH), (2 * WIDTH, 2 * WIDTH), (2 * WIDTH, EMBEDDING)
-    return [normal(key, *size) for key, size in zip(jax.random.split(key, 3), sizes, strict=True)]
+def embed(params: Any, tokens: jax.Array) -> jax.Array:
+    return transformer.Model(CONFIG).features(params, params["embedding"], tokens).mean(axis=1)
 
 
 def mlp(params: Any, x: jax.Array) -> jax.Array:
-    x = x[:, 0]
-    for w in params[:-1]:
-        x = jnp.tanh(x @ w)
-    return x @ params[-1]
+    return jnp.tanh(jnp.tanh(x @ params[0]) @ params[1]) @ params[2]
 
 
-def transformer_params(key: jax.Array) -> Any:
-    keys = jax.random.split(key, 5)
-    shapes = {
-        "qkv": (LAYERS, WIDTH, 3 * WIDTH),
-        "out": (LAYERS, WIDTH, WIDTH),
-        "up": (LAYERS, WIDTH, 4 * WIDTH),
-        "down": (LAYERS, 4 * WIDTH, WIDTH),
+def make_mlp(dtype: Any) -> Any:
+    noise, shapes = np.random.default_rng(0), ((CONFIG.width, 512), (512, 512), (512, 128))
+    return [jnp.asarray(noise.normal(size=(m, n)) / m**0.5, dtype) for m, n in shapes]
+
+
+def make_tasks(rows: int) -> dict[str, tuple[Tower, Any, Any]]:
+    """Returns each model, its parameters, and pairs that are half the same."""
+    noise = np.random.default_rng(1)
+    x = noise.normal(size=(2, rows, CONFIG.width)).astype(np.float32)
+    tokens = noise.integers(CONFIG.vocabulary, size=(2, rows, TOKENS), dtype=np.int32)
+    tokens[1, :, TOKENS // 2 :] = tokens[0, :, TOKENS // 2 :]
+    return {
+        "mlp": (mlp, make_mlp(jnp.float32), (x[0], x.sum(axis=0))),
+        "transformer": (embed, transformer.make_params(CONFIG), tuple(tokens)),
     }
-    blocks = {name: normal(k, *s) for k, (name, s) in zip(keys[1:], shapes.items(), strict=True)}
-    return {"blocks": blocks, "head": normal(keys[0], WIDTH, EMBEDDING)}
-
-
-def transformer(params: Any, x: jax.Array) -> jax.Array:
-    def block(x, p):
-        y = jax.nn.standardize(x) @ p["qkv"]
-        q, k, v = jnp.split(y.reshape(*y.shape[:2], HEADS, -1), 3, axis=-1)
-        x = x + jax.nn.dot_product_attention(q, k, v).reshape(x.shape) @ p["out"]
-        return x + jax.nn.gelu(jax.nn.standardize(x) @ p["up"]) @ p["down"], None
-
-    x, _ = lax.scan(block, x, params["blocks"])
-    return x.mean(axis=1) @ params["head"]
-
-
-MODELS = {"mlp": (mlp_params, mlp), "transformer": (transformer_params, transformer)}
 
 
 def contrast(z: jax.Array, other: jax.Array) -> jax.Array:
@@ -87,95 +64,89 @@ def contrast(z: jax.Array, other: jax.Array) -> jax.Array:
     return jnp.mean(jax.nn.logsumexp(similarity, axis=1) - jnp.diagonal(similarity))
 
 
-def in_map(tower: Callable[..., Any], n: int) -> Callable[..., Any]:
-    """Returns the recipe of JAX: rows microbatch by microbatch, each computed again."""
+def encoders(tower: Tower, n: int) -> dict[str, Tower]:
+    """Returns towers in microbatches, of which a loss sees all rows."""
 
-    def run(params, x):
+    def in_map(params, x):  # as JAX's users write it: each microbatch is computed again
         parts = x.reshape(n, -1, *x.shape[1:])
         found = lax.map(jax.checkpoint(lambda rows: tower(params, rows)), parts)
         return found.reshape(-1, *found.shape[2:])
 
-    return run
+    def in_concat(params, x):  # a forward pass, which JAX then differentiates
+        concat = optax.microbatching.AccumulationType.CONCAT
+        return optax.microbatch(tower, 1, len(x) // n, concat)(params, x)
+
+    ours = optaccum.microbatched(tower, num_microbatches=n)
+    return {FULL_BATCH: tower, OURS: ours, REMAT: in_map, CONCAT: in_concat}
 
 
-def in_concat(tower: Callable[..., Any], n: int) -> Callable[..., Any]:
-    """Returns the forward pass of `optax.microbatch`, which JAX then differentiates."""
-
-    def run(params, x):
-        concat = optax.microbatching.AccumulationType.CONCAT  # pyright: ignore
-        size = len(x) // n
-        return optax.microbatch(tower, 1, size, concat)(params, x)  # pyright: ignore
-
-    return run
-
-
-def make_steps(tower: Callable[..., Any], n: int) -> dict[str, Callable[..., Any]]:
+def make_steps(tower: Tower, n: int) -> dict[str, Callable[..., Any]]:
     """Returns `(params, batch) -> (loss, gradient)` for each contender."""
 
-    def loss(encode, params, batch):
-        return contrast(encode(params[0], batch[0]), encode(params[1], batch[1]))
+    def loss_of(encode):
+        return lambda params, batch: contrast(*map(encode, params, batch))
 
-    encoders = {
-        FULL_BATCH: tower,
-        OURS: optaccum.microbatched(tower, num_microbatches=n),
-        REMAT: in_map(tower, n),
-    }
-    if hasattr(optax, "microbatch"):
-        encoders[CONCAT] = in_concat(tower, n)
-    steps = {
-        name: jax.value_and_grad(functools.partial(loss, encode))
-        for name, encode in encoders.items()
-    }
-    whole = functools.partial(loss, tower)
-    return steps | {VALUE_AND_GRAD: optaccum.value_and_grad(whole, num_microbatches=n)}
+    steps = {name: jax.value_and_grad(loss_of(x)) for name, x in encoders(tower, n).items()}
+    naive = optaccum.value_and_grad(loss_of(tower), num_microbatches=n)
+    return steps | {VALUE_AND_GRAD: naive}
 
 
-def measure(args: argparse.Namespace) -> Iterator[harness.Result]:
-    """Yields the figures of more and more models."""
-    n, rows = args.num_microbatches, args.rows
-    result = harness.origin("coupled") | {
-        **{"rows": rows, "num_microbatches": n, "rounds": args.rounds},
-        **{"budget_factor": args.budget_factor, "models": []},
-    }
-    keys = jax.random.split(jax.random.key(0), 4)
-    for model, (make, tower) in MODELS.items():
-        params = make(keys[0]), make(keys[1])
-        x = jax.random.normal(keys[2], (rows, TOKENS, WIDTH))
-        batch = x, x + jax.random.normal(keys[3], x.shape)
+def relative_error(found: Any, expected: Any) -> float:
+    """Returns the distance of two trees in the norm of the second, in float32."""
+    found, expected = (optax.tree.cast(tree, jnp.float32) for tree in (found, expected))
+    return float(optax.tree.norm(optax.tree.sub(found, expected)) / optax.tree.norm(expected))
 
-        def compiled(name, rows, n, tower=tower, params=params):
-            half = jax.ShapeDtypeStruct((rows, TOKENS, WIDTH), jnp.float32)
-            step: Any = jax.jit(make_steps(tower, n)[name])
-            return step.lower(params, (half, half)).compile()
 
-        programs = {name: compiled(name, rows, n) for name in make_steps(tower, n)}
-        found = {name: program(params, batch) for name, program in programs.items()}
-        turns = {name: functools.partial(one, params, batch) for name, one in programs.items()}
-        seconds = harness.take_turns(turns, args.rounds)
-        loss, grads = found[FULL_BATCH]
-        budget = args.budget_factor * peak_bytes(programs[OURS])
-        for name, program in programs.items():
+def drift() -> list[dict[str, Any]]:
+    """Returns how far sums of bfloat16 gradients of single rows are from those of one product."""
+    x = np.random.default_rng(2).normal(size=(DRIFT_MICROBATCHES, CONFIG.width))
+    x, params = jnp.asarray(x, jnp.bfloat16), make_mlp(jnp.bfloat16)
 
-            def peak_of(more, name=name, rows=rows, n=n, compiled=compiled):
-                return peak_bytes(compiled(name, more, max(n * more // rows, 1)))
+    def grads(encode):
+        return jax.jit(jax.grad(lambda p: jnp.mean(encode(p, x).astype(jnp.float32) ** 2)))(params)
 
-            largest, capped = training.largest_batch(peak_of, rows, budget, args.doublings)
-            difference = optax.tree.norm(optax.tree.sub(found[name][1], grads))
-            result["models"].append(
-                {
-                    **{"model": model, "name": name},
-                    "loss_error": abs(float(found[name][0] / loss) - 1),
-                    "gradient_error": float(difference / optax.tree.norm(grads)),
-                    "temporary_bytes": program.memory_analysis().temp_size_in_bytes,
-                    "time_to_full_batch": harness.ratios(seconds, name, FULL_BATCH),
-                    **{"largest_batch": largest, "capped": capped},
-                }
-            )
+    found = {name: grads(encode) for name, encode in encoders(mlp, DRIFT_MICROBATCHES).items()}
+    whole = found.pop(FULL_BATCH)
+    return [{"name": x, "relative_error": relative_error(one, whole)} for x, one in found.items()]
+
+
+def measure(args: Any) -> Iterator[harness.Result]:
+    n = args.num_microbatches
+    result = {"rows": args.rows, "num_microbatches": n, "rounds": args.rounds}
+    result |= {"budget_factor": BUDGET_FACTOR, "drift": drift(), "models": []}
+    for model, (tower, one, batch) in make_tasks(args.rows).items():
+
+        def compiled(name, rows, optimized, tower=tower, params=(one, one), batch=batch):
+            shapes = [jax.ShapeDtypeStruct((rows, *x.shape[1:]), x.dtype) for x in batch]
+            step = make_steps(tower, max(n * rows // args.rows, 1))[name]
+            return jax.jit(step).lower(params, shapes).compile(programs.options(optimized))
+
+        names = make_steps(tower, n)
+        found: Any = {name: compiled(name, args.rows, not args.quick) for name in names}
+        given = (one, one), list(batch)
+        turns = {name: functools.partial(program, *given) for name, program in found.items()}
+        results = {name: turn() for name, turn in turns.items()}
+        seconds = harness.take_turns(turns, args.rounds, model)
+        budget = BUDGET_FACTOR * programs.peak_bytes(found[OURS])
+        (loss, grads), tried = results[FULL_BATCH], f"{model}: compiling larger batches"
+        for name, program in harness.progress(found.items(), tried):
+
+            def peak_of(rows, name=name, program=program, compiled=compiled):
+                same = rows == args.rows
+                return programs.peak_bytes(program if same else compiled(name, rows, False))
+
+            largest, capped = training.largest_batch(peak_of, args.rows, budget, args.doublings)
+            row = {"model": model, "name": name, "largest_batch": largest, "capped": capped}
+            row["loss_error"] = abs(float(results[name][0] / loss) - 1)
+            row["gradient_error"] = relative_error(results[name][1], grads)
+            row["temporary_bytes"] = program.memory_analysis().temp_size_in_bytes
+            row["time_to_full_batch"] = harness.ratios(seconds, name, FULL_BATCH)
+            result["models"].append(row)
             yield result
 
 
 def tables(result: dict[str, Any]) -> dict[str, list[Table]]:
-    """Returns one table, of all models."""
+    """Returns one table of all models, and one of the drift."""
     rows = [
         {
             "model": row["model"],
@@ -184,33 +155,22 @@ def tables(result: dict[str, Any]) -> dict[str, list[Table]]:
             "of gradient": f"{row['gradient_error']:.1e}",
             "temp. MB": f"{row['temporary_bytes'] / 1e6:,.1f}",
             "time to full batch": median(row["time_to_full_batch"]),
-            "batch that fits": f"{'≥ ' if row['capped'] else ''}{row['largest_batch']:,}",
+            "batch that fits": f"{'at least ' if row['capped'] else ''}{row['largest_batch']:,}",
         }
         for row in result["models"]
+    ]
+    drifts = [
+        {"contender": row["name"], "relative error": f"{row['relative_error']:.4f}"}
+        for row in result["drift"]
     ]
     note = (
         f"{result['rows']} pairs in {result['num_microbatches']} microbatches. The batch that fits "
         f"is in {result['budget_factor']:g} times the peak memory of optaccum.microbatched, with "
         f"microbatches of one size. {where(result)}"
     )
-    return {"coupled": [Table(rows, "A contrastive loss", [note])]}
-
-
-def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    """Returns the command line, what it leaves open filled in for the device."""
-    parser = harness.make_parser("coupled", __doc__)
-    add, at_least = parser.add_argument, harness.at_least
-    add("--rows", type=at_least(2), help="pairs in a batch")
-    add("--num-microbatches", type=at_least(2), default=16, help="microbatches of a batch (16)")
-    add("--budget-factor", type=at_least(1.0), default=2.0, help="memory for the largest batch (2)")
-    add("--doublings", type=at_least(1), help="of the batch, at most")
-    return harness.parse_args(parser, DEFAULTS, argv)
-
-
-def main() -> None:
-    """Runs the benchmark."""
-    harness.run("coupled", parse_args(), measure, tables)
+    title = f"A bfloat16 gradient over {DRIFT_MICROBATCHES} microbatches"
+    return {"coupled": [Table(rows, "A contrastive loss"), Table(drifts, title, [note])]}
 
 
 if __name__ == "__main__":
-    main()
+    harness.main("coupled", __doc__, OPTIONS, measure, tables)

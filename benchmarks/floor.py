@@ -9,11 +9,9 @@ The bandwidth is that of the triad `sum + g -> sum`, in place, over the paramete
 the gradients of a window in turn: the caches are as warm as a hold finds them. It writes only
 arrays that it has read. A copy is timed for comparison: a CPU fetches its target first, a third
 more than the two streams that count. Of parameters so few that they take longer to dispatch than
-to move (a megabyte), this measures the dispatch, and is no floor.
-
-The dispatch is timed too: calls that give back all that `optaccum.apply_gradients` carries, and
-compute one scalar. It is not part of the floor. A device that runs behind its host hides it; a CPU
-is its own host.
+to move (a megabyte), this measures the dispatch, and is no floor. The dispatch is timed too: calls
+that give back all that `optaccum.apply_gradients` carries, and compute one scalar. A device that
+runs behind its host hides it, so it is not part of the floor; a CPU is its own host.
 """
 
 from collections.abc import Callable
@@ -27,8 +25,7 @@ import optax
 from benchmarks.harness import quartiles
 from benchmarks.programs import nbytes
 
-TRIAD, COPY, DISPATCH = "triad", "copy", "dispatch"
-STREAMS = {TRIAD: 3, COPY: 2}
+STREAMS = {"triad": 3, "copy": 2}
 
 
 def kernels(microbatches: list[Any], carry: Any) -> dict[str, Callable[[], Any]]:
@@ -46,14 +43,10 @@ def kernels(microbatches: list[Any], carry: Any) -> dict[str, Callable[[], Any]]
 
         return run
 
-    def sums():
-        return optax.tree.zeros_like(microbatches[0])
-
-    return {
-        TRIAD: repeated(optax.tree.add, sums()),
-        COPY: repeated(lambda _, grads: jax.tree.map(jnp.copy, grads), sums()),
-        DISPATCH: repeated(lambda state, _: (state[0], state[1] + 1), (carry, jnp.zeros([]))),
-    }
+    sums, others = (optax.tree.zeros_like(microbatches[0]) for _ in range(2))
+    dispatch = repeated(lambda state, _: (state[0], state[1] + 1), (carry, jnp.zeros([])))
+    copy = repeated(lambda _, grads: jax.tree.map(jnp.copy, grads), others)
+    return {"triad": repeated(optax.tree.add, sums), "copy": copy, "dispatch": dispatch}
 
 
 def streams(inner: optax.GradientTransformation, params: Any) -> dict[str, float]:
@@ -62,28 +55,21 @@ def streams(inner: optax.GradientTransformation, params: Any) -> dict[str, float
     return {"hold": 3, "release": 5 + 2 * nbytes(state) / nbytes(params)}
 
 
-def floors(
-    seconds: dict[str, list[float]], passes: int, moved: dict[str, float], every_k: int
-) -> dict[str, Any]:
+def floors(seconds: Any, passes: int, moved: dict[str, float], every_k: int) -> dict[str, Any]:
     """Returns the least seconds of a hold, a release and a window, round by round.
 
-    Args:
-        seconds: of a call of each kernel, round by round.
-        passes: passes over the parameters in one call of a kernel.
-        moved: of :func:`streams`.
-        every_k: microbatches per window.
+    A call of a kernel, whose seconds are given by name and round, makes `passes` over the
+    parameters; `moved` is that of `streams`.
     """
-    per_stream = np.array(seconds[TRIAD]) / (passes * STREAMS[TRIAD])
+    per_stream = np.array(seconds["triad"]) / (passes * STREAMS["triad"])
     least = {name: number * per_stream for name, number in moved.items()}
     return least | {"window": (every_k - 1) * least["hold"] + least["release"]}
 
 
-def figures(seconds: dict[str, list[float]], passes: int, size: int) -> dict[str, Any]:
+def figures(seconds: Any, passes: int, size: int) -> dict[str, Any]:
     """Returns bandwidths in bytes per second, and the dispatch in milliseconds."""
+    rates = {name: passes * number * size / seconds[name] for name, number in STREAMS.items()}
     return {
-        "bandwidth": {
-            name: quartiles(passes * number * size / np.array(seconds[name]))
-            for name, number in STREAMS.items()
-        },
-        "dispatch_ms": quartiles(np.array(seconds[DISPATCH]) * 1e3 / passes),
+        "bandwidth": {name: quartiles(rate) for name, rate in rates.items()},
+        "dispatch_ms": quartiles(seconds["dispatch"] * 1e3 / passes),
     }

@@ -1,10 +1,11 @@
-"""Arguments, turns, medians and the origin of figures, shared by every benchmark."""
+"""The command line, the turns and the JSON of every benchmark."""
 
 import argparse
 from collections.abc import Callable, Iterator, Mapping
 import contextlib
 import functools
 import importlib.metadata
+import inspect
 import json
 import pathlib
 import platform
@@ -25,11 +26,29 @@ RESULTS = pathlib.Path(__file__).parent / "results"
 PACKAGES = "jax", "jaxlib", "optax", "flax", "keras", "libtpu", "jax-cuda12-plugin"
 progress = functools.partial(track, console=Console(stderr=True))
 Result = dict[str, Any]
+# By option: help, its least value or its choices, and what it is with --quick, on a CPU, elsewhere.
+Options = Mapping[str, tuple[Any, Any, Any, Any, Any]]
 
 
-def at_least(bound: Any) -> Callable[[str], Any]:
-    """Returns an argparse type: a finite number of the type of `bound`, not below it."""
+def parse_args(name: str, doc: str | None, options: Options, argv: Any = None) -> Any:
+    """Returns the command line of a benchmark, the options that it leaves open filled in."""
+    parser = argparse.ArgumentParser(f"python -m benchmarks.{name}", description=doc)
+    add = parser.add_argument
+    add("--quick", action="store_true", help="a smoke test; its numbers mean nothing")
+    add("--output", type=_writable, metavar="FILE", help="also write JSON")
+    for option, (told, least, quick, *values) in options.items():
+        checks: Any = {"choices": least} if isinstance(quick, str) else {"type": _at_least(least)}
+        told = f"{told} ({values[0]} on a CPU, {values[1]} on a GPU or TPU; quick: {quick})"
+        add(f"--{option.replace('_', '-')}", help=told, **checks)
+    args = parser.parse_args(argv)
+    args.scale = 0 if args.quick else 1 if jax.default_backend() == "cpu" else 2
+    for option, (_, _, *values) in options.items():
+        if getattr(args, option) is None:
+            setattr(args, option, values[args.scale])
+    return args
 
+
+def _at_least(bound: Any) -> Callable[[str], Any]:
     def number(text):
         value = type(bound)(text)
         if not bound <= value < float("inf"):
@@ -39,56 +58,29 @@ def at_least(bound: Any) -> Callable[[str], Any]:
     return number
 
 
-def make_parser(name: str, description: str | None) -> argparse.ArgumentParser:
-    """Returns a parser with the arguments that every benchmark takes."""
-    parser = argparse.ArgumentParser(f"python -m benchmarks.{name}", description=description)
-    parser.add_argument(
-        "--quick", action="store_true", help="a smoke test of seconds; its numbers mean nothing"
-    )
-    parser.add_argument("--rounds", type=at_least(1), help="timed rounds (quick: fewer)")
-    parser.add_argument("--output", type=pathlib.Path, metavar="FILE", help="also write JSON")
-    return parser
+def _writable(text: str) -> pathlib.Path:
+    """Returns a path, after an attempt to write there: before anything is measured."""
+    try:
+        pathlib.Path(text).open("a").close()
+    except OSError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+    return pathlib.Path(text)
 
 
-def parse_args(
-    parser: argparse.ArgumentParser,
-    defaults: Mapping[str, tuple[Any, Any, Any]],
-    argv: list[str] | None = None,
-) -> argparse.Namespace:
-    """Returns the command line, with defaults for --quick, a CPU, or a GPU or TPU.
-
-    Ends with a usage error if the figures could not be written, before they are measured.
-    """
-    args = parser.parse_args(argv)
-    if args.output is not None:
-        if args.output.is_dir() or not args.output.parent.is_dir():
-            parser.error(f"argument --output: {args.output} is not a file in an existing folder")
-        try:
-            args.output.open("a").close()
-        except OSError as error:
-            parser.error(f"argument --output: {error}")
-    scale = 0 if args.quick else 1 if jax.default_backend() == "cpu" else 2
-    for name, values in defaults.items():
-        if getattr(args, name) is None:
-            setattr(args, name, values[scale])
-    return args
-
-
-def run(
+def main(
     name: str,
-    args: argparse.Namespace,
-    measure: Callable[[argparse.Namespace], Iterator[Result]],
+    doc: str | None,
+    options: Options,
+    measure: Callable[[Any], Iterator[Result]],
     tables: Callable[[Result], Mapping[str, list[Table]]],
+    argv: list[str] | None = None,
 ) -> None:
     """Measures, prints the tables, and writes the figures if a file was named.
 
-    Args:
-        name: of the benchmark.
-        args: of `parse_args`.
-        measure: yields all figures that it has, again and again as they become more. Ctrl-C ends
-            the run with those that it yielded last.
-        tables: what to print of them, by name.
+    `measure` yields all figures that it has, again and again as they become more. Ctrl-C ends the
+    run with those that it yielded last.
     """
+    args = parse_args(name, doc, options, argv)
     jax.config.update("jax_enable_compilation_cache", False)
     print(_estimate(name, args.quick), file=sys.stderr)
     start, result, stopped = time.perf_counter(), {}, False
@@ -103,7 +95,8 @@ def run(
         result |= {"complete": False} if stopped else {}
         for table in (table for several in tables(result).values() for table in several):
             print(table.terminal())
-        write(result, args.output)
+        if args.output:
+            args.output.write_text(json.dumps(result, indent=2) + "\n")
     if stopped:
         sys.exit(130)
 
@@ -119,53 +112,48 @@ def _estimate(name: str, quick: bool) -> str:
     return "No committed run says how long this takes."
 
 
-def take_turns(
-    contenders: Mapping[str, Callable[[], Any]], rounds: int, title: str = "Timing"
-) -> dict[str, list[float]]:
-    """Returns the seconds that each contender took, round by round.
-
-    All run once a round, in a new order every round, so that whatever else the machine does
-    falls on all alike. What a contender returns is waited for.
-    """
-    seconds = {name: [] for name in contenders}
-    shuffled = random.Random(0)
-    for turn in progress(range(WARMUP_ROUNDS + rounds), title):
-        for name in shuffled.sample(list(contenders), len(contenders)):
-            start = time.perf_counter()
-            jax.block_until_ready(contenders[name]())
-            if turn >= WARMUP_ROUNDS:
-                seconds[name].append(time.perf_counter() - start)
-    return seconds
-
-
-def quartiles(values: Any) -> dict[str, float]:
-    """Returns the median and the quartiles."""
-    q1, median, q3 = np.percentile(values, (25, 50, 75)).tolist()
-    return {"q1": q1, "median": median, "q3": q3}
-
-
-def ratios(seconds: Mapping[str, list[float]], name: str, unit: str) -> dict[str, float] | None:
-    """Returns the quartiles of one contender's time in another's, or None if one did not run."""
-    if name not in seconds or unit not in seconds:
-        return None
-    return quartiles(np.divide(seconds[name], seconds[unit]))
-
-
 def origin(name: str) -> Result:
     """Returns which benchmark ran when, on what, with which versions."""
     versions = {"python": platform.python_version()}
     for package in PACKAGES:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             versions[package] = importlib.metadata.version(package)
-    return {
-        "benchmark": name,
-        "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-        "device": jax.devices()[0].device_kind,
-        "versions": versions,
-    }
+    date = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+    device = jax.devices()[0].device_kind
+    return {"benchmark": name, "date": date, "device": device, "versions": versions}
 
 
-def write(result: Mapping[str, Any], output: pathlib.Path | None) -> None:
-    """Writes all figures as JSON, if a file was named."""
-    if output:
-        output.write_text(json.dumps(result, indent=2) + "\n")
+def take_turns(
+    contenders: Mapping[str, Callable[[], Any]], rounds: int, title: str = "Timing"
+) -> dict[str, np.ndarray]:
+    """Returns the seconds that each contender took, round by round.
+
+    All run once a round, in a new order every round, so that whatever else the machine does
+    falls on all alike. What a contender returns is waited for. A generator is timed from one
+    `yield` to the next, and has several times in each round.
+    """
+    seconds = {name: [] for name in contenders}
+    shuffled = random.Random(0)
+    for turn in progress(range(WARMUP_ROUNDS + rounds), title):
+        for name in shuffled.sample(list(contenders), len(contenders)):
+            times, start = [], time.perf_counter()
+            done = contenders[name]()
+            for lap in done if inspect.isgenerator(done) else [done]:
+                jax.block_until_ready(lap)
+                times.append(time.perf_counter() - start)
+                start = time.perf_counter()
+            if turn >= WARMUP_ROUNDS:
+                seconds[name].append(times if inspect.isgenerator(done) else times[0])
+    return {name: np.array(times) for name, times in seconds.items()}
+
+
+def quartiles(values: Any) -> dict[str, float]:
+    q1, median, q3 = np.percentile(values, (25, 50, 75)).tolist()
+    return {"q1": q1, "median": median, "q3": q3}
+
+
+def ratios(seconds: Mapping[str, Any], name: str, unit: str) -> dict[str, float] | None:
+    """Returns the quartiles of one contender's time in another's, or None if one did not run."""
+    if name not in seconds or unit not in seconds:
+        return None
+    return quartiles(np.divide(seconds[name], seconds[unit]))

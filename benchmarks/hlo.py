@@ -10,17 +10,11 @@ import dataclasses
 import functools
 import math
 import re
-from typing import NamedTuple
 
-KINDS = (
-    "all-reduce",
-    "reduce-scatter",
-    "all-gather",
-    "all-to-all",
-    "ragged-all-to-all",
-    "collective-permute",
-    "collective-broadcast",
-)
+KINDS = {
+    *("all-reduce", "reduce-scatter", "all-gather", "all-to-all", "ragged-all-to-all"),
+    *("collective-permute", "collective-broadcast"),
+}
 _COMPUTATION = re.compile(r"(?P<entry>ENTRY )?%?(?P<name>[\w.\-]+)[^=]*\{$")
 _INSTRUCTION = re.compile(r"\s+(?:ROOT )?%?(?P<name>[\w.\-]+) = (?P<rest>.*)")
 _OPCODE = re.compile(r" ([a-z][\w\-]*)\(")  # a layout's parentheses follow no space
@@ -33,65 +27,41 @@ _CHANNEL = re.compile(r"channel_id=(\d+)")
 _NAMES = re.compile(r"%([\w.\-]+)")
 _ARRAYS = re.compile(r"\b([a-z]\w*)\[([\d,]*)\](\{[^}]*\})?")
 # These name arrays that another instruction made: nothing runs.
-_FREE = frozenset(
-    {
-        *("parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "domain"),
-        *("add-dependency", "partition-id", "replica-id", "opt-barrier"),
-    }
-)
+_FREE = {
+    *("parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "domain"),
+    *("add-dependency", "partition-id", "replica-id", "opt-barrier"),
+}
 
 
 @dataclasses.dataclass(frozen=True)
 class Collective:
-    """One collective of a program.
+    """One collective of a program, or several that XLA merged."""
 
-    Attributes:
-        kind: one of `KINDS`.
-        bytes: of its operands on one device, of all of them where XLA merged several. In a ring a
-            device sends 2 (n - 1) / n of that for an all-reduce, (n - 1) / n for a reduce-scatter.
-        trips: times that a call of the program runs it.
-        conditional: whether it stands in the step, which not every call takes.
-    """
-
-    kind: str
-    bytes: int
-    trips: int
-    conditional: bool
+    kind: str  # one of `KINDS`
+    bytes: int  # of its operands on one device
+    trips: int  # times that a call of the program runs it
+    conditional: bool  # whether it stands in the step, which not every call takes
 
 
 @dataclasses.dataclass(frozen=True)
 class Moved:
-    """The bytes that a call of a program reads from memory and writes to it.
+    """The bytes that a call of a program reads from memory and writes to it."""
 
-    Attributes:
-        hold: bytes of a call that does not take the step.
-        release: bytes of a call that does.
-        kernels_of_hold: instructions that move a thousandth of `release` or more, in a hold.
-        kernels_of_release: the same in a release.
-    """
-
-    hold: int
-    release: int
-    kernels_of_hold: int
+    hold: int  # of a call that does not take the step
+    release: int  # of a call that does
+    kernels_of_hold: int  # instructions that move a thousandth of `release` or more
     kernels_of_release: int
 
 
 def collectives(text: str) -> list[Collective]:
-    """Returns the collectives of a program.
-
-    Args:
-        text: `compiled.as_text()`.
-
-    Raises:
-        ValueError: if `text` is no program.
-    """
+    """Returns the collectives of a program, from `compiled.as_text()`."""
     program, found, seen = _Program(text), [], set()
     for in_step, runs in zip((False, True), program.runs(program.entry), strict=True):
-        for run in runs:
-            for kind, size, channel in program.collectives_in(run.computation, run.name):
+        for instruction, times in runs:
+            for kind, size, channel in program.collectives_in(instruction):
                 # A TPU starts one in a fusion, goes on with it in others and ends it in the last.
                 if channel is None or channel not in seen:
-                    found.append(Collective(kind, size, run.times, in_step))
+                    found.append(Collective(kind, size, times, in_step))
                     seen.add(channel)
     return found
 
@@ -99,22 +69,22 @@ def collectives(text: str) -> list[Collective]:
 def moved(text: str) -> Moved:
     """Returns the bytes that a call moves: operands and results of all that is not in a fusion.
 
-    Arrays that the program keeps on the chip (the memory space 1 of a TPU) move nothing.
-
-    Args:
-        text: `compiled.as_text()`.
-
-    Raises:
-        ValueError: if `text` is no program.
+    Arrays that the program keeps on the chip (the memory space 1 of a TPU) move nothing. The text
+    is that of `compiled.as_text()`.
     """
     program = _Program(text)
     always, step = program.runs(program.entry)
-    hold, both = (sum(run.bytes * run.times for run in runs) for runs in (always, always + step))
-    large = [[run.times for run in runs if run.bytes >= both / 1000] for runs in (always, step)]
-    return Moved(hold, both, sum(large[0]), sum(map(sum, large)))
+    hold, both = _bytes(always), _bytes(always + step)
+    kernels, more = (
+        sum(times for one, times in runs if one.bytes >= both / 1000) for runs in (always, step)
+    )
+    return Moved(hold, both, kernels, kernels + more)
 
 
-class _Instruction(NamedTuple):
+@dataclasses.dataclass(eq=False)
+class _Instruction:
+    computation: str
+    body: dict[str, "_Instruction"]  # of that computation, by name
     shape: str
     opcode: str
     operands: str
@@ -129,12 +99,19 @@ class _Instruction(NamedTuple):
             if not attributes or attribute in attributes
         ]
 
+    def reads(self, on_chip: bool = False) -> list[int]:
+        """Returns the bytes of each operand."""
+        return [_size(self.body[name].shape, on_chip) for name in _NAMES.findall(self.operands)]
 
-class _Run(NamedTuple):
-    computation: str
-    name: str
-    bytes: int
-    times: int
+    @functools.cached_property
+    def bytes(self) -> int:
+        """The bytes of its operands and results."""
+        # The start of a copy names its source and its target; it reads one and writes one.
+        copies = self.opcode in ("copy-start", "slice-start")
+        return sum(self.reads()) + (self.reads()[0] if copies else _size(self.shape))
+
+
+_Runs = list[tuple[_Instruction, int]]  # and how many times each of them runs
 
 
 class _Program:
@@ -142,68 +119,69 @@ class _Program:
 
     def __init__(self, text: str):
         self.computations: dict[str, dict[str, _Instruction]] = {}
-        entry, body = None, {}
+        self.entry, name = "", ""
         for line in re.sub(r"/\*.*?\*/", "", text).splitlines():  # `/*index=5*/` in long tuples
             if found := _INSTRUCTION.match(line):
-                body[found["name"]] = _parse(found["rest"])
+                body = self.computations[name]
+                body[found["name"]] = _Instruction(name, body, *_parse(found["rest"]))
             elif found := _COMPUTATION.match(line):
-                body = self.computations[found["name"]] = {}
-                entry = found["name"] if found["entry"] else entry
-        if entry is None:
+                name = found["name"]
+                self.computations[name] = {}
+                self.entry = name if found["entry"] else self.entry
+        if not self.entry:
             raise ValueError("`text` has no ENTRY computation; pass `compiled.as_text()`")
-        self.entry = entry
 
     @functools.cache  # noqa: B019  (programs are short-lived)
-    def runs(self, name: str) -> tuple[list[_Run], list[_Run]]:
+    def runs(self, name: str) -> tuple[_Runs, _Runs]:
         """Returns the instructions that a computation always runs, and those of its step."""
         always, step = [], []
-
-        def both(runs: tuple[list[_Run], list[_Run]]) -> list[_Run]:
-            return runs[0] + runs[1]
-
-        for own, instruction in self.computations[name].items():
+        for instruction in self.computations[name].values():
             opcode = instruction.opcode
             if opcode in _FREE or opcode.endswith(("-done", "-update")):
                 continue  # counted where it starts
             if opcode == "conditional":
-                branches = [both(self.runs(branch)) for branch in instruction.callees()]
+                branches = [self._both(branch) for branch in instruction.callees()]
                 step += max(branches, key=self._dearness)
             elif opcode == "while":
                 (condition,), (body,) = map(instruction.callees, ("condition", "body"))
-                always += both(self.runs(condition))
-                inside, trips = self.runs(body), self._trips(instruction)
-                always += _repeated(inside[0], trips) if trips else []
-                step += _repeated(inside[1], trips) if trips else both(inside)
+                trips, inside = self._trips(instruction), self.runs(body)
+                always += self._both(condition)
+                if trips:
+                    always += [(one, trips * times) for one, times in inside[0]]
+                    step += [(one, trips * times) for one, times in inside[1]]
+                else:
+                    step += self._both(body)
             elif opcode == "call":
                 for callee in instruction.callees("to_apply"):
                     inside = self.runs(callee)
                     always, step = always + inside[0], step + inside[1]
             else:
-                always.append(_Run(name, own, self._bytes(name, instruction), 1))
+                always.append((instruction, 1))
         return always, step
 
-    def _dearness(self, runs: list[_Run]) -> tuple[bool, int]:
+    def _both(self, name: str) -> _Runs:
+        always, step = self.runs(name)
+        return always + step
+
+    def _dearness(self, runs: _Runs) -> tuple[bool, int]:
         """Returns a key that puts branches that send above others, and else those that move."""
-        sends = any(list(self.collectives_in(run.computation, run.name)) for run in runs)
-        return sends, sum(run.bytes * run.times for run in runs)
+        return any(list(self.collectives_in(one)) for one, _ in runs), _bytes(runs)
 
     def collectives_in(
-        self, computation: str, name: str, fused: bool = False
+        self, instruction: _Instruction, fused: bool = False
     ) -> Iterator[tuple[str, int, str | None]]:
         """Yields kind, bytes and, in a fusion, channel of a collective, or of those inside it."""
-        instruction = self.computations[computation][name]
         kind = instruction.opcode.removesuffix("-start")
         if kind in KINDS:
-            if computation.startswith("all-reduce-scatter"):
+            if instruction.computation.startswith("all-reduce-scatter"):
                 kind = "reduce-scatter"  # as a TPU fuses one
             channel = _CHANNEL.search(instruction.attributes) if fused else None
-            size = sum(self._operands(computation, instruction, on_chip=True))
-            yield kind, size, channel and channel[1]
+            yield kind, sum(instruction.reads(on_chip=True)), channel and channel[1]
             return
         fused = fused or instruction.opcode == "fusion"
         for callee in instruction.callees("calls", "called_computations"):
-            for inner in self.computations[callee]:
-                yield from self.collectives_in(callee, inner, fused)
+            for inner in self.computations[callee].values():
+                yield from self.collectives_in(inner, fused)
 
     def _trips(self, loop: _Instruction) -> int | None:
         """Returns the trips of a loop, if the compiler says it or its condition counts to them."""
@@ -217,24 +195,13 @@ class _Program:
         counts = counter.opcode == "get-tuple-element" and end.opcode == "constant"
         return int(end.operands) if counts else None
 
-    def _bytes(self, computation: str, instruction: _Instruction) -> int:
-        reads = self._operands(computation, instruction)
-        # The start of a copy names its source and its target; it reads one and writes one.
-        copies = instruction.opcode in ("copy-start", "slice-start")
-        return sum(reads) + (reads[0] if copies else _size(instruction.shape))
 
-    def _operands(
-        self, computation: str, instruction: _Instruction, on_chip: bool = False
-    ) -> list[int]:
-        names = _NAMES.findall(instruction.operands)
-        return [_size(self.computations[computation][name].shape, on_chip) for name in names]
+def _bytes(runs: _Runs) -> int:
+    return sum(instruction.bytes * times for instruction, times in runs)
 
 
-def _repeated(runs: list[_Run], trips: int) -> list[_Run]:
-    return [run._replace(times=trips * run.times) for run in runs]
-
-
-def _parse(text: str) -> _Instruction:
+def _parse(text: str) -> tuple[str, str, str, str]:
+    """Returns the shape of an instruction, its opcode, its operands and its attributes."""
     found = _OPCODE.search(text)
     if found is None:
         raise ValueError(f"cannot read this instruction: {text}")
@@ -242,22 +209,18 @@ def _parse(text: str) -> _Instruction:
     while depth:
         depth += {"(": 1, ")": -1}.get(text[end], 0)
         end += 1
-    operands, attributes = text[found.end() : end - 1], text[end:]
-    return _Instruction(text[: found.start()], found[1], operands, attributes)
+    return text[: found.start()], found[1], text[found.end() : end - 1], text[end:]
 
 
 def _size(shape: str, on_chip: bool = False) -> int:
     """Returns the bytes of an array, or of all in a tuple, from a text such as `f32[4,2]{1,0}`.
 
-    Args:
-        shape: the text.
-        on_chip: whether those count that a TPU keeps on the chip, in its memory space 1.
+    Those that a TPU keeps on the chip, in its memory space 1, count if `on_chip`.
     """
     total = 0
     for dtype, dims, layout in _ARRAYS.findall(shape):
-        if "S(1)" in layout and not on_chip:
-            continue
-        bits = re.search(r"\d+", dtype)
-        size = 1 if dtype == "pred" else math.ceil(int(bits[0]) / 8) if bits else 0
-        total += size * math.prod(int(n) for n in dims.split(",") if n)
+        if "S(1)" not in layout or on_chip:
+            bits = re.search(r"\d+", dtype)
+            size = 1 if dtype == "pred" else math.ceil(int(bits[0]) / 8) if bits else 0
+            total += size * math.prod(int(n) for n in dims.split(",") if n)
     return total

@@ -3,12 +3,13 @@
 A step gets the whole batch: forward, backward, accumulate and AdamW in one program, compiled ahead
 of time with the parameters and the optimizer's state donated; `apply_gradients` is called for each
 microbatch. All start from the same parameters, see the same tokens, and after two steps
-have to agree with AdamW on the full batch. Then they take turns.
+have to agree with AdamW on the full batch. Then they take turns. Batches have to fit into 1.25
+times the peak memory of `optaccum.value_and_grad`.
 """
 
-import argparse
 from collections.abc import Iterator
 import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -17,9 +18,11 @@ import numpy as np
 
 from benchmarks import contenders, harness, training
 from benchmarks.contenders import APPLY_GRADIENTS, FULL_BATCH, MICROBATCH, SCAN, VALUE_AND_GRAD
-from benchmarks.tables import AGREES, Table, median, where
+from benchmarks.tables import AGREES, Table, left_out, median, where
 
 NAMES = FULL_BATCH, MICROBATCH, SCAN, VALUE_AND_GRAD, APPLY_GRADIENTS
+UNITS = {"time_to_full_batch": FULL_BATCH, "time_to_microbatch": MICROBATCH}
+UNITS |= {"time_to_hand_written": SCAN}
 DRIFT_MICROBATCHES = 1024
 
 
@@ -34,38 +37,23 @@ def drift() -> list[dict[str, Any]]:
     exact = np.asarray(rows, np.float64).mean(axis=0)
 
     def error(contender):
-        step = contender.differentiate(lambda params, batch: jnp.mean(batch @ params), None)
-        _, grads = jax.jit(step)(jnp.zeros(64, jnp.bfloat16), rows)
+        loss_fn = lambda params, batch: jnp.mean(batch @ params)  # noqa: E731
+        step = jax.jit(functools.partial(contender.differentiate, loss_fn, None))
+        _, grads = step(jnp.zeros(64, jnp.bfloat16), rows)
         return float(np.max(np.abs(np.asarray(grads, np.float64) / exact - 1)))
 
     return [{"name": name, "relative_error": error(one)} for name, one in found.items()]
 
 
-def measure(args: argparse.Namespace) -> Iterator[harness.Result]:
-    """Yields every figure of the benchmark, ready for JSON."""
-    task = training.Task.of(args, dtype=jnp.dtype(args.dtype))
-    found, left_out = contenders.make(NAMES, training.INNER, args.every_k)
-    compiling: dict[str, list[float]] = {name: [] for name in found}
-    windows, names = {}, list(found)
-    for turn in harness.progress(range(1 if args.quick else 5), "Compiling"):
-        for name in names[turn:] + names[:turn]:
-            windows[name] = task.compile(found[name], optimized=not args.quick)
-            compiling[name].append(windows[name].trace_s + windows[name].compile_s)
-    units = {
-        "time_to_full_batch": FULL_BATCH,
-        "time_to_microbatch": MICROBATCH,
-        "time_to_hand_written": SCAN,
-    }
-    budget = args.budget * 1e6 if args.budget else 1.25 * windows[VALUE_AND_GRAD].peak_bytes
-    room = training.device_memory("bytes_limit")
-    result = training.compare(task, windows, args.rounds, units, room)
+def measure(args: Any) -> Iterator[harness.Result]:
+    task = training.Task.of(args)
+    windows, result = training.compare(task, NAMES, UNITS, args, 1 if args.quick else 5)
+    budget = 1.25 * windows[VALUE_AND_GRAD].peak_bytes
     del windows  # a GPU tries out kernels when it compiles, and needs room for them
+    compile_s = {row["name"]: row["compile_s"] for row in result["contenders"]}
     for row in result["contenders"]:
-        row["compile_to_hand_written"] = harness.ratios(compiling, row["name"], SCAN)
-    result |= {
-        **{"preset": args.parameters, "num_microbatches": args.every_k, "left_out": left_out},
-        **{"budget_bytes": round(budget), "largest": [], "drift": drift()},
-    }
+        row["compile_to_hand_written"] = harness.ratios(compile_s, row["name"], SCAN)
+    result |= {"budget_bytes": round(budget), "largest": [], "drift": drift()}
     yield result
     for name in harness.progress((FULL_BATCH, VALUE_AND_GRAD), "Compiling larger batches"):
 
@@ -74,12 +62,10 @@ def measure(args: argparse.Namespace) -> Iterator[harness.Result]:
             contender = contenders.ADAPTERS[name](training.INNER, longer.every_k)
             return longer.compile(contender, rows, optimized=False).peak_bytes
 
-        batch = args.every_k * args.microbatch
-        size, capped = training.largest_batch(peak_of, batch, budget, 1 if args.quick else 6)
-        microbatch = None if name == FULL_BATCH else args.microbatch
-        result["largest"].append(
-            {"name": name, "microbatch": microbatch, "batch": size, "capped": capped}
-        )
+        start, doublings = args.every_k * args.microbatch, 1 if args.quick else 6
+        size, capped = training.largest_batch(peak_of, start, budget, doublings)
+        row = {"name": name, "microbatch": None if name == FULL_BATCH else args.microbatch}
+        result["largest"].append(row | {"batch": size, "capped": capped})
         yield result
 
 
@@ -98,13 +84,12 @@ def tables(result: dict[str, Any]) -> dict[str, list[Table]]:
         }
         for row in result["contenders"]
     ]
+    heading = f"batch that fits {result['budget_bytes'] / 1e6:,.0f} MB"
     largest = [
         {
             "contender": row["name"],
             "sequences per microbatch": str(row["microbatch"] or "all"),
-            f"batch that fits {result['budget_bytes'] / 1e6:,.0f} MB": (
-                f"{'at least ' if row['capped'] else ''}{row['batch']:,}"
-            ),
+            heading: f"{'at least ' if row['capped'] else ''}{row['batch']:,}",
         }
         for row in result["largest"]
     ]
@@ -112,31 +97,11 @@ def tables(result: dict[str, Any]) -> dict[str, list[Table]]:
         {"contender": row["name"], "largest relative error": f"{row['relative_error']:.1e}"}
         for row in result["drift"]
     ]
-    left_out = [f"Left out: {name}, for {why}." for name, why in result.get("left_out", {}).items()]
-    notes = [*left_out, f"{training.setting(result, 'a batch')} {where(result)}"]
-    named = {
-        "A step": steps,
-        "The largest batch": largest,
-        f"A bfloat16 gradient over {DRIFT_MICROBATCHES:,} microbatches": drifts,
-    }
-    found = [Table(rows, title) for title, rows in named.items() if rows]
-    return {"in_step": [*found[:-1], dataclasses.replace(found[-1], notes=notes)]}
-
-
-def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    """Returns the command line, with defaults for the device."""
-    parser = harness.make_parser("in_step", __doc__)
-    training.add_arguments(parser, 8)
-    add = parser.add_argument
-    add("--dtype", choices=("float32", "bfloat16"), help="what the model computes in")
-    add("--budget", type=harness.at_least(1.0), metavar="MB", help="memory for the largest batch")
-    return harness.parse_args(parser, training.DEFAULTS, argv)
-
-
-def main() -> None:
-    """Runs the benchmark."""
-    harness.run("in_step", parse_args(), measure, tables)
+    notes = [*left_out(result), f"{training.setting(result, 'a batch')} {where(result)}"]
+    title = f"A bfloat16 gradient over {DRIFT_MICROBATCHES:,} microbatches"
+    first = [Table(steps, "A step"), *([Table(largest, "The largest batch")] if largest else [])]
+    return {"in_step": [*first, Table(drifts, title, notes)]}
 
 
 if __name__ == "__main__":
-    main()
+    harness.main("in_step", __doc__, training.OPTIONS, measure, tables)

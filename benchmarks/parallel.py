@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -32,90 +33,62 @@ def vary(tree: Any) -> Any:
 
 def hold_back(tree: Any) -> Any:
     """Returns replicated parameters such that their gradients stay unreduced."""
-    return jax.tree.map(
-        lambda x: jax.reshard(x, P(*[None] * x.ndim, reduced=frozenset({AXIS}))), tree
-    )
+
+    def spec(x):
+        return P(*[None] * x.ndim, reduced=frozenset({AXIS}))
+
+    return jax.tree.map(lambda x: jax.reshard(x, spec(x)), tree)
 
 
-def _renamed(made: Contender, name: str, *layout: Any) -> Contender:
-    return dataclasses.replace(made, name=name, layout=Layout(*layout))
-
-
-def _explicit(made: Contender, name: str) -> Contender:
+def explicit(make: Callable[..., Contender], name: str, inner: Inner, every_k: int) -> Contender:
+    """Reduces once per window, under explicit sharding."""
     if not hasattr(jax, "reshard"):
         raise ImportError("this jax has no unreduced gradients")
-    return _renamed(made, name, AxisType.Explicit, lambda params: {"state": None}, hold_back)
+    layout = Layout(AxisType.Explicit, lambda params: {"state": None}, hold_back)
+    return dataclasses.replace(make(inner, every_k, reduce_axes=AXIS), name=name, layout=layout)
 
 
 def calls_deferred(inner: Inner, every_k: int) -> Contender:
     """`apply_gradients` in `jax.shard_map`, with one reduction, in the release."""
+    made = contenders.apply_gradients(inner, every_k, reduce_axes=AXIS)
     tx = optaccum.accumulate(every_k, inner.transformation, reduce_axes=AXIS)
 
     def specs(params):
         return {"state": optaccum.state_shardings(tx, params, P())}
 
-    made = contenders.apply_gradients(inner, every_k, reduce_axes=AXIS)
-    return _renamed(made, CALLS_DEFERRED, AxisType.Manual, specs, vary)
-
-
-def calls_explicit(inner: Inner, every_k: int) -> Contender:
-    """The same under explicit sharding."""
-    made = contenders.apply_gradients(inner, every_k, reduce_axes=AXIS)
-    return _explicit(made, CALLS_EXPLICIT)
+    layout = Layout(AxisType.Manual, specs, vary)
+    return dataclasses.replace(made, name=CALLS_DEFERRED, layout=layout)
 
 
 def in_step_deferred(inner: Inner, every_k: int) -> Contender:
     """`value_and_grad` in `jax.shard_map`, with one reduction, after its scan."""
     made = contenders.in_step(inner, every_k, reduce_axes=AXIS)
-    return _renamed(made, IN_STEP_DEFERRED, AxisType.Manual)
+    return dataclasses.replace(made, name=IN_STEP_DEFERRED, layout=Layout(AxisType.Manual))
 
 
-def in_step_explicit(inner: Inner, every_k: int) -> Contender:
-    """The same under explicit sharding."""
-    made = contenders.in_step(inner, every_k, reduce_axes=AXIS)
-    return _explicit(made, IN_STEP_EXPLICIT)
+def sharded(name: str, inner: Inner, every_k: int) -> Contender:
+    """`apply_gradients` with moments and sums divided among the devices.
 
+    Parameters are divided too (FSDP), or updates are gathered in the release (ZeRO-2).
+    """
+    if name == ZERO_2:
+        gather = optax.stateless(lambda updates, _: lax.with_sharding_constraint(updates, P()))
+        transformation = optax.chain(inner.transformation, gather)
+        inner = dataclasses.replace(inner, transformation=transformation)
+    tx = optaccum.accumulate(every_k, inner.transformation)
 
-def divided(params: Any) -> Any:
-    """Returns the spec of each leaf along its first axis that the devices divide, if it has one."""
-    count = jax.sharding.get_abstract_mesh().size
-
-    def spec(leaf):
+    def divided(leaf):  # along its first axis that the devices divide, if it has one
+        count = jax.sharding.get_abstract_mesh().size
         axes = [i for i, size in enumerate(leaf.shape) if size % count == 0]
         return P(*[None] * axes[0], AXIS) if axes else P()
 
-    return jax.tree.map(spec, params)
-
-
-def fsdp(inner: Inner, every_k: int) -> Contender:
-    """`apply_gradients` with parameters, moments and sums divided among the devices."""
-    made = contenders.apply_gradients(inner, every_k)
-    tx = optaccum.accumulate(every_k, inner.transformation)
-
     def specs(params):
-        shardings = divided(params)
-        opt_state = optaccum.state_shardings(tx, params, shardings)
-        return {"params": shardings, "state": opt_state}
+        shardings = jax.tree.map(divided, params)
+        state = {"state": optaccum.state_shardings(tx, params, shardings)}
+        return state if name == ZERO_2 else state | {"params": shardings}
 
-    return _renamed(made, FSDP, AxisType.Auto, specs)
-
-
-def zero_2(inner: Inner, every_k: int) -> Contender:
-    """`apply_gradients` with moments and sums divided, and updates gathered in the release."""
-
-    def gather(updates, params):
-        return lax.with_sharding_constraint(updates, P())
-
-    inner = dataclasses.replace(
-        inner, transformation=optax.chain(inner.transformation, optax.stateless(gather))
-    )
     made = contenders.apply_gradients(inner, every_k)
-    tx = optaccum.accumulate(every_k, inner.transformation)
-
-    def specs(params):
-        return {"state": optaccum.state_shardings(tx, params, divided(params))}
-
-    return _renamed(made, ZERO_2, AxisType.Auto, specs)
+    return dataclasses.replace(made, name=name, layout=Layout(AxisType.Auto, specs))
 
 
 def by_hand(inner: Inner, every_k: int) -> Contender:
@@ -136,39 +109,31 @@ def by_hand(inner: Inner, every_k: int) -> Contender:
         sums = optax.tree.zeros_like((params, jnp.zeros(())))
         return {"params": params, "state": tx.init(params)} | store(vary(sums))
 
-    def weighted(grads, weight):
-        return optax.tree.scale(weight, grads), weight
-
     def overwrite(part, grads, weight):
-        return store(weighted(grads, weight))
+        return store((optax.tree.scale(weight, grads), weight))
 
     def add(part, grads, weight):
-        return store(optax.tree.add(load(part), weighted(grads, weight)))
+        return store(optax.tree.add(load(part), (optax.tree.scale(weight, grads), weight)))
 
     def release(part, grads, weight):
         summed = add(part, grads, weight)
         total, tokens = lax.psum(load(summed), AXIS)
         mean = optax.tree.scale(1 / jnp.maximum(tokens, 1), total)
-        updates, opt_state = tx.update(mean, part["state"], part["params"])
-        params = optax.apply_updates(part["params"], updates)
-        return {"params": params, "state": opt_state} | summed
-
-    def specs(params):
-        return {"sums": P(AXIS)}
+        params, state = contenders.update(tx, mean, part["state"], part["params"])
+        return {"params": params, "state": state} | summed
 
     first, hold = Step(overwrite, ("sums",)), Step(add, ("sums",))
-    last = Step(release, ("params", "state", "sums"))
-    steps = (first,) + (hold,) * (every_k - 2) + (last,)
-    return Contender(BY_HAND, init, steps, layout=Layout(AxisType.Manual, specs, vary))
+    steps = (first,) + (hold,) * (every_k - 2) + (Step(release, ("params", "state", "sums")),)
+    layout = Layout(AxisType.Manual, lambda params: {"sums": P(AXIS)}, vary)
+    return Contender(BY_HAND, init, steps, layout=layout)
 
 
-WAYS: dict[str, Callable[[Inner, int], Contender]] = {
+contenders.ADAPTERS |= {
     CALLS_DEFERRED: calls_deferred,
-    CALLS_EXPLICIT: calls_explicit,
-    FSDP: fsdp,
-    ZERO_2: zero_2,
+    CALLS_EXPLICIT: functools.partial(explicit, contenders.apply_gradients, CALLS_EXPLICIT),
+    FSDP: functools.partial(sharded, FSDP),
+    ZERO_2: functools.partial(sharded, ZERO_2),
     IN_STEP_DEFERRED: in_step_deferred,
-    IN_STEP_EXPLICIT: in_step_explicit,
+    IN_STEP_EXPLICIT: functools.partial(explicit, contenders.in_step, IN_STEP_EXPLICIT),
     BY_HAND: by_hand,
 }
-contenders.ADAPTERS.update(WAYS)

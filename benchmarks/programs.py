@@ -1,7 +1,6 @@
 """Programs of a contender: compiled for devices that are here or elsewhere, run, and checked."""
 
-from collections.abc import Sequence
-import contextlib
+from collections.abc import Mapping, Sequence
 import functools
 import time
 from typing import Any
@@ -19,13 +18,10 @@ WINDOWS = 2  # that a contender runs before it is checked
 
 
 class Window:
-    """The programs of one window of a contender, compiled.
+    """The programs of one window of a contender, compiled: one for each call.
 
-    Attributes:
-        contender: what they are programs of.
-        programs: one for each call.
-        trace_s: seconds to trace and lower all that differ.
-        compile_s: seconds to compile them.
+    `trace_s` and `compile_s` are the seconds to trace and lower, and to compile, all that differ;
+    `peak_bytes` and `temporary_bytes` those of the hungriest of them.
     """
 
     def __init__(
@@ -42,90 +38,59 @@ class Window:
     ):
         """Compiles each program, its part of the carry donated.
 
-        Args:
-            contender: the way of accumulating.
-            params: the parameters, of which only shapes and dtypes are read.
-            batch: what a call is given, likewise: rows for the model, or gradients without one.
-            model: with `mean_loss` and `tokens_of`, or None where the gradients lie ready.
-            weighted: whether a microbatch counts with its tokens.
-            devices: that share the rows; None for the default device.
-            optimized: whether the CPU's code is optimised. That takes most of the time, and comes
-                after memory is assigned and collectives are placed.
-            only_last: whether to compile the last program alone, the one that releases.
+        Of `params` and `batch` only shapes and dtypes are read. A batch is rows for the model, or
+        gradients without one; `devices` share it, and if `weighted` it counts with its tokens.
+        The last program alone is the one that releases.
         """
         self.contender, self.model, self.weighted = contender, model, weighted
-        layout = contender.layout
-        self.manual = devices is not None and layout.axis_type is AxisType.Manual
-        self.mesh = None
-        if devices is not None:
-            kind = AxisType.Auto if self.manual else layout.axis_type
-            self.mesh = Mesh(np.array(devices), (AXIS,), axis_types=(kind,))
-        cpu = jax.default_backend() == "cpu" and (not devices or devices[0].platform == "cpu")
-        skip = {"xla_backend_optimization_level": "0"} if cpu and not optimized else {}
-        options: dict[str, str | bool] = {**skip}
+        devices = devices or jax.devices()[:1]
+        kind = contender.layout.axis_type
+        self.manual = kind is AxisType.Manual
+        kinds = (AxisType.Auto if self.manual else kind,)
+        self.mesh = Mesh(np.array(devices), (AXIS,), axis_types=kinds)
         steps = contender.steps[-1:] if only_last else contender.steps
         self.trace_s = self.compile_s = 0.0
-        with jax.set_mesh(self.mesh) if self.mesh else contextlib.nullcontext():
-            shapes = self._carry_shapes(params)
-            batch = self._shapes(batch, P(AXIS))
+        with jax.set_mesh(self.mesh):
+            shapes, batch = self._carry_shapes(params), self._shapes(batch, self._named(P(AXIS)))
             compiled = {}
             for step in dict.fromkeys(steps):
                 start = time.perf_counter()
                 part = {name: shapes[name] for name in self._names(step)}
                 lowered = self._jit(step, part).lower(part, batch)
                 middle = time.perf_counter()
-                compiled[step] = lowered.compile(options)
+                compiled[step] = lowered.compile(options(optimized, devices[0]))
                 self.trace_s += middle - start
                 self.compile_s += time.perf_counter() - middle
         self.programs = [compiled[step] for step in steps]
-
-    @property
-    def peak_bytes(self) -> int:
-        """The most memory that one of the programs needs, its arguments included."""
-        return max(map(peak_bytes, self.programs))
-
-    @property
-    def temporary_bytes(self) -> int:
-        """The largest temporaries of one of the programs."""
-        return max(program.memory_analysis().temp_size_in_bytes for program in self.programs)
+        sizes = [program.memory_analysis().temp_size_in_bytes for program in self.programs]
+        self.peak_bytes, self.temporary_bytes = max(map(peak_bytes, self.programs)), max(sizes)
 
     def start(self, params: Any) -> None:
         """Makes the carry for a copy of `params`."""
-        params = jax.tree.map(jnp.array, params)
-        if self.mesh:
-            with jax.set_mesh(self.mesh):
-                self.carry = self._init()(params)
-        else:
-            self.carry = self.contender.init(params)
+        with jax.set_mesh(self.mesh):
+            self.carry = self._init(jax.tree.map(jnp.array, params))
 
     def put(self, batch: Any) -> Any:
         """Returns a batch on the devices."""
-        return jax.device_put(batch, NamedSharding(self.mesh, P(AXIS)) if self.mesh else None)
+        return jax.device_put(batch, NamedSharding(self.mesh, P(AXIS)))
 
-    def call(self, index: int, batch: Any) -> Any:
-        """Runs the program of one call of the window, and returns the loss if there is a model."""
-        names = self._names(self.contender.steps[index])
-        part = {name: self.carry[name] for name in names}
-        part, loss = self.programs[index](part, batch)
+    def call(self, index: int, batches: Sequence[Any]) -> Carry:
+        """Runs the program of one call of the window; the batches repeat where there are few."""
+        part = {name: self.carry[name] for name in self._names(self.contender.steps[index])}
+        part, _ = self.programs[index](part, batches[index % len(batches)])
         self.carry = self.carry | part
-        return loss
-
-    def hold(self, batches: Sequence[Any]) -> Carry:
-        """Runs all of a window but its last call; the batches repeat where there are too few."""
-        for i in range(len(self.programs) - 1):
-            self.call(i, batches[i % len(batches)])
         return self.carry
 
-    def release(self, batches: Sequence[Any]) -> Carry:
-        """Runs the last call of a window."""
-        last = len(self.programs) - 1
-        self.call(last, batches[last % len(batches)])
+    def hold(self, batches: Sequence[Any]) -> Carry:
+        """Runs all of a window but its last call."""
+        for i in range(len(self.programs) - 1):
+            self.call(i, batches)
         return self.carry
 
     def run(self, batches: Sequence[Any]) -> Carry:
         """Runs a window."""
         self.hold(batches)
-        return self.release(batches)
+        return self.call(len(self.programs) - 1, batches)
 
     def train(self, params: Any, batches: Sequence[Any]) -> Any:
         """Returns what two windows make of `params`, on the host, and forgets the carry."""
@@ -143,63 +108,56 @@ class Window:
     def _run(self, step: Step, part: Carry, batch: Any) -> tuple[Carry, Any]:
         if self.model is None:
             return part | step.apply(part, batch, None), None
-        weight_fn = self.model.tokens_of if self.weighted else None
-        differentiate = self.contender.differentiate(self.model.mean_loss, weight_fn)
-        prepare = self.contender.layout.prepare if self.mesh else lambda params: params
-        loss, grads = differentiate(prepare(part["params"]), batch)
+        functions = self.model.mean_loss, self.model.tokens_of if self.weighted else None
+        params = self.contender.layout.prepare(part["params"])
+        loss, grads = self.contender.differentiate(*functions, params, batch)
         weight = self.model.tokens_of(part["params"], batch) if self.weighted else None
         return part | step.apply(part, grads, weight), loss[None] if self.manual else loss
 
     def _jit(self, step: Step, part: Carry) -> Any:
-        # An unused argument is kept, or what overwrites a buffer could not be given that buffer.
-        jit = functools.partial(jax.jit, donate_argnums=0, keep_unused=True)
         run = functools.partial(self._run, step)
-        if not self.mesh:
-            return jit(run)
         specs = {name: self.specs[name] for name in part}
         out_specs = specs, P(AXIS) if self.manual else P()
         if self.manual:
             in_specs = specs, P(AXIS)
             run = jax.shard_map(run, mesh=self.mesh, in_specs=in_specs, out_specs=out_specs)
-        return jit(run, out_shardings=self._named(out_specs))
-
-    def _init(self) -> Any:
-        init, specs = self.contender.init, self.specs
-        if self.manual:
-            init = jax.shard_map(init, mesh=self.mesh, in_specs=P(), out_specs=specs)
-        return jax.jit(init, out_shardings=self._named(specs))
+        # An unused argument is kept, or what overwrites a buffer could not be given that buffer.
+        given = {"donate_argnums": 0, "keep_unused": True}
+        return jax.jit(run, out_shardings=self._named(out_specs), **given)
 
     def _carry_shapes(self, params: Any) -> Carry:
-        if not self.mesh:
-            return jax.eval_shape(self.contender.init, params)
-        params = self._shapes(params, P())
+        params = self._shapes(params, self._named(P()))
         entries = [name for step in self.contender.steps for name in step.names]
         self.specs = dict.fromkeys(["params", *entries], P()) | self.contender.layout.specs(params)
-        init = self._init()
-        shapes = jax.eval_shape(init, params)
+        init = self.contender.init
+        if self.manual:
+            init = jax.shard_map(init, mesh=self.mesh, in_specs=P(), out_specs=self.specs)
+        self._init = jax.jit(init, out_shardings=self._named(self.specs))
+        shapes = jax.eval_shape(self._init, params)
         if None in self.specs.values():  # only the compiler knows
-            placed = init.lower(params).compile().output_shardings
+            placed = self._init.lower(params).compile().output_shardings
         else:
-            placed = jax.tree.map(
-                lambda sharding, part: jax.tree.map(lambda _: sharding, part),
-                self._named(self.specs),
-                shapes,
-            )
-        return jax.tree.map(
-            lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
-            shapes,
-            placed,
-        )
+            placed = self._named(self.specs)
+        return self._shapes(shapes, placed)
 
     def _named(self, specs: Any) -> Any:
-        assert self.mesh
         return jax.tree.map(functools.partial(NamedSharding, self.mesh), specs)
 
-    def _shapes(self, tree: Any, spec: P) -> Any:
-        sharding = NamedSharding(self.mesh, spec) if self.mesh else None
-        return jax.tree.map(
-            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), tree
-        )
+    def _shapes(self, tree: Any, shardings: Any) -> Any:
+        def shape(x, sharding):
+            return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+
+        return jax.tree.map(shape, tree, jax.tree.broadcast(shardings, tree))
+
+
+def options(optimized: bool, device: Any = None) -> Any:
+    """Returns options to compile with.
+
+    Optimising code for a CPU takes most of the time, and comes after memory is assigned and
+    collectives are placed: without it all figures but times are the same.
+    """
+    cpu = (device or jax.devices()[0]).platform == "cpu"
+    return {"xla_backend_optimization_level": "0"} if cpu and not optimized else {}
 
 
 def peak_bytes(program: Any) -> int:
@@ -214,6 +172,28 @@ def nbytes(tree: Any) -> int:
     return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))
 
 
+def make_trees(count: int, leaves: int, shape: tuple[int, ...], dtype: Any = "float32") -> Any:
+    """Returns trees of normal deviates."""
+    keys = jax.random.split(jax.random.key(0), (count, leaves))
+    return [
+        {f"{i:04d}": jax.random.normal(key, shape, dtype) for i, key in enumerate(x)} for x in keys
+    ]
+
+
+def check(
+    found: Mapping[str, Contender], inner: Any, every_k: int, trees: Any, tolerance: float
+) -> tuple[dict[str, Window], dict[str, Any]]:
+    """Returns windows that are ready to run, and for each whether it agrees with the full batch."""
+    windows, rows, (params, *grads) = {}, {}, trees
+    for name, one in found.items():
+        window = windows[name] = Window(one, params, params)
+        expected = full_batch(one.reference or inner, every_k, params, grads)
+        error = largest_error(window.train(params, grads), expected, params, tolerance)
+        rows[name] = {"name": name, "equivalent": one.equivalent, "agrees": error <= 1}
+        window.start(params)
+    return windows, rows
+
+
 def full_batch(
     inner: optax.GradientTransformation, every_k: int, params: Any, microbatches: Sequence[Any]
 ) -> Any:
@@ -224,10 +204,8 @@ def full_batch(
     counts = np.bincount(np.arange(every_k) % len(microbatches), minlength=len(microbatches))
 
     def mean(*leaves):
-        total = jnp.zeros(leaves[0].shape, jnp.float32)
-        for n, x in zip(counts.tolist(), leaves, strict=True):
-            total += n * x.astype(jnp.float32)
-        return (total / every_k).astype(leaves[0].dtype)
+        wide = [np.asarray(leaf, np.float32) for leaf in leaves]
+        return jnp.asarray(np.average(wide, axis=0, weights=counts), leaves[0].dtype)
 
     grads, state = jax.tree.map(mean, *microbatches), inner.init(params)
     for _ in range(WINDOWS):

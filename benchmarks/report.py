@@ -6,42 +6,27 @@ A table stands between `<!-- name: begin -->` and `<!-- name: end -->`. The name
 
 import argparse
 from collections.abc import Mapping
+import importlib
 import json
 import pathlib
 import re
 from typing import Any
 
-from benchmarks import (
-    collectives,
-    compiled_tables,
-    coupled,
-    harness,
-    in_step,
-    overhead,
-    plots,
-    scaling,
-    train_step,
-)
+from benchmarks import harness, plots
 
 ROOT = pathlib.Path(__file__).parent.parent
 FIGURES = ROOT / "benchmarks" / "figures"
-README = ROOT / "docs" / "explanation" / "holds.md"
-READMES = README, ROOT / "benchmarks" / "README.md"
+READMES = ROOT / "docs" / "explanation" / "holds.md", ROOT / "benchmarks" / "README.md"
 DEVICES = "", "-cpu", "-gpu", "-tpu"
-TABLES = {
-    "compiled": compiled_tables.tables,
-    "overhead": overhead.tables,
-    "train_step": train_step.tables,
-    "in_step": in_step.tables,
-    "coupled": coupled.tables,
-    "collectives": collectives.tables,
-    "scaling": scaling.tables,
+MODULES = {"compiled": "compiled_tables"} | {
+    name: name
+    for name in ("overhead", "train_step", "in_step", "coupled", "collectives", "scaling")
 }
 
 
 def load(folder: pathlib.Path = harness.RESULTS) -> dict[str, list[dict[str, Any]]]:
     """Returns the committed results of each benchmark, those of a CPU, a GPU and a TPU."""
-    paths = {name: [folder / f"{name}{device}.json" for device in DEVICES] for name in TABLES}
+    paths = {name: [folder / f"{name}{device}.json" for device in DEVICES] for name in MODULES}
     return {
         name: [
             json.loads(path.read_text()) | {"file": path.stem.rpartition("-")[2]}
@@ -56,24 +41,21 @@ def render(results: Mapping[str, list[dict[str, Any]]]) -> dict[str, str]:
     """Returns every table by name, those of a CPU, a GPU and a TPU one below the other."""
     rendered: dict[str, list[str]] = {}
     for benchmark, of in results.items():
-        for result in of:
-            for name, found in TABLES[benchmark](result).items():
-                rendered.setdefault(name, []).extend(table.markdown() for table in found)
+        tables = importlib.import_module(f"benchmarks.{MODULES[benchmark]}").tables
+        for name, found in (item for result in of for item in tables(result).items()):
+            rendered.setdefault(name, []).extend(table.markdown() for table in found)
     return {name: "\n\n".join(found) for name, found in rendered.items()}
-
-
-def insert(text: str, name: str, table: str) -> str:
-    """Returns `text` with `table` between the markers of that name."""
-    begin, end = f"<!-- {name}: begin -->\n", f"<!-- {name}: end -->"
-    head, rest = text.split(begin)
-    return f"{head}{begin}{table}\n{end}{rest.split(end)[1]}"
 
 
 def fill(text: str, tables: Mapping[str, str]) -> str:
     """Returns `text` with the right table between each pair of its markers."""
-    for name in re.findall(r"<!-- (\w+): begin -->", text):
-        text = insert(text, name, tables.get(name, "No result is committed."))
-    return text
+
+    def between(found):
+        table = tables.get(found["name"], "No result is committed.")
+        return f"{found['begin']}{table}\n{found['end']}"
+
+    markers = r"(?P<begin><!-- (?P<name>\w+): begin -->\n).*?(?P<end><!-- (?P=name): end -->)"
+    return re.sub(markers, between, text, flags=re.DOTALL)
 
 
 def main() -> None:

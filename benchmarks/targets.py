@@ -21,34 +21,23 @@ TPU_TOPOLOGIES = {
     V5E: {1: "v5e:2x2", 4: "v5e:2x2", 8: "v5e:2x4"},
     V6E: {1: "v6e:2x2", 8: "v6e:2x4"},
 }
-H100_CONFIG = """
-gpu_device_info {
-  cuda_compute_capability { major: 9 minor: 0 }
-  threads_per_block_limit: 1024 threads_per_warp: 32
-  shared_memory_per_block: 49152 shared_memory_per_core: 233472
-  shared_memory_per_block_optin: 232448
-  threads_per_core_limit: 2048 core_count: 132 fpus_per_core: 128
+H100_CONFIG = """gpu_device_info {
+  cuda_compute_capability { major: 9 minor: 0 } core_count: 132 fpus_per_core: 128
+  threads_per_block_limit: 1024 threads_per_warp: 32 threads_per_core_limit: 2048
+  shared_memory_per_block: 49152 shared_memory_per_core: 233472 l2_cache_size: 52428800
+  shared_memory_per_block_optin: 232448 device_memory_size: 84978434048 clock_rate_ghz: 1.98
   block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535
-  memory_bandwidth: 3352320000000 l2_cache_size: 52428800 clock_rate_ghz: 1.98
-  device_memory_size: 84978434048
-  registers_per_core_limit: 65536 registers_per_block_limit: 65536
-}
-platform_name: "CUDA"
-dnn_version_info { major: 9 minor: 10 patch: 0 }
-device_description_str: "NVIDIA H100 80GB HBM3"
-"""
+  memory_bandwidth: 3352320000000 registers_per_core_limit: 65536 registers_per_block_limit: 65536
+} platform_name: "CUDA" dnn_version_info { major: 9 minor: 10 patch: 0 }
+device_description_str: "NVIDIA H100 80GB HBM3" """
 
 
 def prepare() -> None:
     """Sets the environment in which the compilers for chips that are not here can be loaded."""
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
-    for name, value in {
-        "TPU_SKIP_MDS_QUERY": "1",
-        "TPU_WORKER_HOSTNAMES": "localhost",
-        "TPU_ACCELERATOR_TYPE": "v5litepod-8",
-        "TPU_WORKER_ID": "0",
-        "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
-    }.items():
+    libtpu = {"TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost", "TPU_WORKER_ID": "0"}
+    libtpu |= {"TPU_ACCELERATOR_TYPE": "v5litepod-8", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
+    for name, value in libtpu.items():
         os.environ.setdefault(name, value)
     if folder := _nvcc():
         flags = f"--xla_gpu_cuda_data_dir={folder} --xla_gpu_autotune_level=0"
@@ -78,11 +67,7 @@ def missing(target: str) -> str | None:
 
 @functools.cache
 def devices(target: str, count: int = 1) -> tuple[Any, ...]:
-    """Returns devices that programs can be compiled for; those of a CPU can run them too.
-
-    Raises:
-        ImportError: if packages are missing; it names them.
-    """
+    """Returns devices that programs can be compiled for; those of a CPU can run them too."""
     import jax
     from jax.experimental import topologies
 
@@ -91,9 +76,8 @@ def devices(target: str, count: int = 1) -> tuple[Any, ...]:
     if target == CPU:
         return tuple(jax.devices("cpu")[:count])
     if target == H100:
-        topology = topologies.get_topology_desc(
-            "", "cuda", target_config=H100_CONFIG, topology=f"1x1x{count}"
-        )
+        options = {"target_config": H100_CONFIG, "topology": f"1x1x{count}"}
+        topology = topologies.get_topology_desc("", "cuda", **options)
     else:
         topology = topologies.get_topology_desc(TPU_TOPOLOGIES[target][count], "tpu")
     return tuple(topology.devices[:count])

@@ -1,7 +1,6 @@
 """A task, its check, its times and the batches that fit, for all that train a transformer."""
 
-import argparse
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 import dataclasses
 import functools
 from typing import Any
@@ -10,32 +9,24 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from benchmarks import harness, transformer
+from benchmarks import contenders, harness, transformer
 from benchmarks.contender import Contender
 from benchmarks.contenders import FULL_BATCH
 from benchmarks.inners import INNERS
-from benchmarks.programs import Window, largest_error
+from benchmarks.programs import Window, largest_error, nbytes
 
 # AdamW divides by sqrt(v) + eps, so a small `eps` turns the rounding of a small gradient into a
 # step of full size, and hides whether the gradients were summed or averaged. This one's is larger
 # than the gradients: a step is nearly linear in them.
 INNER = INNERS["adamw"]
-DEFAULTS = {  # quick, CPU, GPU or TPU
-    "parameters": ("100k", "10m", "350m"),
-    "dtype": ("float32", "float32", "bfloat16"),
-    "microbatch": (1, 1, 4),
-    "sequence": (16, 64, 1024),
-    "rounds": (3, 15, 15),
+OPTIONS = {
+    "parameters": ("the model", tuple(transformer.PRESETS), "100k", "10m", "350m"),
+    "dtype": ("what it computes in", ("float32", "bfloat16"), "float32", "float32", "bfloat16"),
+    "every_k": ("microbatches per window", 2, 4, 8, 8),
+    "microbatch": ("sequences in each microbatch, on each device", 1, 1, 1, 4),
+    "sequence": ("tokens in each sequence", 1, 16, 64, 1024),
+    "rounds": ("timed rounds", 1, 3, 15, 15),
 }
-
-
-def add_arguments(parser: argparse.ArgumentParser, every_k: int) -> None:
-    """Adds the arguments that describe the task."""
-    add, at_least = parser.add_argument, harness.at_least
-    add("--parameters", choices=transformer.PRESETS, help="the model")
-    add("--every-k", type=at_least(2), default=every_k, help=f"microbatches per window ({every_k})")
-    add("--microbatch", type=at_least(1), help="sequences in each microbatch, on each device")
-    add("--sequence", type=at_least(1), help="tokens in each sequence")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,9 +41,10 @@ class Task:
     devices: Sequence[Any] | None = None
 
     @classmethod
-    def of(cls, args: argparse.Namespace, devices: Any = None, **changes: Any) -> "Task":
+    def of(cls, args: Any, devices: Any = None, **changes: Any) -> "Task":
         """Returns the task that a command line describes."""
-        config = dataclasses.replace(transformer.PRESETS[args.parameters], **changes)
+        config = transformer.PRESETS[args.parameters]
+        config = dataclasses.replace(config, dtype=jnp.dtype(args.dtype), **changes)
         params = transformer.make_params(config)
         return cls(config, params, args.every_k, args.microbatch, args.sequence, devices)
 
@@ -66,8 +58,8 @@ class Task:
         rows = rows or self.rows * (self.every_k if len(contender.steps) == 1 else 1)
         batch = transformer.batch_shapes(rows, self.sequence)
         model, several = transformer.Model(self.config), self.devices is not None
-        options |= {"model": model, "weighted": several, "devices": self.devices}
-        return Window(contender, self.params, batch, **options)
+        options = {"weighted": several, "devices": self.devices} | options
+        return Window(contender, self.params, batch, model=model, **options)
 
     def batches(self, window: Window) -> list[Any]:
         """Returns the batches of each call of a window."""
@@ -76,22 +68,6 @@ class Task:
         if len(window.contender.steps) == 1:
             batches = [jax.tree.map(lambda *leaves: np.concatenate(leaves), *batches)]
         return [window.put(batch) for batch in batches]
-
-    def figures(self) -> dict[str, Any]:
-        """Returns the sizes of the task, ready for JSON."""
-        leaves = jax.tree.leaves(self.params)
-        return {
-            "parameters": sum(leaf.size for leaf in leaves),
-            "parameter_bytes": sum(leaf.nbytes for leaf in leaves),
-            "leaves": len(leaves),
-            "dtype": jnp.dtype(self.config.dtype).name,
-            **{name: getattr(self, name) for name in ("every_k", "microbatch", "sequence")},
-        }
-
-
-def device_memory(name: str) -> int | None:
-    """Returns an entry of the device's own account, if it keeps one."""
-    return (jax.devices()[0].memory_stats() or {}).get(name)
 
 
 def tolerance(config: transformer.Config) -> float:
@@ -107,54 +83,50 @@ def tolerance(config: transformer.Config) -> float:
 
 
 def compare(
-    task: Task,
-    windows: dict[str, Window],
-    rounds: int,
-    units: Mapping[str, str],
-    room: float | None = None,
-) -> dict[str, Any]:
-    """Checks contenders against the full batch, lets them take turns, and returns their figures.
+    task: Task, names: Iterable[str], units: Mapping[str, str], args: Any, compilations: int = 1
+) -> tuple[dict[str, Window], harness.Result]:
+    """Compiles contenders, checks them against the full batch, and lets them take turns.
 
-    Args:
-        task: a model and its batches.
-        windows: the programs of each contender, by name.
-        rounds: timed rounds.
-        units: for each ratio of times, the contender whose time is 1. The last of them is the one
-            to check against where the full batch does not run.
-        room: the memory; a full batch that needs more does not run.
+    A full batch that needs more memory than there is does not run; then the last of `units` is
+    checked against. These are the ratios of times, and the contender whose time is 1.
     """
-    too_large = room and windows[FULL_BATCH].peak_bytes > room
-    ready = {name: x for name, x in windows.items() if name != FULL_BATCH or not too_large}
+    found, left_out = contenders.make(names, INNER, task.every_k)
+    windows, names, compile_s = {}, list(found), {name: [] for name in found}
+    for turn in harness.progress(range(compilations), "Compiling"):
+        for name in names[turn:] + names[:turn]:
+            window = windows[name] = task.compile(found[name], optimized=not args.quick)
+            compile_s[name].append(window.trace_s + window.compile_s)
+    room = (jax.devices()[0].memory_stats() or {}).get("bytes_limit", np.inf)
+    ready = {x: windows[x] for x in names if x != FULL_BATCH or windows[x].peak_bytes <= room}
     batches = {name: task.batches(window) for name, window in ready.items()}
     trained = {
         name: window.train(task.params, batches[name])
         for name, window in harness.progress(ready.items(), "Checking")
     }
     reference = FULL_BATCH if FULL_BATCH in ready else list(units.values())[-1]
-    tokens, allowed = task.rows * task.every_k * task.sequence, tolerance(task.config)
     for window in ready.values():
         window.start(task.params)
     turns = {name: functools.partial(one.run, batches[name]) for name, one in ready.items()}
-    seconds = harness.take_turns(turns, rounds)
+    seconds = harness.take_turns(turns, args.rounds)
+    tokens, allowed = task.rows * task.every_k * task.sequence, tolerance(task.config)
 
     def figures(name):
-        row = {"name": name, "agrees": None, "error": None}
-        row |= {"window_ms": None, "tokens_per_second": None}
-        if name in ready:
-            error = largest_error(trained[name], trained[reference], task.params, allowed)
-            row |= {"agrees": error <= 1, "error": error}
-            row["window_ms"] = harness.quartiles(np.multiply(seconds[name], 1e3))
-            row["tokens_per_second"] = harness.quartiles(np.divide(tokens, seconds[name]))
-        sizes = {x: getattr(windows[name], x) for x in ("peak_bytes", "temporary_bytes")}
-        times = {ratio: harness.ratios(seconds, name, unit) for ratio, unit in units.items()}
-        return row | times | sizes
+        row = {"name": name, "compile_s": compile_s[name]}
+        row |= {"peak_bytes": windows[name].peak_bytes}
+        row |= {"temporary_bytes": windows[name].temporary_bytes}
+        row |= {ratio: harness.ratios(seconds, name, unit) for ratio, unit in units.items()}
+        if name not in ready:
+            return row | dict.fromkeys(("agrees", "error", "window_ms", "tokens_per_second"))
+        error = largest_error(trained[name], trained[reference], task.params, allowed)
+        row |= {"agrees": error <= 1, "error": error}
+        row["window_ms"] = harness.quartiles(1e3 * seconds[name])
+        return row | {"tokens_per_second": harness.quartiles(tokens / seconds[name])}
 
-    return {
-        **task.figures(),
-        "rounds": rounds,
-        "reference": reference,
-        "contenders": [figures(name) for name in windows],
-    }
+    leaves, told = jax.tree.leaves(task.params), {"preset": args.parameters, "dtype": args.dtype}
+    told |= {name: getattr(args, name) for name in ("every_k", "microbatch", "sequence", "rounds")}
+    told |= {"parameters": sum(x.size for x in leaves), "parameter_bytes": nbytes(leaves)}
+    told |= {"reference": reference, "contenders": [figures(x) for x in names]}
+    return windows, told | {"left_out": left_out}
 
 
 def largest_batch(

@@ -15,29 +15,18 @@ Batch = dict[str, Any]
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """Sizes of a model.
-
-    Attributes:
-        vocabulary: tokens that there are.
-        width: features of a token.
-        layers: blocks of attention and MLP, one after the other.
-        heads: heads of the attention; they share the width.
-        dtype: what the model computes in. Its parameters are float32, as is usual in training.
-        remat: whether a block's activations are computed again for the gradient, not kept.
-        tied: whether the head is the embedding of the tokens.
-        scanned: whether the blocks lie in one stack, with a scan over them.
-        one_hot: whether tokens are looked up by a product. Under explicit sharding only the
-            gradient of a parameter that stands in a product can stay unreduced.
-    """
+    """Sizes of a model; its parameters are float32, as is usual in training."""
 
     vocabulary: int
     width: int
     layers: int
     heads: int
-    dtype: Any = jnp.float32
-    remat: bool = False
-    tied: bool = True
-    scanned: bool = False
+    dtype: Any = jnp.float32  # that it computes in
+    remat: bool = False  # whether blocks are computed again for the gradient
+    tied: bool = True  # whether the head is the embedding of the tokens
+    scanned: bool = False  # whether the blocks lie in one stack, with a scan over them
+    # Whether tokens are looked up by a product. Under explicit sharding only the gradient of a
+    # parameter that stands in a product can stay unreduced.
     one_hot: bool = False
 
 
@@ -47,7 +36,6 @@ PRESETS = {
     "10m": Config(vocabulary=8192, width=320, layers=6, heads=5),
     "110m": Config(vocabulary=16384, width=768, layers=12, heads=12),
     "350m": Config(vocabulary=32768, width=1024, layers=24, heads=16, remat=True),
-    "1b": Config(vocabulary=32768, width=2048, layers=18, heads=16, remat=True),
 }
 
 
@@ -65,13 +53,9 @@ def param_shapes(config: Config) -> Tree:
         "blocks": stack if config.scanned else [block] * config.layers,
         "norm": (width,),
     }
-    if not config.tied:
-        tree["head"] = (width, config.vocabulary)
-    return jax.tree.map(
-        lambda shape: jax.ShapeDtypeStruct(shape, jnp.float32),
-        tree,
-        is_leaf=lambda x: isinstance(x, tuple),
-    )
+    tree |= {} if config.tied else {"head": (width, config.vocabulary)}
+    is_shape = lambda x: isinstance(x, tuple)  # noqa: E731
+    return jax.tree.map(lambda s: jax.ShapeDtypeStruct(s, jnp.float32), tree, is_leaf=is_shape)
 
 
 def make_params(config: Config) -> Tree:
@@ -105,14 +89,21 @@ class Model:
 
     def tokens_of(self, params: Tree, batch: Batch) -> jax.Array:
         """Returns how many tokens of a batch count, f32[]."""
-        del params
         return batch["mask"].sum()
 
     def logits(self, params: Tree, tokens: jax.Array) -> jax.Array:
         """Returns the logits of the next tokens, f32[rows, sequence, vocabulary]."""
-        config, table = self.config, params["embedding"].astype(self.config.dtype)
+        table = params["embedding"].astype(self.config.dtype)
+        x = self.features(params, table, tokens)
+        if self.config.tied:
+            return jnp.einsum("btd,vd->btv", x, table).astype(jnp.float32)
+        return (x @ params["head"].astype(x.dtype)).astype(jnp.float32)
+
+    def features(self, params: Tree, table: jax.Array, tokens: jax.Array) -> jax.Array:
+        """Returns what it makes of each token, from their embeddings: [rows, sequence, width]."""
+        config = self.config
         if config.one_hot:
-            x = jax.nn.one_hot(tokens, config.vocabulary, dtype=config.dtype) @ table
+            x = jax.nn.one_hot(tokens, config.vocabulary, dtype=table.dtype) @ table
         else:
             x = table[tokens]
         block = jax.checkpoint(self._block) if config.remat else self._block
@@ -121,10 +112,7 @@ class Model:
         else:
             for one in params["blocks"]:
                 x = block(x, one)
-        x = self._norm(x, params["norm"])
-        if config.tied:
-            return jnp.einsum("btd,vd->btv", x, table).astype(jnp.float32)
-        return (x @ params["head"].astype(config.dtype)).astype(jnp.float32)
+        return self._norm(x, params["norm"])
 
     def _norm(self, x: jax.Array, scale: jax.Array) -> jax.Array:
         wide = x.astype(jnp.float32)
@@ -167,7 +155,5 @@ def make_window(
 
 def batch_shapes(rows: int, sequence: int) -> Batch:
     """Returns a batch as shapes and dtypes."""
-    return {
-        "tokens": jax.ShapeDtypeStruct((rows, sequence + 1), jnp.int32),
-        "mask": jax.ShapeDtypeStruct((rows, sequence), jnp.float32),
-    }
+    mask = jax.ShapeDtypeStruct((rows, sequence), jnp.float32)
+    return {"tokens": jax.ShapeDtypeStruct((rows, sequence + 1), jnp.int32), "mask": mask}

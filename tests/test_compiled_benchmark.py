@@ -1,10 +1,8 @@
 """The benchmark of compiled programs compiles every contender, and counts what is known by hand."""
 
-import json
-import pathlib
-import subprocess
-import sys
+import argparse
 
+from helpers.benchmarks import quick_run
 import jax.numpy as jnp
 import pytest
 
@@ -16,21 +14,12 @@ pytest.importorskip("optax", "0.2.7", reason="aggregating.process came with opta
 from benchmarks import compiled, compiled_tables, contenders, hlo, programs, targets
 from benchmarks.inners import INNERS
 
-ROOT = pathlib.Path(__file__).parent.parent
 LEAVES = 2, 64, 128
 
 
 @pytest.mark.slow
-def test_quick_run_compiles_every_contender_and_writes_the_layout_that_it_documents(tmp_path):
-    output = tmp_path / "compiled.json"
-    process = subprocess.run(
-        [sys.executable, "-m", "benchmarks.compiled", "--quick", "--output", str(output)],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-    )
-    assert process.returncode == 0, process.stderr
-    result = json.loads(output.read_text())
+def test_quick_run_compiles_every_contender_and_writes_the_layout_that_it_documents():
+    result, printed = quick_run("compiled")
     assert (result["benchmark"], result["left_out"]) == ("compiled", {})
     assert [row["name"] for row in result["optimizer"]] == list(compiled.OPTIMIZER)
     for row in result["optimizer"]:
@@ -48,7 +37,7 @@ def test_quick_run_compiles_every_contender_and_writes_the_layout_that_it_docume
     assert sent[listed, "optaccum.value_and_grad"] == ["all-reduce 1.00", "all-reduce 8.00"]
     assert sent[listed, "optaccum.value_and_grad, shard_map"] == ["none", "all-reduce 1.00"]
     assert sent["blocks in a scan", "optax.microbatch"] == ["all-reduce 1.00", "all-reduce 8.00"]
-    assert all(name in process.stdout for name in compiled.OPTIMIZER)
+    assert all(name in printed for name in compiled.OPTIMIZER)
 
 
 def test_a_hold_moves_three_sizes_of_the_parameters():
@@ -78,19 +67,4 @@ def test_a_target_compiles_or_says_what_to_install(target):
 
 def test_targets_that_are_not_installed_are_named_and_left_out(monkeypatch):
     monkeypatch.setattr(targets, "missing", lambda target: f"pip install {target}-compiler")
-    args = compiled.parse_args(["--targets", "h100", "v5e"])
-    assert list(compiled.measure(args)) == []
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (("--targets", "v9"), "invalid choice: 'v9'"),
-        (("--output", "no/such/folder.json"), "not a file in an existing folder"),
-    ],
-)
-def test_a_bad_argument_is_refused(arguments, message, capsys):
-    with pytest.raises(SystemExit) as exit_info:
-        compiled.parse_args(arguments)
-    assert exit_info.value.code == 2
-    assert message in capsys.readouterr().err
+    assert list(compiled.measure(argparse.Namespace(quick=False))) == []

@@ -7,6 +7,7 @@ import pytest
 
 pytest.importorskip("flax")
 pytest.importorskip("matplotlib")
+pytest.importorskip("optax", "0.2.7", reason="benchmarks.inners has options of optax 0.2.7")
 pytest.importorskip("rich")
 pytest.importorskip("tabulate")
 

@@ -1,5 +1,6 @@
 """What `optaccum.testing` promises: reports, errors, costs, and no findings where all is right."""
 
+import dataclasses
 import subprocess
 import sys
 
@@ -9,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from benchmarks import transformer
 from optaccum.testing import assert_equivalent, check_loss, check_step
 
 CASES, PARAMS, BATCH = losses.CASES, losses.PARAMS, losses.BATCH
@@ -206,3 +208,16 @@ def test_a_step_that_raises_is_unknown():
 def test_a_step_that_returns_another_state_is_unknown():
     report = check_step(lambda w, k: (w, lambda state, x: {"w": w}), W, X, every_k=2)
     assert "must return the state" in str(report)
+
+
+@pytest.mark.parametrize(
+    "option", [{}, {"tied": False}, {"scanned": True}, {"one_hot": True}], ids=str
+)
+def test_the_models_of_the_benchmarks_have_no_finding(option):
+    config = dataclasses.replace(transformer.PRESETS["100k"], vocabulary=32, width=16, **option)
+    model, params = transformer.Model(config), transformer.make_params(config)
+    (batch,) = transformer.make_window(config, 1, 8, 12, ragged=True)
+    given = {"num_microbatches": 4, "weight_fn": model.tokens_of}
+    report = check_loss(model.mean_loss, *jax.tree.map(jnp.asarray, (params, batch)), **given)
+    assert report.exact is True, report
+    assert report.findings == ()
