@@ -85,11 +85,11 @@ def window_metrics(
     def mean(x):
         return jnp.where(known, x / divisor, 0).astype(x.dtype)
 
-    norm = jnp.sqrt(noise.squared_norm(grad_sum if has_sums else grads))
     if has_sums or summed:
-        norm = mean(norm)
-    if not has_sums:
-        norm = jnp.where(counters["released"], norm, 0)
+        square = noise.squared_norm_of_mean(grad_sum if has_sums else grads, divisor)
+    else:
+        square = noise.squared_norm(grads)
+    norm = jnp.where(known if has_sums else counters["released"], jnp.sqrt(square), 0)
     return {
         **counters,
         "weight": weight,
