@@ -56,6 +56,7 @@ def window_metrics(
           devices. `grad_norm` then reduces the sums, in every call that uses it.
         * The pieces of a model in `jax.shard_map` are known by their types, and have one norm.
           With `check_vma=False` and in `jax.pmap` gradients are taken for whole.
+        * The norm is that of the sums, divided by the weight: right for weights of 2**-40 to 2**40.
 
     Args:
         opt_state: as for :func:`optaccum.get_state`, after the update.
@@ -90,11 +91,11 @@ def window_metrics(
     def mean(x):
         return jnp.where(known, x / divisor, 0).astype(x.dtype)
 
+    norm = jnp.sqrt(noise.squared_norm(grad_sum if has_sums else grads))
     if has_sums or summed:
-        square = noise.squared_norm_of_mean(grad_sum if has_sums else grads, divisor)
-    else:
-        square = noise.squared_norm(grads)
-    norm = jnp.where(known if has_sums else counters["released"], jnp.sqrt(square), 0)
+        norm = mean(norm)
+    if not has_sums:
+        norm = jnp.where(counters["released"], norm, 0)
     return {
         **counters,
         "weight": weight,

@@ -54,8 +54,8 @@ def noise_scale(opt_state: Any) -> NoiseScale:
         * Before the first estimate all three are NaN. Where `signal` is not positive `batch_size`
           is inf, else where `trace` is not it is 0. Both are signs of too few windows.
         * Microbatches that are rejected or of weight 0 are not measured. A window tells nothing if
-          m - V / W is not positive (a window of one microbatch on one device), or if its estimates
-          are not finite.
+          m - V / W is not positive (a window of one microbatch on one device), if W is outside of
+          2**-40..2**40, where sums have no squares in float32, or if its estimates are not finite.
         * With `reduce_axes` in `jax.shard_map` the part of each device is a sample of its own, so
           that windows of one microbatch tell something too.
         * The pieces of a model in `jax.shard_map` are known by their types. With `check_vma=False`

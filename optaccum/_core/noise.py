@@ -15,6 +15,9 @@ from optaccum._core.devices import Whole, vary, varying
 from optaccum._core.traced import both, branch, select, where
 from optaccum._core.window import SMALLEST, at_least_float32
 
+# Sums of weights beyond this, or below its reciprocal, may have no squares in float32.
+LARGEST_SQUARED = 2.0**40
+
 
 class Samples(NamedTuple):
     """Sums over the measured microbatches of a window, and of a device where it has its own.
@@ -132,9 +135,10 @@ def update(
     if not averages:
         return averages
     weight = select(weight > 0, weight, jnp.ones_like(weight))
-    square = squared_norm_of_mean(grad_sum, weight)
+    square = squared_norm(grad_sum) / weight / weight
     freedom = samples.count - samples.weight / weight
-    known = freedom > 0
+    # To scale sums before they are squared would cost a CPU a temporary.
+    known = (freedom > 0) & (weight > 1 / LARGEST_SQUARED) & (weight < LARGEST_SQUARED)
     divisor = select(known, freedom, jnp.ones_like(freedom))
     trace = (samples.squares - samples.weight * square) / divisor
     signal = square - trace / weight
@@ -147,21 +151,10 @@ def update(
     return where(usable, new, averages)
 
 
-def squared_norm(tree: Any, factor: jax.Array | None = None) -> jax.Array:
-    """Returns |factor * tree|^2, f32[], of all its pieces on the devices of a `jax.shard_map`."""
+def squared_norm(tree: Any) -> jax.Array:
+    """Returns |tree|^2, f32[], of all its pieces on the devices of a `jax.shard_map`."""
     pieces = _by_axes(tree, ())
-    return _joined([_squared_norm(leaves, factor) for leaves in pieces.values()], pieces)
-
-
-def squared_norm_of_mean(sums: Any, weight: jax.Array) -> jax.Array:
-    """Returns |sums / weight|^2, f32[], for a weight > 0.
-
-    The sums of large or small weights have no squares in float32, so they are scaled first, but by
-    a power of two: XLA would share a product with the reciprocal with the mean, and keep it.
-    """
-    _, exponent = jnp.frexp(weight)
-    scale = jnp.ldexp(jnp.ones_like(weight), 1 - exponent)  # weight * scale is in 1..2
-    return squared_norm(sums, scale) / (weight * scale) ** 2
+    return _joined([_squared_norm(leaves) for leaves in pieces.values()], pieces)
 
 
 def _by_axes(tree: Any, own: tuple[str, ...]) -> dict[tuple[str, ...], list[jax.Array]]:
@@ -173,10 +166,8 @@ def _by_axes(tree: Any, own: tuple[str, ...]) -> dict[tuple[str, ...], list[jax.
     return pieces
 
 
-def _squared_norm(leaves: list[jax.Array], factor: jax.Array | None = None) -> jax.Array:
+def _squared_norm(leaves: list[jax.Array]) -> jax.Array:
     wide = [x.astype(at_least_float32(x.dtype)) for x in leaves]
-    if factor is not None:
-        wide = [x * factor.astype(x.dtype) for x in wide]
     return optax.tree.norm(wide, squared=True).astype(jnp.float32)
 
 
