@@ -101,7 +101,14 @@ def test_unweighted_mean_is_another_gradient():
         assert np.all(np.max(gap.reshape(WINDOWS, -1), axis=1) > 1e-2)
 
 
-@pytest.mark.parametrize("name", OPTIMIZERS)
+# These run on every version that is supported, the others on one.
+FEW = ("sgd", "adamw", "adafactor", "lbfgs", "muon", "polyak_sgd", "schedule_free_adamw")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [name if name in FEW else pytest.param(name, marks=pytest.mark.slow) for name in OPTIMIZERS],
+)
 def test_window_matches_full_batch(name):
     """Three windows of four unequal microbatches are three full batches, for every optimizer."""
     params = _params()

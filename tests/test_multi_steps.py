@@ -42,10 +42,15 @@ WRAPPERS = {
 }
 
 
+@functools.partial(jax.jit, static_argnums=0)
+def step(tx, grads, state, params):
+    updates, state = tx.update(grads, state, params)
+    return optax.apply_updates(params, updates), state
+
+
 def train(tx, state, params, start, stop):
     for i in range(start, stop):
-        updates, state = tx.update(grads(i), state, params)
-        params = optax.apply_updates(params, updates)
+        params, state = step(tx, grads(i), state, params)
     return params, state
 
 
