@@ -352,9 +352,9 @@ def test_another_mode_is_refused(mode):
         accumulate(4, measure_noise=mode)
 
 
-@pytest.mark.parametrize("decay", [1, 1.0, -0.1, "0.9", True, np.float32("nan"), None])
+@pytest.mark.parametrize("decay", [1, 1.0, -0.1, "0.9", True, np.float32("nan"), None, jnp.ones(2)])
 def test_another_decay_is_refused(decay):
-    with pytest.raises(ValueError, match="`noise_decay` must be a number >= 0 and < 1"):
+    with pytest.raises((TypeError, ValueError), match="`noise_decay` must be"):
         accumulate(4, measure_noise="all", noise_decay=decay)
 
 
@@ -453,15 +453,6 @@ def test_a_trace_that_is_not_positive():
     assert noise_scale(state).batch_size == 0
 
 
-def test_the_decay_may_be_a_hyperparameter():
-    """`optax.inject_hyperparams` makes an array of every default that is a number."""
-    tx = optax.inject_hyperparams(accumulate)(every_k=K, inner=optax.sgd(0.1), measure_noise="all")
-    found = noise_scale(run(tx, WINDOWS))
-    np.testing.assert_allclose(found, oracle("all", WINDOWS), rtol=1e-5)
-    with pytest.raises(ValueError, match="`noise_decay` must be a number >= 0 and < 1"):
-        accumulate(K, noise_decay=jnp.float32(1))
-
-
 def test_found_inside_a_chain():
     tx = optax.chain(optax.clip(10.0), accumulate(2, optax.sgd(0.1), measure_noise="all"))
     state = tx.init(PARAMS)
@@ -469,3 +460,13 @@ def test_found_inside_a_chain():
         _, state = tx.update(gradients(i), state, PARAMS)
     assert np.isfinite(noise_scale(state).batch_size)
     assert get_state(state).noise.averages.mass > 0
+
+
+def test_the_decay_may_be_a_hyperparameter():
+    tx = optax.inject_hyperparams(accumulate, static_args=("every_k", "inner", "measure_noise"))(
+        2, optax.sgd(0.1), measure_noise="all", noise_decay=0.25
+    )
+    state = tx.init(PARAMS)
+    for i in range(2):
+        _, state = tx.update(gradients(i), state, PARAMS)
+    assert get_state(state).noise.averages.mass == 0.75

@@ -125,16 +125,11 @@ def check_measure_noise(mode: Any) -> str | None:
 
 
 def check_decay(name: str, decay: Any) -> float | jax.Array:
-    """Returns a factor in 0..1, without 1, as a float, or as the f32[] of a hyperparameter."""
-    if isinstance(decay, jax.Array):  # optax.inject_hyperparams makes one of every default
-        check_scalar(name, decay, jnp.floating, jnp.integer)
-        if not isinstance(decay, Tracer):
-            check_decay(name, float(decay))
-        return decay.astype(jnp.float32)
-    known = isinstance(decay, int | float) and not isinstance(decay, bool)
-    if not known or not 0 <= decay < 1:
-        raise ValueError(f"{name} must be a number >= 0 and < 1, got {describe(decay)}")
-    return float(decay)
+    """Returns a factor in 0..1, without 1: a Python float, or an f32[] where it may be traced."""
+    check_scalar(name, decay, jnp.floating, jnp.integer)
+    if not isinstance(decay, Tracer) and not 0 <= float(decay) < 1:
+        raise ValueError(f"{name} must be >= 0 and < 1, got {decay}")
+    return decay.astype(jnp.float32) if isinstance(decay, jax.Array) else float(decay)
 
 
 def check_transformation(name: str, tx: Any) -> None:
