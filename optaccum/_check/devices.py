@@ -99,7 +99,8 @@ def check_parts(grads: Any, kept: Whole) -> None:
                 "`jax.lax.pcast(params, axes, to='varying')` in a jax.shard_map with "
                 "`check_vma=True`, or leave `reduce_axes` out"
             )
-        seen |= unreduced(g) | set(jax.tree.leaves(partitions(g)))
+        if isinstance(kept, Unreduced):
+            seen |= unreduced(g) | set(jax.tree.leaves(partitions(g)))
     unseen = set(axes) - seen if isinstance(kept, Unreduced) else ()
     if unseen and jax.tree.leaves(grads):
         raise TypeError(
