@@ -36,7 +36,7 @@ def accumulate(
     average_args: tuple[str, ...] = (),
     metrics: tuple[str, ...] = (),
     measure_noise: str | None = None,
-    noise_decay: float = 0.99,
+    noise_decay: float | jax.Array = 0.99,
     reduce_axes: str | tuple[str, ...] = (),
 ) -> optax.GradientTransformationExtraArgs:
     """Accumulate the gradients of a window of microbatches, then step `inner` once.

@@ -42,8 +42,9 @@ def window_metrics(
     `released`                                 bool[], whether the last call released a window
     `skipped`                                  i32[], microbatches rejected so far
     `weight`                                   f32[], sum of the window's weights
-    `grad_norm`                                f32[], norm of the window's mean gradient, as
-                                               `inner` got it
+    `grad_norm`                                f32[], norm of the window's mean gradient (with
+                                               `use_grad_mean=False`, too, where `inner` gets
+                                               the sum)
     the names in `average_args` and `metrics`  f32[], the window's weighted means
     =========================================  ==================================================
 
@@ -53,11 +54,16 @@ def window_metrics(
           numbers if it passes that call's `grads`. The norm is then 0 unless the call released.
         * Where devices have parts of the sums (`reduce_axes`), all numbers are those of all
           devices. `grad_norm` then reduces the sums, in every call that uses it.
+        * The pieces of a model in `jax.shard_map` are known by their types, and have one norm.
+          With `check_vma=False` and in `jax.pmap` gradients are taken for whole.
+        * The norm is that of the sums, divided by the weight: right for weights of 2**-40 to 2**40.
 
     Args:
         opt_state: as for :func:`optaccum.get_state`, after the update.
-        grads: the gradients that the update took in; read only if the state has no sums.
-        loss_reduction: as :func:`optaccum.accumulate` was built; read only with `grads`.
+        grads: the gradients that the update took in, as they came to :func:`optaccum.accumulate`;
+            read only if the state has no sums.
+        loss_reduction: as :func:`optaccum.accumulate` was built, which the state does not show;
+            read only where `grads` are.
 
     Returns:
         A dict of scalars.

@@ -55,7 +55,7 @@ def from_multi_steps(
     Raises:
         TypeError: if `tx` has no accumulate where `state` has one of `optax.MultiSteps`.
         ValueError: if the inner optimizers or the parameters differ; or if a window is open and
-            `tx` has `average_args`, which `optax.MultiSteps` has not summed.
+            `tx` has `average_args` or `metrics`, which `optax.MultiSteps` has not summed.
     """
     fresh = tx.init(params)
     root = isinstance(state, optax.MultiStepsState)
@@ -72,7 +72,7 @@ def from_multi_steps(
         held = int(mini_step)
         if held and new.arg_sums:
             raise ValueError(
-                f"optax.MultiSteps has not summed the `average_args` {tuple(new.arg_sums)} of the "
+                f"optax.MultiSteps has not summed the arguments {tuple(new.arg_sums)} of the "
                 f"{held} microbatches in the open window; go on with it until `mini_step` is 0"
             )
         grad_sum = new.grad_sum
@@ -132,14 +132,14 @@ def to_multi_steps(
             transformation contains it. Needed if a window is open then.
 
     Returns:
-        A state of `tx`. The counts of skipped microbatches are lost.
+        A state of `tx`. The count of skipped microbatches and the noise measured so far are lost.
 
     Raises:
         TypeError: if `tx` has no `optax.MultiSteps` where `state` has an `AccumulateState`.
         ValueError: if the inner optimizers or the parameters differ; or if a window is open that
-            `optax.MultiSteps` cannot go on with: of other weights, with `average_args`, in parts
-            (`reduce_axes`), in a wider dtype, of as many microbatches as `tx` has in a window, or
-            inside another transformation without `every_k`.
+            `optax.MultiSteps` cannot go on with: of other weights, with `average_args` or
+            `metrics`, in parts (`reduce_axes`), in a wider dtype, of as many microbatches as `tx`
+            has in a window, or inside another transformation without `every_k`.
     """
     if every_k is not None:
         every_k = check_count("`every_k`", every_k)
@@ -191,7 +191,7 @@ def _inexpressible(
     if jnp.ndim(state.weight) or any(map(devices.unreduced, sums)):
         return "its sums are parts, one on each device"
     if state.arg_sums:
-        return f"it holds sums of the `average_args` {tuple(state.arg_sums)}"
+        return f"it holds sums of the arguments {tuple(state.arg_sums)}"
     if use_grad_mean and state.weight != held:
         return f"its weights sum to {float(state.weight):g} and not to their number"
     if held >= length:

@@ -23,7 +23,7 @@ class AccumulateState(NamedTuple):
         weight: f32[], sum of the weights of the window's microbatches.
         grad_sum: weighted sums of the window's gradients, a tree like the parameters in the
             accumulator dtype; () where `every_k` is the constant 1.
-        arg_sums: {name: f32[]}, weighted sums of the `average_args`.
+        arg_sums: {name: f32[]}, weighted sums of the `average_args` and `metrics`.
         skip_state: what `should_skip_update_fn` last reported; () without one.
         inner_state: state of the inner optimizer; only a release changes it.
         noise: what `measure_noise` has measured, of the open window in `noise.samples` and of

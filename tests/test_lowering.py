@@ -160,6 +160,9 @@ def test_the_program_does_not_grow_with_k():
     assert abs(sizes[1000] - sizes[2]) < 64
 
 
+@pytest.mark.skipif(
+    jax.__version_info__ < (0, 8), reason="XLA of jax 0.7.2 writes what it reads for a norm on CPUs"
+)
 @pytest.mark.parametrize("mode", ["first", "all"])
 def test_measuring_the_noise_needs_no_temporary(mode):
     """The norm of the mean is that of the sums: the mean is not written for it."""

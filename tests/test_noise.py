@@ -33,16 +33,24 @@ def oracle(mode, windows, decay=0.99):
         mean = {name: sum(w * np.asarray(g[name]) for w, g in held) / total for name in held[0][1]}
         measured = held[:1] if mode == "first" else held
         weight = sum(w for w, _ in measured)
-        freedom = len(measured) - weight / total
+        freedom = oracle_freedom(mode, window)
         if freedom <= 0:
             continue
         spread = sum(w * square(g) for w, g in measured) - weight * square(mean)
         trace = spread / freedom
         signal = square(mean) - trace / total
         if np.isfinite(trace) and np.isfinite(signal):
-            averages = decay * averages + (1 - decay) * np.array([trace, signal, 1])
+            share = min(freedom, 1)
+            averages = decay * averages + (1 - decay) * share * np.array([trace, signal, 1])
     trace, signal = averages[:2] / averages[2]
-    return trace, signal, trace / signal if signal > 0 else np.inf
+    return trace, signal, max(trace, 0) / signal if signal > 0 else np.inf
+
+
+def oracle_freedom(mode, window):
+    """Returns m - V / W of one window."""
+    held = [w for w, _, accepted in window if accepted and w > 0]
+    measured = held[:1] if mode == "first" else held
+    return len(measured) - sum(measured) / sum(held)
 
 
 def gradients(seed, dtype=np.float32):
@@ -366,11 +374,86 @@ def test_a_state_without_a_measurement():
     assert float(state.noise.samples.count) == 1
 
 
-def test_a_measurement_outlives_a_run_without():
-    """Kept as it is by a transformation that does not measure."""
-    state = run(accumulate(4, measure_noise="all"), WINDOWS)
-    _, after = accumulate(4).update(PARAMS, state)
-    jax.tree.map(np.testing.assert_array_equal, after.noise, state.noise)
+@each_mode
+def test_a_measurement_outlives_a_run_without(mode):
+    """Windows of a transformation that does not measure tell nothing, also in part."""
+    on, off = accumulate(4, measure_noise=mode), accumulate(4)
+    state = run(on, WINDOWS[:1])
+    known = noise_scale(state)
+    state = run(off, WINDOWS[1:3], state=state)
+    np.testing.assert_array_equal(noise_scale(state), known)
+    _, state = on.update(gradients(0), state)
+    for i in range(3):
+        _, state = off.update(gradients(1 + i), state)
+    np.testing.assert_array_equal(noise_scale(state), known)
+    _, state = off.update(gradients(4), state)  # the first of a window that is measured later
+    held = [gradients(4 + i) for i in range(4)]
+    for grads in held[1:]:
+        _, state = on.update(grads, state)
+    mean = {name: sum(g[name] for g in held) / 4 for name in PARAMS}
+    measured = held[1:2] if mode == "first" else held[1:]
+    freedom = len(measured) * (1 - 1 / 4)
+    trace = (sum(map(square, measured)) - len(measured) * square(mean)) / freedom
+    old = oracle(mode, WINDOWS[:1])[0], min(oracle_freedom(mode, WINDOWS[0]), 1)
+    shares = 0.99 * old[1], min(freedom, 1)
+    expected = (shares[0] * old[0] + shares[1] * trace) / sum(shares)
+    np.testing.assert_allclose(noise_scale(state).trace, expected, rtol=1e-5)
+
+
+@each_mode
+@pytest.mark.parametrize("factor", [1e-25, 1e-10, 1e10, 1e25])
+def test_large_and_small_weights(mode, factor):
+    """Where sums have no squares in float32, a window tells nothing rather than something wrong."""
+    tx = accumulate(K, optax.sgd(0.1), measure_noise=mode)
+    found = noise_scale(run(tx, [[(w * factor, g, True) for w, g, _ in WINDOWS[0]]]))
+    if 1e-12 < factor < 1e12:
+        trace, signal, _ = oracle(mode, WINDOWS[:1])
+        np.testing.assert_allclose((found.trace / factor, found.signal), (trace, signal), rtol=1e-5)
+    else:
+        assert all(np.isnan(found))
+
+
+def test_a_window_that_hardly_tells_anything_hardly_counts():
+    """Its first microbatch has nearly all the weight: all that is left of the rest is rounding."""
+    tx = accumulate(K, optax.sgd(0.1), measure_noise="first")
+    heavy = [(1e6, gradients(0), True), (1, gradients(1), True)]
+    state = run(tx, WINDOWS)
+    before = noise_scale(state).trace
+    assert abs(noise_scale(run(tx, [heavy], state=state)).trace - before) < 10
+
+
+@each_mode
+def test_in_double_precision(x64, mode):
+    params = {"w": jnp.zeros((2, 3)), "b": jnp.zeros(4, jnp.float32)}
+    tx = accumulate(2, optax.sgd(0.1), measure_noise=mode)
+    state = tx.init(params)
+    assert {x.dtype for x in jax.tree.leaves(state.noise)} == {jnp.dtype(jnp.float32)}
+    step, seen = jax.jit(functools.partial(apply_gradients, tx)), []
+    for i in range(4):
+        grads = jax.tree.map(lambda g, p: g.astype(p.dtype), gradients(i), params)
+        seen.append((1, grads, True))
+        before, (params, state) = state, step(grads, state, params)
+        jax.tree.map(lambda x, y: np.testing.assert_equal(x.dtype, y.dtype), before, state)
+    expected = oracle(mode, [seen[:2], seen[2:]])
+    np.testing.assert_allclose(noise_scale(state), expected, rtol=1e-5)
+
+
+@each_mode
+def test_integer_parameters_have_no_norm(mode):
+    params = PARAMS | {"steps": jnp.arange(3)}
+    windows = [[(w, g | {"steps": None}, True) for w, g, _ in WINDOWS[0]]]
+    tx = accumulate(K, optax.sgd(0.1), measure_noise=mode)
+    found = noise_scale(run(tx, windows, params=params))
+    np.testing.assert_allclose(found, oracle(mode, WINDOWS[:1]), rtol=1e-5)
+
+
+def test_a_trace_that_is_not_positive():
+    tx = accumulate(2, optax.sgd(0.1), measure_noise="first")
+    state = tx.init(jnp.zeros(1))
+    for g in (1.0, 3.0):
+        _, state = tx.update(jnp.array([g]), state)
+    assert noise_scale(state).trace < 0
+    assert noise_scale(state).batch_size == 0
 
 
 def test_found_inside_a_chain():

@@ -15,6 +15,9 @@ from optaccum._core.devices import Whole, vary, varying
 from optaccum._core.traced import both, branch, select, where
 from optaccum._core.window import SMALLEST, at_least_float32
 
+# Sums of weights beyond this, or below its reciprocal, may have no squares in float32.
+LARGEST_SQUARED = 2.0**40
+
 
 class Samples(NamedTuple):
     """Sums over the measured microbatches of a window, and of a device where it has its own.
@@ -36,7 +39,8 @@ class Averages(NamedTuple):
     Attributes:
         trace: f32[], of the estimates of tr(Sigma).
         signal: f32[], of the estimates of |E g|^2.
-        mass: f32[], what both are to be divided by; 0 before the first estimate.
+        mass: f32[], what both are to be divided by; 0 before the first estimate. A window counts
+            by min(1, m - V / W), so that one which hardly tells anything hardly counts.
     """
 
     trace: jax.Array
@@ -82,16 +86,19 @@ def measure(
         kept: in the state; () where nothing is measured.
         grads: of the microbatch.
         weight: f32[], or None for 1.
-        mode: "first" to measure the first of a window, "all" for every microbatch, or None.
+        mode: "first" to measure the first of a window, "all" for every microbatch, or None: then
+            a window that was measured in part by another transformation is not measured at all.
         over: where the sums are.
         first: bool[], whether this microbatch opens the window.
         accept: bool[], whether it is counted.
         summed: whether `grads` is that of a sum over what `weight` counts.
     """
-    samples, averages = kept or ((), ())
-    if mode is None:
-        return samples, averages
+    if not kept:
+        return (), ()
+    samples, averages = kept
     before = over.load(samples)
+    if mode is None:  # those of another window must not be taken for this one's
+        return over.store(_where(accept, jax.tree.map(jnp.zeros_like, before), before)), averages
     old = jax.tree.map(lambda x: select(first, jnp.zeros_like(x), x), before)
     wanted = accept if weight is None else both(accept, weight >= SMALLEST)
     if mode == "first":
@@ -104,14 +111,16 @@ def measure(
 
     found = branch(wanted, wanted, norms, zeros) if mode == "first" else norms()
     square = _joined(found, pieces)
-    factor = jnp.ones([]) if weight is None else weight
+    factor = jnp.ones([], jnp.float32) if weight is None else weight
     divisor = select(wanted, factor, jnp.ones_like(factor))
     square = square / divisor if summed else square * factor
     new = Samples(old.squares + square, old.weight + factor, old.count + 1)
     return over.store(_where(accept, _where(wanted, new, old), before)), averages
 
 
-def update(averages: Any, samples: Any, grad_sum: Any, weight: jax.Array, decay: float) -> Any:
+def update(
+    averages: Any, samples: Any, grad_sum: Any, weight: jax.Array, decay: float | jax.Array
+) -> Any:
     """Returns `averages` with the estimates of a window; () where nothing is measured.
 
     Its mean is never written: its norm is that of the sums, which are read once more.
@@ -128,12 +137,16 @@ def update(averages: Any, samples: Any, grad_sum: Any, weight: jax.Array, decay:
     weight = select(weight > 0, weight, jnp.ones_like(weight))
     square = squared_norm(grad_sum) / weight / weight
     freedom = samples.count - samples.weight / weight
-    known = freedom > 0
+    # To scale sums before they are squared would cost a CPU a temporary.
+    known = (freedom > 0) & (weight > 1 / LARGEST_SQUARED) & (weight < LARGEST_SQUARED)
     divisor = select(known, freedom, jnp.ones_like(freedom))
     trace = (samples.squares - samples.weight * square) / divisor
     signal = square - trace / weight
     usable = known & jnp.isfinite(trace) & jnp.isfinite(signal)
-    own = Averages(trace, signal, jnp.ones_like(trace))
+    # Where one sample has nearly all the weight, nothing but rounding is left to divide by almost
+    # nothing. The share depends on weights alone, so it brings no bias.
+    share = jnp.minimum(freedom, 1)
+    own = Averages(share * trace, share * signal, share)
     new = jax.tree.map(lambda x, y: decay * x + (1 - decay) * y, averages, own)
     return where(usable, new, averages)
 
@@ -147,13 +160,14 @@ def squared_norm(tree: Any) -> jax.Array:
 def _by_axes(tree: Any, own: tuple[str, ...]) -> dict[tuple[str, ...], list[jax.Array]]:
     """Returns the leaves by the axes, but its `own`, over which a device has a piece of them."""
     pieces = {}
-    for x in jax.tree.leaves(tree):
-        pieces.setdefault(tuple(sorted(varying(x) - set(own))), []).append(x)
+    for x in map(jnp.asarray, jax.tree.leaves(tree)):
+        if jnp.issubdtype(x.dtype, jnp.inexact):  # the others are sums of nothing
+            pieces.setdefault(tuple(sorted(varying(x) - set(own))), []).append(x)
     return pieces
 
 
 def _squared_norm(leaves: list[jax.Array]) -> jax.Array:
-    wide = [x.astype(at_least_float32(x.dtype)) for x in map(jnp.asarray, leaves)]
+    wide = [x.astype(at_least_float32(x.dtype)) for x in leaves]
     return optax.tree.norm(wide, squared=True).astype(jnp.float32)
 
 
