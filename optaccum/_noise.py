@@ -16,8 +16,8 @@ class NoiseScale(NamedTuple):
         trace: f32[], estimate of tr(Sigma), where Sigma / w is the covariance of the gradient of a
             microbatch of weight w. By chance it may be negative.
         signal: f32[], estimate of `|E g|^2`. By chance it may be negative.
-        batch_size: f32[], `max(trace, 0) / signal`, in units of `weight`: the weight of a batch
-            whose gradient has as much noise as signal.
+        batch_size: f32[], `trace / signal`, in units of `weight`: the weight of a batch whose
+            gradient has as much noise as signal.
     """
 
     trace: jax.Array
@@ -35,8 +35,7 @@ def noise_scale(opt_state: Any) -> NoiseScale:
         signal = |G|^2 - trace / W
 
     are free of bias for any weights, if g_i has the covariance Sigma / w_i. Both are averaged over
-    windows with the factor `noise_decay`, where a window counts by min(1, m - V / W): what depends
-    on weights alone brings no bias. The ratio of the averages is taken here.
+    windows with the factor `noise_decay`; the ratio of the averages is taken here.
 
     >>> import jax.numpy as jnp, optax
     >>> from optaccum import accumulate, noise_scale
@@ -52,10 +51,11 @@ def noise_scale(opt_state: Any) -> NoiseScale:
     Guarantees:
         * `batch_size` counts what `weight` counts: tokens, examples, or microbatches without one.
         * Before the first estimate all three are NaN. Where `signal` is not positive `batch_size`
-          is inf, else where `trace` is not it is 0. Both are signs of too few windows.
+          is inf, and where `trace` is negative so is it. Both are signs of too few windows.
         * Microbatches that are rejected or of weight 0 are not measured. A window tells nothing if
-          m - V / W is not positive (a window of one microbatch on one device), if W is outside of
-          2**-40..2**40, where sums have no squares in float32, or if its estimates are not finite.
+          m - V / W is at most 2**-10 (one microbatch has all of the weight, or nearly all on one
+          device), if W is outside of 2**-40..2**40, where sums have no squares in float32,
+          or if its estimates are not finite.
         * With `reduce_axes` in `jax.shard_map` the part of each device is a sample of its own, so
           that windows of one microbatch tell something too.
         * The pieces of a model in `jax.shard_map` are known by their types. With `check_vma=False`
@@ -81,6 +81,5 @@ def noise_scale(opt_state: Any) -> NoiseScale:
     unknown = jnp.float32(jnp.nan)
     trace, signal = (where(known, x / divisor, unknown) for x in (trace, signal))
     positive = signal > 0
-    noise = jnp.maximum(trace, 0)
-    ratio = where(positive, noise / where(positive, signal, 1.0), jnp.float32(jnp.inf))
+    ratio = where(positive, trace / where(positive, signal, 1.0), jnp.float32(jnp.inf))
     return NoiseScale(trace, signal, where(known, ratio, unknown))

@@ -33,24 +33,16 @@ def oracle(mode, windows, decay=0.99):
         mean = {name: sum(w * np.asarray(g[name]) for w, g in held) / total for name in held[0][1]}
         measured = held[:1] if mode == "first" else held
         weight = sum(w for w, _ in measured)
-        freedom = oracle_freedom(mode, window)
+        freedom = len(measured) - weight / total
         if freedom <= 0:
             continue
         spread = sum(w * square(g) for w, g in measured) - weight * square(mean)
         trace = spread / freedom
         signal = square(mean) - trace / total
         if np.isfinite(trace) and np.isfinite(signal):
-            share = min(freedom, 1)
-            averages = decay * averages + (1 - decay) * share * np.array([trace, signal, 1])
+            averages = decay * averages + (1 - decay) * np.array([trace, signal, 1])
     trace, signal = averages[:2] / averages[2]
-    return trace, signal, max(trace, 0) / signal if signal > 0 else np.inf
-
-
-def oracle_freedom(mode, window):
-    """Returns m - V / W of one window."""
-    held = [w for w, _, accepted in window if accepted and w > 0]
-    measured = held[:1] if mode == "first" else held
-    return len(measured) - sum(measured) / sum(held)
+    return trace, signal, trace / signal if signal > 0 else np.inf
 
 
 def gradients(seed, dtype=np.float32):
@@ -394,9 +386,7 @@ def test_a_measurement_outlives_a_run_without(mode):
     measured = held[1:2] if mode == "first" else held[1:]
     freedom = len(measured) * (1 - 1 / 4)
     trace = (sum(map(square, measured)) - len(measured) * square(mean)) / freedom
-    old = oracle(mode, WINDOWS[:1])[0], min(oracle_freedom(mode, WINDOWS[0]), 1)
-    shares = 0.99 * old[1], min(freedom, 1)
-    expected = (shares[0] * old[0] + shares[1] * trace) / sum(shares)
+    expected = (0.99 * oracle(mode, WINDOWS[:1])[0] + trace) / 1.99
     np.testing.assert_allclose(noise_scale(state).trace, expected, rtol=1e-5)
 
 
@@ -413,13 +403,13 @@ def test_large_and_small_weights(mode, factor):
         assert all(np.isnan(found))
 
 
-def test_a_window_that_hardly_tells_anything_hardly_counts():
+def test_a_window_that_hardly_tells_anything_does_not_count():
     """Its first microbatch has nearly all the weight: all that is left of the rest is rounding."""
     tx = accumulate(K, optax.sgd(0.1), measure_noise="first")
     heavy = [(1e6, gradients(0), True), (1, gradients(1), True)]
     state = run(tx, WINDOWS)
     before = noise_scale(state).trace
-    assert abs(noise_scale(run(tx, [heavy], state=state)).trace - before) < 10
+    assert noise_scale(run(tx, [heavy], state=state)).trace == before
 
 
 @each_mode
@@ -447,13 +437,13 @@ def test_integer_parameters_have_no_norm(mode):
     np.testing.assert_allclose(found, oracle(mode, WINDOWS[:1]), rtol=1e-5)
 
 
-def test_a_trace_that_is_not_positive():
+def test_a_trace_that_is_negative():
     tx = accumulate(2, optax.sgd(0.1), measure_noise="first")
     state = tx.init(jnp.zeros(1))
     for g in (1.0, 3.0):
         _, state = tx.update(jnp.array([g]), state)
     assert noise_scale(state).trace < 0
-    assert noise_scale(state).batch_size == 0
+    assert noise_scale(state).batch_size < 0
 
 
 def test_found_inside_a_chain():

@@ -17,6 +17,8 @@ from optaccum._core.window import SMALLEST, at_least_float32
 
 # Sums of weights beyond this, or below its reciprocal, may have no squares in float32.
 LARGEST_SQUARED = 2.0**40
+# With less freedom one sample has nearly all the weight, and rounding is all that is left.
+LEAST_FREEDOM = 2.0**-10
 
 
 class Samples(NamedTuple):
@@ -39,8 +41,7 @@ class Averages(NamedTuple):
     Attributes:
         trace: f32[], of the estimates of tr(Sigma).
         signal: f32[], of the estimates of |E g|^2.
-        mass: f32[], what both are to be divided by; 0 before the first estimate. A window counts
-            by min(1, m - V / W), so that one which hardly tells anything hardly counts.
+        mass: f32[], what both are to be divided by; 0 before the first estimate.
     """
 
     trace: jax.Array
@@ -138,15 +139,12 @@ def update(
     square = squared_norm(grad_sum) / weight / weight
     freedom = samples.count - samples.weight / weight
     # To scale sums before they are squared would cost a CPU a temporary.
-    known = (freedom > 0) & (weight > 1 / LARGEST_SQUARED) & (weight < LARGEST_SQUARED)
+    known = (freedom > LEAST_FREEDOM) & (weight > 1 / LARGEST_SQUARED) & (weight < LARGEST_SQUARED)
     divisor = select(known, freedom, jnp.ones_like(freedom))
     trace = (samples.squares - samples.weight * square) / divisor
     signal = square - trace / weight
     usable = known & jnp.isfinite(trace) & jnp.isfinite(signal)
-    # Where one sample has nearly all the weight, nothing but rounding is left to divide by almost
-    # nothing. The share depends on weights alone, so it brings no bias.
-    share = jnp.minimum(freedom, 1)
-    own = Averages(share * trace, share * signal, share)
+    own = Averages(trace, signal, jnp.ones_like(trace))
     new = jax.tree.map(lambda x, y: decay * x + (1 - decay) * y, averages, own)
     return where(usable, new, averages)
 
