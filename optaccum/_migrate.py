@@ -72,8 +72,9 @@ def from_multi_steps(
         held = int(mini_step)
         if held and new.arg_sums:
             raise ValueError(
-                f"optax.MultiSteps has not summed the arguments {tuple(new.arg_sums)} of the "
-                f"{held} microbatches in the open window; go on with it until `mini_step` is 0"
+                "optax.MultiSteps has not summed what `average_args` and `metrics` name, "
+                f"{tuple(new.arg_sums)}, of the {held} microbatches in the open window; go on "
+                "with it until `mini_step` is 0"
             )
         grad_sum = new.grad_sum
         if held:
@@ -191,7 +192,7 @@ def _inexpressible(
     if jnp.ndim(state.weight) or any(map(devices.unreduced, sums)):
         return "its sums are parts, one on each device"
     if state.arg_sums:
-        return f"it holds sums of the arguments {tuple(state.arg_sums)}"
+        return f"it holds sums of what `average_args` and `metrics` name, {tuple(state.arg_sums)}"
     if use_grad_mean and state.weight != held:
         return f"its weights sum to {float(state.weight):g} and not to their number"
     if held >= length:

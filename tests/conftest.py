@@ -1,6 +1,7 @@
 """Settings of the whole suite: eight CPU devices, meshes of them, and a switch to 64 bits."""
 
 import os
+import tempfile
 
 # Read when JAX is imported, so before anything here imports it.
 FLAGS = (
@@ -20,6 +21,12 @@ from helpers import meshes
 import jax
 from jax.sharding import AxisType
 import pytest
+
+# Many tests compile the same program: each process keeps what it has compiled.
+CACHE = tempfile.TemporaryDirectory(prefix="optaccum-tests-")
+jax.config.update("jax_compilation_cache_dir", CACHE.name)
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 
 
 @pytest.fixture

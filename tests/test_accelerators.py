@@ -12,6 +12,7 @@ from flax import nnx
 from helpers import meshes
 from helpers.steps import update_and_apply
 import jax
+from jax.experimental.compilation_cache import compilation_cache
 import jax.numpy as jnp
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec as P
 import numpy as np
@@ -53,6 +54,16 @@ both_tpus = pytest.mark.parametrize(
 @pytest.fixture(params=[targets.H100, targets.V5E])
 def target(request):
     return _need(request.param)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _compile_anew():
+    """Keeps programs for other chips out of what the process keeps: not all can be written."""
+    jax.config.update("jax_enable_compilation_cache", False)
+    compilation_cache.reset_cache()
+    yield
+    jax.config.update("jax_enable_compilation_cache", True)
+    compilation_cache.reset_cache()
 
 
 def _place(tree, sharding):

@@ -19,7 +19,12 @@ def update_and_apply(
 
 
 STEPS = {"update": update_and_apply, "apply_gradients": optaccum.apply_gradients}
-every_step = pytest.mark.parametrize("step", STEPS.values(), ids=STEPS)
+# What the two do to a state is one program: it runs in both forms on one version.
+every_step = pytest.mark.parametrize(
+    "step",
+    [pytest.param(update_and_apply, marks=pytest.mark.slow), optaccum.apply_gradients],
+    ids=STEPS,
+)
 
 
 class RecordingState(NamedTuple):
