@@ -132,7 +132,7 @@ def test_weights_that_multi_steps_can_express():
             accumulate(4, INNER, average_args=("value",)),
             {"value": 1.0},
             multi_steps(),
-            r"the arguments \('value',\)",
+            r"`metrics` name, \('value',\)",
         ),
         (accumulate(4, INNER), {}, multi_steps(2), r"windows of 2, and would lose or misweight"),
         pytest.param(
