@@ -209,11 +209,11 @@ def inner_calls(state):
     return int(optax.tree.get(state.inner_state, "RecordingState").count)
 
 
-# The programs of both ways that are compiled: one of them on one version.
+# The programs of both ways are compiled on one version.
 WAYS = {
     "update-eager": (STEPS["update"], False),
     "apply_gradients-eager": (STEPS["apply_gradients"], False),
-    "apply_gradients-jit": (STEPS["apply_gradients"], True),
+    "apply_gradients-jit": pytest.param(STEPS["apply_gradients"], True, marks=pytest.mark.slow),
     "update-jit": pytest.param(STEPS["update"], True, marks=pytest.mark.slow),
 }
 

@@ -17,6 +17,8 @@ import reference
 
 import optaccum
 
+pytestmark = pytest.mark.slow
+
 BAD_WEIGHTS = [-1.0, -1e-30, float("nan"), float("inf"), float("-inf")]
 EXTREME_WEIGHTS = [1e-40, 1e-33, 2.0**-101, 2.0**-100, 2.0**125, 2.0**126, 3e38]
 

@@ -12,9 +12,12 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import AxisType, PartitionSpec as P
 import numpy as np
+import pytest
 import reference
 
 import optaccum
+
+pytestmark = pytest.mark.slow
 
 BAD = [-1.0, np.nan, np.inf]
 

@@ -6,9 +6,12 @@ from hypothesis import strategies as st
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 import reference
 
 import optaccum
+
+pytestmark = pytest.mark.slow
 
 leaves = st.tuples(st.lists(st.integers(0, 3), max_size=2).map(tuple), st.sampled_from(DTYPES))
 trees = st.lists(st.none() | leaves, min_size=1, max_size=3)

@@ -23,6 +23,7 @@ KINDS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
 @pytest.mark.parametrize("jit", ["eager", "argument", "constant"])
 @pytest.mark.parametrize("every_k", [1, 2])
