@@ -27,6 +27,7 @@ from optaccum import (
     skip_not_finite,
     state_shardings,
     value_and_grad,
+    window_metrics,
 )
 from optaccum.flax import Optimizer, TrainState
 
@@ -203,6 +204,19 @@ def test_measuring_the_noise_costs_a_hold_nothing(target, mode, more):
     hold, release, temporaries = _figures(_compile(target, *_apply_gradients(tx)))
     assert hold == pytest.approx(3, abs=0.05)
     assert release == pytest.approx(10 + more, abs=0.05)
+    assert temporaries < 0.005
+
+
+def test_returning_the_norm_of_a_window_costs_nothing(target):
+    """It is fused with the additions, so that a step may return it in every call."""
+    tx = accumulate(8, ADAMW)
+
+    def step(params, opt_state, grads):
+        params, opt_state = apply_gradients(tx, grads, opt_state, params)
+        return params, opt_state, window_metrics(opt_state, grads)["grad_norm"]
+
+    hold, release, temporaries = _figures(_compile(target, step, tx.init))
+    assert (hold, release) == (pytest.approx(3, abs=0.05), pytest.approx(10, abs=0.05))
     assert temporaries < 0.005
 
 
