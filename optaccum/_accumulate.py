@@ -18,7 +18,6 @@ from optaccum._core.traced import (
     cast_like,
     shapes_of_updates,
     strongly_typed,
-    take_apart,
 )
 from optaccum._core.window import Sums
 from optaccum._state import AccumulateState
@@ -219,8 +218,6 @@ def accumulate(
         steps = closes if certain else both(closes, total > 0)
 
         # Step, or hold.
-        arrays, join = take_apart(params)
-
         def step(params, inner_state, averages):
             kept, measured = over.load((sums, samples))
             grad_sum, (args, measured) = over.reduce(kept.grads, (kept.scalars, measured), trained)
@@ -228,24 +225,20 @@ def accumulate(
             mean, args = window.mean(Sums(total, grad_sum, args), values, of_grads=use_grad_mean)
             if alone:
                 mean = window.alone(grads, factor, summed=summed, of_mean=use_grad_mean)
-            params = join(params) if apply else params
             args = extra_args | {name: args[name] for name in options.average_args}
             updates, new = inner.update(mean, inner_state, params, **args)
-            result = take_apart(apply_updates(params, updates))[0] if apply else updates
+            result = apply_updates(params, updates) if apply else updates
             return result, cast_like(new, inner_state), averages
 
-        def shapes(step):
-            if step is not None:
-                return (jax.eval_shape(step, state.inner_state, averages)[0],)
+        def known_shapes():
             return (shapes_of_updates(inner.update, grads, state.inner_state, params, extra_args),)
 
         start = state.inner_state, averages
         if apply:
-            result, inner_state, averages = branch(due, steps, step, (arrays, *start))
-            result = join(result)
+            result, inner_state, averages = branch(due, steps, step, (params, *start))
         else:
             update = functools.partial(step, params)
-            result, inner_state, averages = branch(due, steps, update, start, shapes)
+            result, inner_state, averages = branch(due, steps, update, start, known_shapes)
         return result, AccumulateState(
             mini_step=jnp.where(closes, 0, jnp.where(accept, count, state.mini_step)),
             gradient_step=jnp.where(

@@ -12,8 +12,8 @@ import jax.numpy as jnp
 import optax
 
 from optaccum._core.devices import Whole, vary, varying
-from optaccum._core.traced import both, branch, select, where
-from optaccum._core.window import SMALLEST, at_least_float32
+from optaccum._core.traced import both, branch, where
+from optaccum._core.window import SMALLEST, at_least_float32, select
 
 # Sums of weights beyond this, or below its reciprocal, may have no squares in float32.
 LARGEST_SQUARED = 2.0**40

@@ -23,13 +23,6 @@ def both(a: jax.Array | bool, b: jax.Array | bool) -> jax.Array | bool:
     return a & b
 
 
-def select(predicate: jax.Array | bool, on_true: jax.Array, on_false: jax.Array) -> jax.Array:
-    """`lax.select` that keeps what is known at trace time out of the program."""
-    if isinstance(predicate, bool):
-        return on_true if predicate else on_false
-    return lax.select(predicate, on_true, on_false)
-
-
 def where(predicate: jax.Array, on_true: Any, on_false: Any) -> Any:
     """`jnp.where` of two trees."""
     return jax.tree.map(functools.partial(jnp.where, predicate), on_true, on_false)
@@ -127,9 +120,9 @@ def branch(
     steps: jax.Array | bool,
     step: Callable[..., tuple],
     start: tuple,
-    shapes: Callable[[Callable[..., tuple] | None], tuple] = lambda _: (),
+    known_shapes: Callable[[], tuple] | None = None,
 ) -> Any:
-    """Returns `step(*start)` where `steps`, else `start` behind zeros of the given shapes.
+    """Returns `step(*start)` where `steps`, else `start` behind zeros.
 
     A Python bool `due` leaves no conditional: where it is True and the window may yet be dropped,
     the step is taken and selected. Outside `jax.jit` the predicate is a number, and a conditional
@@ -139,23 +132,37 @@ def branch(
         due: whether the window closes, as far as it is known.
         steps: whether it is released.
         step: a function that may close over tracers.
-        start: the arguments of `step`, which end its results too.
-        shapes: `shapes(step)` returns shapes and dtypes of the results of `step` before these.
-            Outside `jax.jit` it is `shapes(None)`.
+        start: the arguments of `step`, which end its results too. Leaves that are no arrays stay.
+        known_shapes: returns shapes and dtypes of the results before these, without a trace of
+            `step`: for a hold outside `jax.jit`. None where there are none.
     """
+    own = len(start)
     if not isinstance(steps, Tracer):
+        if steps or known_shapes is None:
+            return step(*start) if steps else start
         traced = isinstance(steps, bool)
-        return step(*start) if steps else _hold(shapes(step if traced else None), start)
-    step = jax.jit(step)  # traced once, however often it is called
+        shapes = jax.eval_shape(step, *start)[:-own] if traced else known_shapes()
+        return *jax.tree.map(jnp.zeros_like, shapes), *start
+
+    arrays, join = take_apart(start)
+
+    @jax.jit  # traced once, however often it is called
+    def run(arrays):
+        results = step(*join(arrays))
+        return results[:-own], take_apart(results[-own:])[0]
+
+    shapes = () if known_shapes is None else jax.eval_shape(run, arrays)[0]
     if due is True:
-        return where(steps, step(*start), _hold(shapes(step), start))
-    return conditional(steps, step, start, shapes(step))
+        first, arrays = where(steps, run(arrays), _hold(shapes, arrays))
+    else:
+        first, arrays = conditional(steps, run, arrays, shapes)
+    return *first, *join(arrays)
 
 
 def conditional(
-    predicate: jax.Array, step: Callable[..., tuple], start: tuple, shapes: tuple
+    predicate: jax.Array, step: Callable[[list], tuple], start: list, shapes: tuple
 ) -> Any:
-    """Returns `step(*start)` where the predicate holds, else `start` behind zeros, in place.
+    """Returns `step(start)` where the predicate holds, else zeros and `start`, in place.
 
     Which form keeps its operands in their buffers depends on the compiler, so the form is chosen
     when the program is lowered:
@@ -171,11 +178,10 @@ def conditional(
     A loop has no reverse mode, so both forms are differentiated as `lax.cond`. That needs a rule of
     its own, which must not close over tracers, so those of `step` become arguments.
     """
-    leaves, tree = jax.tree.flatten(start)
-    run_step, closed_over, _ = hoisted(lambda *x: step(*jax.tree.unflatten(tree, x)), *leaves)
+    run_step, closed_over, _ = hoisted(lambda *x: step(list(x)), *start)
 
     def call(start, closed_over):
-        return run_step(closed_over, *jax.tree.leaves(start))
+        return run_step(closed_over, *start)
 
     def by_cond(predicate, start, closed_over):
         def release():
@@ -185,9 +191,7 @@ def conditional(
 
     def by_loop(predicate, start, closed_over):
         def body(_, carry):
-            return _fence(
-                call(_fence(carry[len(shapes) :], inwards=True), closed_over), inwards=False
-            )
+            return _fence(call(_fence(carry[1], inwards=True), closed_over), inwards=False)
 
         return lax.fori_loop(0, predicate.astype(jnp.int32), body, _hold(shapes, start))
 
@@ -202,8 +206,8 @@ def conditional(
     return run(predicate, start, closed_over)
 
 
-def _hold(shapes: tuple, start: tuple) -> tuple:
-    return *jax.tree.map(jnp.zeros_like, shapes), *start
+def _hold(shapes: tuple, start: list) -> tuple:
+    return jax.tree.map(jnp.zeros_like, shapes), start
 
 
 def _fence(tree: Any, *, inwards: bool) -> Any:

@@ -16,7 +16,7 @@ from jax import lax
 from jax.core import Tracer
 import jax.numpy as jnp
 
-from optaccum._core.traced import select, unreduced
+from optaccum._core.traced import unreduced
 
 
 class Sums(NamedTuple):
@@ -61,6 +61,13 @@ def open_sums(params: Any, accumulator_dtype: Any = None) -> Any:
         return jnp.zeros_like(p, dtype=dtype)
 
     return jax.tree.map(zeros, params)
+
+
+def select(predicate: jax.Array | bool, on_true: jax.Array, on_false: jax.Array) -> jax.Array:
+    """`lax.select` that keeps what is known at trace time out of the program."""
+    if isinstance(predicate, bool):
+        return on_true if predicate else on_false
+    return lax.select(predicate, on_true, on_false)
 
 
 # Between these a weight and the sum of a window's have reciprocals that are normal in float32.
