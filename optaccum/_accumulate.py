@@ -9,7 +9,8 @@ import jax.numpy as jnp
 import optax
 
 from optaccum._check import arguments, devices as check_devices, extra_args as check_args
-from optaccum._check.gradients import Options, check_microbatch, check_parameters
+from optaccum._check.gradients import check_parameters
+from optaccum._check.microbatch import check_microbatch
 from optaccum._check.multi_steps import Accumulate, explain_order
 from optaccum._core import noise, window
 from optaccum._core.traced import (
@@ -123,25 +124,27 @@ def accumulate(
     """
     inner = optax.identity() if inner is None else inner
     arguments.check_transformation("`inner`", inner)
-    options = Options(
-        arguments.check_every_k(every_k),
+    every_k = arguments.check_every_k(every_k)
+    axes = check_devices.check_axes(reduce_axes)
+    summed = arguments.check_loss_reduction(loss_reduction) == "sum"
+    options = arguments.Options(
+        every_k,
         *check_args.check_averages(average_args, metrics),
-        check_devices.check_axes(reduce_axes),
+        axes,
         check_args.named_by(inner.update),
         arguments.check_measure_noise(measure_noise),
+        keeps_sums=bool(axes) or not (isinstance(every_k, int) and every_k == 1),
+        needs_weight=summed and use_grad_mean,
     )
     noise_decay = arguments.check_decay("`noise_decay`", noise_decay)
     inner = arguments.as_inner(inner)
-    summed = arguments.check_loss_reduction(loss_reduction) == "sum"
     judge = arguments.as_judge(should_skip_update_fn)
     accumulator_dtype = arguments.check_accumulator_dtype(accumulator_dtype)
 
     def init_fn(params):
         trained, i32 = _trained(params), jnp.int32
         check_parameters(trained, accumulator_dtype)
-        over = check_devices.check_sums(
-            trained, options.reduce_axes, measured=options.measure_noise is not None
-        )
+        over = check_devices.check_sums(trained, axes, measured=options.measure_noise is not None)
         report = ()
         if judge is not None:
             step = jax.ShapeDtypeStruct((), i32)
@@ -149,7 +152,10 @@ def accumulate(
         zeros = Sums(
             jnp.zeros([], jnp.float32),
             window.open_sums(trained, accumulator_dtype) if options.keeps_sums else (),
-            {name: jnp.zeros([], jnp.float32) for name in options.averages},
+            {
+                name: jnp.zeros([], jnp.float32)
+                for name in (*options.average_args, *options.metrics)
+            },
         )
         weight, grad_sum, arg_sums = over.open(zeros)
         return AccumulateState(
@@ -167,7 +173,6 @@ def accumulate(
 
     def advance(grads, state, params, weight, release, extra_args, *, apply):
         """Takes in one microbatch; returns updates, or with `apply` parameters, and the state."""
-        arguments.check_denominator("`weight`", summed and use_grad_mean and weight is None)
         trained = None if params is None else _trained(params)
         given = check_microbatch(options, grads, state, trained, weight, release, extra_args)
         weight, over, alone = given.weight, given.devices, given.alone
@@ -179,7 +184,7 @@ def accumulate(
             verdict = judge(grads, state.gradient_step, params, skip_state)
             skip, report = over.agree(*verdict)
             accept, skip_state = ~skip, cast_like(report, skip_state)
-        grads = over.as_parts(grads)
+        grads = given.parts
         first = alone or state.mini_step == 0
         if isinstance(weight, jax.Array):
             before = 0.0 if alone else jnp.where(first, 0, over.load(jnp.asarray(state.weight)))

@@ -4,7 +4,7 @@ from collections.abc import Callable
 import contextlib
 import inspect
 import operator
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 from jax.core import Tracer
@@ -15,6 +15,25 @@ import optax
 from optaccum._core.devices import unreduced
 
 INT32_MAX = np.iinfo(np.int32).max
+
+
+class Options(NamedTuple):
+    """The checked arguments of `accumulate` that decide what a microbatch has to look like.
+
+    Attributes:
+        inner_args: names of arguments that `inner` shows.
+        keeps_sums: whether a state has an accumulator.
+        needs_weight: whether a weight must be given.
+    """
+
+    every_k: int | jax.Array | Callable[[jax.Array], Any]
+    average_args: tuple[str, ...]
+    metrics: tuple[str, ...]
+    reduce_axes: tuple[str, ...]
+    inner_args: frozenset[str]
+    measure_noise: str | None
+    keeps_sums: bool
+    needs_weight: bool
 
 
 def leaf_name(path: Any) -> str:

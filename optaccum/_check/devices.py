@@ -110,8 +110,15 @@ def check_parts(grads: Any, kept: Whole) -> None:
         )
 
 
-def check_placed(grads: Any, sums: Any) -> None:
-    """Raises where a gradient and its sum lie on the devices differently, by their types."""
+def check_placed(grads: Any, sums: Any, kept: Whole) -> Any:
+    """Returns gradients as parts that lie on the devices as their sums, by their types.
+
+    Raises:
+        TypeError: where a gradient is no part though it has to be, or the other way round.
+        ValueError: where its sum is placed differently; `sums` is None where there are none.
+    """
+    check_parts(grads, kept)
+    parts = kept.as_parts(grads)
 
     def check(path, g, s):
         if g is None or jax.typeof(g).sharding.mesh.empty:  # JAX puts it where the sum is
@@ -123,7 +130,9 @@ def check_placed(grads: Any, sums: Any) -> None:
                 "state whose `grad_sum` is sharded like it"
             )
 
-    jax.tree_util.tree_map_with_path(check, grads, sums, is_leaf=lambda g: g is None)
+    if sums is not None:
+        jax.tree_util.tree_map_with_path(check, parts, sums, is_leaf=lambda g: g is None)
+    return parts
 
 
 def check_shared(params: Any, kept: Whole) -> None:
@@ -192,14 +201,17 @@ def _check_weight_is_shared(weight: jax.Array, grads: Any) -> None:
             )
 
 
-def check_state(weight: jax.Array, kept: Whole) -> None:
-    """Raises unless a state has one part for each device, known by its `weight`."""
+def check_state(axes: tuple[str, ...], weight: jax.Array) -> Whole:
+    """Returns where the sums of a state are, which its `weight` shows, or raises if not there."""
+    check_mesh(axes)
+    kept = over(axes)
     if isinstance(kept, PerDevice) and jnp.shape(weight) != (1,):
         raise ValueError(
             "the optimizer state must have one `weight`, and one of each sum, on a device, got "
             f"`weight` of shape {jnp.shape(weight)} there; make it with `init` in a jax.shard_map "
             f"with the axes {kept.axes}, and pass it with the specs of optaccum.state_shardings"
         )
+    return kept
 
 
 def check_agreed(due: Any, kept: Whole) -> None:

@@ -16,7 +16,7 @@ from jax import export
 import jax.numpy as jnp
 import numpy as np
 
-from optaccum._check.arguments import check_names, check_scalar
+from optaccum._check.arguments import Options, check_denominator, check_names, check_scalar
 from optaccum._core.window import SMALLEST
 
 OURS = "weight", "release"
@@ -32,6 +32,18 @@ def named_by(update: Any) -> frozenset[str]:
 def nearest(name: str, names: Iterable[str]) -> str | None:
     """Returns the one of `names` that somebody who typed `name` may have meant."""
     return next(iter(difflib.get_close_matches(name.lower(), [*names], 1, 0.8)), None)
+
+
+def check_extra_args(
+    options: Options, weight: Any, release: Any, extra_args: dict[str, Any], *, alone: bool
+) -> tuple[float | jax.Array | None, bool | jax.Array | None, dict[str, jax.Array]]:
+    """Returns `weight`, `release` and the arguments to average, each in one form."""
+    known = *options.inner_args, *options.average_args, *options.metrics
+    check_spelling(extra_args, known)
+    check_denominator("`weight`", options.needs_weight and weight is None)
+    weight = None if weight is None else as_weight("`weight`", weight)
+    release = as_release(release, alone=alone)
+    return weight, release, averaged(options.average_args, options.metrics, extra_args)
 
 
 def check_spelling(extra_args: Iterable[str], others: Iterable[str]) -> None:

@@ -1,0 +1,106 @@
+"""Microbatches: whether one fits the state that it is to be added to."""
+
+from typing import Any, NamedTuple
+
+import jax
+import optax
+
+from optaccum._check import arguments, devices as check_devices, extra_args as check_args
+from optaccum._check.arguments import Options
+from optaccum._check.gradients import check_fits
+from optaccum._core.devices import Whole
+from optaccum._state import AccumulateState
+
+
+class Checked(NamedTuple):
+    """A microbatch that was not refused.
+
+    Attributes:
+        weight: None for 1, a Python float (known now, and allowed), or an f32[].
+        due: None to count, or whether the window closes, as far as the caller decides.
+        args: the extra arguments to average, floating scalars by name.
+        length: i32[], the length of the window.
+        alone: whether every window has one microbatch, and the state no sums.
+        devices: where the sums are.
+        parts: the gradients as they are added to sums there.
+    """
+
+    weight: float | jax.Array | None
+    due: bool | jax.Array | None
+    args: dict[str, jax.Array]
+    length: jax.Array
+    alone: bool
+    devices: Whole
+    parts: Any
+
+
+def check_microbatch(
+    options: Options,
+    grads: Any,
+    state: Any,
+    trained: Any,
+    weight: Any,
+    release: Any,
+    extra_args: dict[str, Any],
+) -> Checked:
+    """Raises if a microbatch cannot be taken in; else returns its arguments in one form.
+
+    Args:
+        options: of the transformation.
+        grads: the gradients.
+        state: what should be an AccumulateState.
+        trained: the parameters that gradients are taken of, or None.
+        weight: the extra argument.
+        release: the extra argument.
+        extra_args: all others.
+
+    Raises:
+        TypeError: for arguments of another kind.
+        ValueError: for arguments that do not fit the state.
+    """
+    _check_state(state, grads, options)
+    # A state that came from a longer window has sums, perhaps of an open one: keep them.
+    none = jax.tree.structure(state.grad_sum) == jax.tree.structure(())
+    alone = not options.keeps_sums and none
+    over = check_devices.check_state(options.reduce_axes, state.weight)
+    sums = None if alone else over.load(state.grad_sum)
+    check_fits(grads, sums if not alone else grads if trained is None else trained)
+    parts = check_devices.check_placed(grads, sums, over)
+    weight, due, args = check_args.check_extra_args(
+        options, weight, release, extra_args, alone=alone
+    )
+    length = arguments.window_length(options.every_k, state.gradient_step)
+    check_devices.check_agreed(length if due is None else due, over)
+    return Checked(weight, True if alone else due, args, length, alone, over, parts)
+
+
+def _check_state(state: Any, grads: Any, options: Options) -> None:
+    """Raises unless `state` is what `init` returns, with all that the options ask for."""
+    if not isinstance(state, AccumulateState):
+        remedy = "the order is update(grads, state, params)"
+        if isinstance(state, optax.MultiStepsState):
+            remedy = "convert it with optaccum.from_multi_steps"
+        elif isinstance(state, dict):
+            remedy += ", and a checkpoint is restored into `tx.init(params)`"
+        raise TypeError(
+            "the optimizer state must be the AccumulateState that `init` returns, got "
+            f"{type(state).__name__}; {remedy}"
+        )
+    no_sums = jax.tree.structure(state.grad_sum) == jax.tree.structure(())
+    if options.keeps_sums and no_sums and jax.tree.leaves(grads):
+        raise ValueError(
+            "the optimizer state has no accumulator: it was made with `every_k=1`; give it one "
+            "with `state._replace(grad_sum=tx.init(params).grad_sum)`"
+        )
+    names, wanted = tuple(state.arg_sums), (*options.average_args, *options.metrics)
+    if sorted(names) != sorted(wanted):
+        raise ValueError(
+            f"the optimizer state has averages of {names}, but `average_args` and `metrics` name "
+            f"{wanted}; between two windows, go on with "
+            "`state._replace(arg_sums=tx.init(params).arg_sums)`"
+        )
+    if options.measure_noise and not state.noise:
+        raise ValueError(
+            "the optimizer state has no measurement: it was made without `measure_noise`; give it "
+            "one with `state._replace(noise=tx.init(params).noise)`"
+        )
