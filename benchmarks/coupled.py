@@ -18,7 +18,7 @@ import optax
 
 from benchmarks import harness, programs, training, transformer
 from benchmarks.contenders import FULL_BATCH, VALUE_AND_GRAD
-from benchmarks.tables import Table, median, where
+from benchmarks.tables import Table, fitting, name_of, rows_of, where
 import optaccum
 
 OURS, REMAT, CONCAT = "optaccum.microbatched", "lax.map(checkpoint)", "optax.microbatch, CONCAT"
@@ -147,29 +147,24 @@ def measure(args: Any) -> Iterator[harness.Result]:
 
 def tables(result: dict[str, Any]) -> dict[str, list[Table]]:
     """Returns one table of all models, and one of the drift."""
-    rows = [
-        {
-            "model": row["model"],
-            "contender": row["name"],
-            "error of loss": f"{row['loss_error']:.1e}",
-            "of gradient": f"{row['gradient_error']:.1e}",
-            "temp. MB": f"{row['temporary_bytes'] / 1e6:,.1f}",
-            "time to full batch": median(row["time_to_full_batch"]),
-            "batch that fits": f"{'at least ' if row['capped'] else ''}{row['largest_batch']:,}",
-        }
-        for row in result["models"]
-    ]
-    drifts = [
-        {"contender": row["name"], "relative error": f"{row['relative_error']:.4f}"}
-        for row in result["drift"]
-    ]
+    columns = {
+        "model": ("model",),
+        "contender": name_of,
+        "error of loss": ("loss_error", "{:.1e}"),
+        "of gradient": ("gradient_error", "{:.1e}"),
+        "temp. MB": ("temporary_bytes", "{:,.1f}", 1e6),
+        "time to full batch": ("time_to_full_batch",),
+        "batch that fits": functools.partial(fitting, name="largest_batch"),
+    }
+    drifts = {"contender": name_of, "relative error": ("relative_error", "{:.4f}")}
     note = (
         f"{result['rows']} pairs in {result['num_microbatches']} microbatches. The batch that fits "
         f"is in {result['budget_factor']:g} times the peak memory of optaccum.microbatched, with "
         f"microbatches of one size. {where(result)}"
     )
     title = f"A bfloat16 gradient over {DRIFT_MICROBATCHES} microbatches"
-    return {"coupled": [Table(rows, "A contrastive loss"), Table(drifts, title, [note])]}
+    models = Table(rows_of(result["models"], columns), "A contrastive loss")
+    return {"coupled": [models, Table(rows_of(result["drift"], drifts), title, [note])]}
 
 
 if __name__ == "__main__":

@@ -19,17 +19,21 @@ from matplotlib.patches import Patch
 import matplotlib.pyplot as plt
 from matplotlib.ticker import FuncFormatter, NullFormatter, NullLocator
 
-from benchmarks.compiled_tables import TARGETS
+from benchmarks.compiled import by_chip
 from benchmarks.contenders import ALONE, APPLY_GRADIENTS, MULTI_STEPS, UPDATE
 from benchmarks.overhead import main_run
 from benchmarks.tables import middle, name_of
 
 # From the palette of Okabe and Ito, which the colour-blind can tell apart.
 BLUE, SKY, VERMILION, BLACK, GREY = "#0072B2", "#56B4E9", "#D55E00", "#000000", "#9A9A9A"
-CHIPS = {"h100": "#009E73", "v5e": "#E69F00", "v6e": "#CC79A7", "cpu": GREY}
+CHIPS = {"H100": "#009E73", "TPU v5e": "#E69F00", "TPU v6e": "#CC79A7", "CPU": GREY}
 KINDS = {APPLY_GRADIENTS: BLUE, "optaccum, other ways": SKY, MULTI_STEPS: VERMILION, "others": GREY}
-LINES = {APPLY_GRADIENTS: (BLUE, "o"), UPDATE: (SKY, "s"), MULTI_STEPS: (VERMILION, "^")}
-LINES |= {ALONE: (BLACK, "x")}  # colour and marker
+LINES: dict[str, Any] = {
+    APPLY_GRADIENTS: {"color": BLUE, "marker": "o"},
+    UPDATE: {"color": SKY, "marker": "s"},
+    MULTI_STEPS: {"color": VERMILION, "marker": "^"},
+    ALONE: {"color": BLACK, "marker": "x"},
+}
 STYLE: dict[Any, Any] = {
     **{"axes.grid": True, "axes.axisbelow": True, "grid.color": "#E4E4E4"},
     **{"axes.spines.right": False, "axes.spines.top": False, "legend.frameon": False},
@@ -40,43 +44,20 @@ WIDTH = 9.0
 BESIDE: dict[str, Any] = {"textcoords": "offset points", "va": "center", "size": 8}
 
 
-def draw(results: Mapping[str, Sequence[Any]], folder: pathlib.Path) -> None:
-    """Draws every figure that there are results for, by the name of their benchmark."""
-    figures: dict[str, tuple[str, Callable[[Any], Figure | None]]] = {
-        "compiled": ("compiled", draw_compiled),
-        "overhead": ("overhead", draw_overhead),
-        "memory": ("train_step", draw_memory),
-        "scaling": ("scaling", draw_scaling),
-        "compilation": ("scaling", draw_compilation),
-    }
-    with plt.rc_context(STYLE):
-        for name, (benchmark, draw_figure) in figures.items():
-            for result in results[benchmark]:
-                # The first stands for all devices in the READMEs, which is a CPU.
-                device = "" if result is results[benchmark][0] else f"-{result['file']}"
-                if figure := draw_figure(result):
-                    # Without the version of matplotlib, the same figures give the same file.
-                    figure.savefig(folder / f"{name}{device}.png", metadata={"Software": None})
-                    plt.close(figure)
-
-
-def draw_compiled(result: Any) -> Figure | None:
-    found = [row for row in result["optimizer"] if row["inner"] == "adamw"]
-    found = [row for row in found if "flax" not in row["name"]]  # they are the same programs
+def draw_compiled(result: Any) -> Figure:
+    # Flax's are the same programs as others.
+    found = [x for x in result["optimizer"] if x["inner"] == "adamw" and "flax" not in x["name"]]
+    groups = {name: group for (name,), group in by_chip(found, "name").items()}
     names = {row["name"]: name_of(row) for row in found}
-    chips = [chip for chip in CHIPS if any(row["target"] == chip for row in found)]
-    if not found:
-        return None
-    size = WIDTH, 1 + 0.13 * len(names) * (len(chips) + 1)
-    figure, axes = plt.subplots(figsize=size, layout="constrained")
-    height, windows = 0.8 / len(chips), {name: {} for name in names}
-    for row in found:
-        windows[row["name"]][row["target"]] = row["window"]
+    chips = [chip for chip in CHIPS if any(chip in group for group in groups.values())]
+    figure, (axes,) = _panels(1, 1 + 0.13 * len(names) * (len(chips) + 1))
     for i, chip in enumerate(chips):
-        of = [(y, windows[name][chip]) for y, name in enumerate(names) if chip in windows[name]]
-        ys = [y + (i - (len(chips) - 1) / 2) * height for y, _ in of]
-        axes.barh(ys, [x for _, x in of], height, color=CHIPS[chip], label=TARGETS[chip])
-        for y, (_, value) in zip(ys, of, strict=True):
+        height, shift = 0.8 / len(chips), 0.8 * ((i + 0.5) / len(chips) - 0.5)
+        of = {
+            y + shift: groups[x][chip]["window"] for y, x in enumerate(names) if chip in groups[x]
+        }
+        axes.barh(list(of), list(of.values()), height, color=CHIPS[chip], label=chip)
+        for y, value in of.items():
             axes.annotate(f"{value:.0f}", (value, y), (3, 0), **BESIDE)
     axes.set_yticks(range(len(names)), list(names.values()))
     _sideways(axes)
@@ -86,8 +67,9 @@ def draw_compiled(result: Any) -> Figure | None:
     axes.legend(loc="lower right")
 
     def span(name):
-        of = [value for chip, value in windows.get(name, {}).items() if chip != "cpu"]
-        rounded = {f"{value:.0f}" for value in of or windows.get(name, {}).values()}
+        of = {chip: row["window"] for chip, row in groups.get(name, {}).items()}
+        elsewhere = [value for chip, value in of.items() if chip != "CPU"]
+        rounded = {f"{value:.0f}" for value in elsewhere or of.values()}
         return " to ".join(sorted(rounded, key=int))
 
     figure.suptitle(
@@ -119,7 +101,7 @@ def draw_overhead(result: Any) -> Figure:
 
 def draw_memory(result: Any) -> Figure:
     rows, size = result["contenders"], 4 * result["parameters"]
-    figure, axes = plt.subplots(figsize=(WIDTH, 1.4 + 0.27 * len(rows)), layout="constrained")
+    figure, (axes,) = _panels(1, 1.4 + 0.27 * len(rows))
     of = _bars(axes, rows, [row["peak_bytes"] / size for row in rows])
     axes.set_xlabel("peak memory of a training step, in sizes of the parameters")
     sentence = (
@@ -131,26 +113,40 @@ def draw_memory(result: Any) -> Figure:
     return figure
 
 
-def draw_scaling(result: Any) -> Figure | None:
-    panels = {
-        "parameters": {"hold_ms": ("-", "hold"), "release_ms": ("--", "release")},
-        "every_k": {"hold_ms": ("-", "hold"), "microbatch_ms": (":", "mean of a window")},
-    }
-    sentence = "A hold takes time in proportion to the parameters, and none for longer windows"
-    return _lines(result, panels, "milliseconds", sentence)
-
-
-def draw_compilation(result: Any) -> Figure | None:
-    panels = {"leaves": {"compile_s": ("-", "compile"), "trace_s": ("--", "trace")}}
-    sentence = "Compile time grows with the leaves of the tree; apply_gradients needs least of it"
-    return _lines(result, panels, "seconds", sentence)
+def _lines(result: Any, panels: Mapping[str, Any], unit: str, title: str) -> Figure | None:
+    """Returns a panel for each sweep, with a line for each contender and quantity."""
+    found = [sweep for sweep in panels if sweep in result["sweeps"]]
+    if not found:
+        return None
+    figure, grid = _panels(len(found), 3.8)
+    handles = {}
+    for sweep, axes in zip(found, grid, strict=True):
+        rows = result["sweeps"][sweep]["rows"]
+        names = list(dict.fromkeys(row["name"] for row in rows))
+        axes.set(xlabel="microbatches per window, k" if sweep == "every_k" else sweep)
+        for quantity, (dashes, meaning) in panels[sweep].items():
+            handles[meaning] = Line2D([], [], color=GREY, linestyle=dashes)
+            for name in names:
+                of = [row for row in rows if row["name"] == name and row[quantity]]
+                points = [row[sweep] for row in of], [middle(row[quantity]) for row in of]
+                axes.loglog(*points, dashes, markersize=4, **LINES[name])
+        handles |= {name: Line2D([], [], **LINES[name]) for name in names}
+        values = sorted({row[sweep] for row in rows})
+        decades = [x for x in values if math.log10(x).is_integer()]
+        axes.set_xticks(decades if len(decades) > 1 else values)
+        axes.xaxis.set_major_formatter(FuncFormatter(_millions))
+        axes.xaxis.set_minor_locator(NullLocator())
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:g}"))
+        axes.yaxis.set_minor_formatter(NullFormatter())
+    grid[0].set_ylabel(unit)
+    figure.suptitle(f"{title} ({result['device']})")
+    figure.legend(handles.values(), handles, loc="outside lower center", ncols=4)
+    return figure
 
 
 def _panels(count: int, height: float) -> tuple[Figure, Sequence[Axes]]:
-    size = WIDTH, height
-    figure, grid = plt.subplots(
-        1, count, sharey=True, squeeze=False, figsize=size, layout="constrained"
-    )
+    size: Any = {"figsize": (WIDTH, height), "layout": "constrained"}
+    figure, grid = plt.subplots(1, count, sharey=True, squeeze=False, **size)
     return figure, grid[0]
 
 
@@ -197,42 +193,45 @@ def _sideways(axes: Axes) -> None:
             label.set_fontweight("bold")
 
 
-def _lines(result: Any, panels: Mapping[str, Any], unit: str, sentence: str) -> Figure | None:
-    """Returns a panel for each sweep, with a line for each contender and quantity."""
-    found = [sweep for sweep in panels if sweep in result["sweeps"]]
-    if not found:
-        return None
-    figure, grid = _panels(len(found), 3.8)
-    handles = {}
-    for sweep, axes in zip(found, grid, strict=True):
-        rows = result["sweeps"][sweep]["rows"]
-        names = list(dict.fromkeys(row["name"] for row in rows))
-        axes.set(xlabel="microbatches per window, k" if sweep == "every_k" else sweep)
-        for quantity, (dashes, meaning) in panels[sweep].items():
-            handles[meaning] = Line2D([], [], color=GREY, linestyle=dashes)
-            for name in names:
-                of = [(r[sweep], middle(r[quantity])) for r in rows if r["name"] == name]
-                points = [(x, y) for x, y in of if y]
-                if points:
-                    colour, marker = LINES[name]
-                    given: Any = {"color": colour, "marker": marker, "markersize": 4}
-                    axes.loglog(*zip(*points, strict=True), dashes, **given)
-        handles |= {n: Line2D([], [], color=LINES[n][0], marker=LINES[n][1]) for n in names}
-        values = sorted({row[sweep] for row in rows})
-        decades = [x for x in values if math.log10(x).is_integer()]
-        axes.set_xticks(decades if len(decades) > 1 else values)
-        axes.xaxis.set_major_formatter(FuncFormatter(_millions))
-        axes.xaxis.set_minor_locator(NullLocator())
-        axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:g}"))
-        axes.yaxis.set_minor_formatter(NullFormatter())
-    grid[0].set_ylabel(unit)
-    figure.suptitle(f"{sentence} ({result['device']})")
-    figure.legend(handles.values(), handles, loc="outside lower center", ncols=4)
-    return figure
-
-
 def _millions(x: float, _: int) -> str:
     for size, unit in ((1e9, "B"), (1e6, "M")):
         if x >= size:
             return f"{x / size:g}{unit}"
     return f"{x:g}"
+
+
+def draw_scaling(result: Any) -> Figure | None:
+    panels = {
+        "parameters": {"hold_ms": ("-", "hold"), "release_ms": ("--", "release")},
+        "every_k": {"hold_ms": ("-", "hold"), "microbatch_ms": (":", "mean of a window")},
+    }
+    title = "A hold takes time in proportion to the parameters, and none for longer windows"
+    return _lines(result, panels, "milliseconds", title)
+
+
+def draw_compilation(result: Any) -> Figure | None:
+    panels = {"leaves": {"compile_s": ("-", "compile"), "trace_s": ("--", "trace")}}
+    title = "Compile time grows with the leaves of the tree; apply_gradients needs least of it"
+    return _lines(result, panels, "seconds", title)
+
+
+FIGURES: dict[str, tuple[str, Callable[[Any], Figure | None]]] = {  # and their benchmarks
+    "compiled": ("compiled", draw_compiled),
+    "overhead": ("overhead", draw_overhead),
+    "memory": ("train_step", draw_memory),
+    "scaling": ("scaling", draw_scaling),
+    "compilation": ("scaling", draw_compilation),
+}
+
+
+def draw(results: Mapping[str, Sequence[Any]], folder: pathlib.Path) -> None:
+    """Draws every figure that there are results for, by the name of their benchmark."""
+    with plt.rc_context(STYLE):
+        for name, (benchmark, draw_figure) in FIGURES.items():
+            for i, result in enumerate(results[benchmark]):
+                # The first stands for all devices in the READMEs, which is a CPU.
+                device = f"-{result['file']}" if i else ""
+                if figure := draw_figure(result):
+                    # Without the version of matplotlib, the same figures give the same file.
+                    figure.savefig(folder / f"{name}{device}.png", metadata={"Software": None})
+                    plt.close(figure)

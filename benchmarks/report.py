@@ -7,7 +7,6 @@ A table stands between `<!-- name: begin -->` and `<!-- name: end -->`. The name
 import argparse
 from collections.abc import Mapping
 import importlib
-import json
 import pathlib
 import re
 from typing import Any
@@ -17,31 +16,19 @@ from benchmarks import harness, plots
 ROOT = pathlib.Path(__file__).parent.parent
 FIGURES = ROOT / "benchmarks" / "figures"
 READMES = ROOT / "docs" / "explanation" / "holds.md", ROOT / "benchmarks" / "README.md"
-DEVICES = "", "-cpu", "-gpu", "-tpu"
-MODULES = {"compiled": "compiled_tables"} | {
-    name: name
-    for name in ("overhead", "train_step", "in_step", "coupled", "collectives", "scaling")
-}
+MODULES = "compiled", "overhead", "train_step", "in_step", "coupled", "collectives", "scaling"
 
 
 def load(folder: pathlib.Path = harness.RESULTS) -> dict[str, list[dict[str, Any]]]:
     """Returns the committed results of each benchmark, those of a CPU, a GPU and a TPU."""
-    paths = {name: [folder / f"{name}{device}.json" for device in DEVICES] for name in MODULES}
-    return {
-        name: [
-            json.loads(path.read_text()) | {"file": path.stem.rpartition("-")[2]}
-            for path in found
-            if path.exists()
-        ]
-        for name, found in paths.items()
-    }
+    return {name: harness.load(name, folder) for name in MODULES}
 
 
 def render(results: Mapping[str, list[dict[str, Any]]]) -> dict[str, str]:
     """Returns every table by name, those of a CPU, a GPU and a TPU one below the other."""
     rendered: dict[str, list[str]] = {}
     for benchmark, of in results.items():
-        tables = importlib.import_module(f"benchmarks.{MODULES[benchmark]}").tables
+        tables = importlib.import_module(f"benchmarks.{benchmark}").tables
         for name, found in (item for result in of for item in tables(result).items()):
             rendered.setdefault(name, []).extend(table.markdown() for table in found)
     return {name: "\n\n".join(found) for name, found in rendered.items()}

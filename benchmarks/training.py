@@ -10,9 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks import contenders, harness, transformer
-from benchmarks.contender import Contender
-from benchmarks.contenders import FULL_BATCH
-from benchmarks.inners import INNERS
+from benchmarks.contenders import FULL_BATCH, INNERS, Contender
 from benchmarks.programs import Window, largest_error, nbytes
 
 # AdamW divides by sqrt(v) + eps, so a small `eps` turns the rounding of a small gradient into a

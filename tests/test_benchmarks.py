@@ -17,8 +17,8 @@ pytest.importorskip("tabulate")
 pytest.importorskip("flax")
 pytest.importorskip("optax", "0.2.7", reason="aggregating.process came with optax 0.2.7")
 
-from benchmarks import contenders, floor, harness, overhead, programs, training
-from benchmarks.inners import INNERS
+from benchmarks import contenders, harness, overhead, programs, training
+from benchmarks.contenders import INNERS
 from benchmarks.tables import Table
 
 pytestmark = pytest.mark.slow
@@ -103,7 +103,7 @@ def test_a_contender_that_is_not_installed_is_left_out_with_its_reason(monkeypat
 
 def test_the_floor_is_the_bytes_at_the_bandwidth_of_the_triad():
     # 2 passes of 3 streams in 6 s: a second a stream.
-    least = floor.floors({"triad": [6.0]}, 2, {"hold": 3, "release": 9}, every_k=4)
+    least = overhead.floors({"triad": [6.0]}, 2, {"hold": 3, "release": 9}, every_k=4)
     assert {part: list(seconds) for part, seconds in least.items()} == {
         "hold": [3.0],
         "release": [9.0],
@@ -116,7 +116,7 @@ def test_the_floor_is_the_bytes_at_the_bandwidth_of_the_triad():
     [
         (("--every-k", "1"), "must be at least 2"),
         (("--megabytes", "nan"), "must be at least 0.001"),
-        (("--leaves", "few"), "invalid number value: 'few'"),
+        (("--leaves", "few"), "invalid int value: 'few'"),
         (("--dtype", "int8"), "invalid choice: 'int8'"),
         (("--rounds", "0"), "must be at least 1"),
         (("--output", "no/such/folder.json"), "No such file or directory"),

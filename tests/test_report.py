@@ -7,12 +7,12 @@ import pytest
 
 pytest.importorskip("flax")
 pytest.importorskip("matplotlib")
-pytest.importorskip("optax", "0.2.7", reason="benchmarks.inners has options of optax 0.2.7")
+pytest.importorskip("optax", "0.2.7", reason="benchmarks.contenders has options of optax 0.2.7")
 pytest.importorskip("rich")
 pytest.importorskip("tabulate")
 
 from benchmarks import plots, report
-from benchmarks.inners import INNERS
+from benchmarks.contenders import INNERS
 from benchmarks.tables import NOT_EQUIVALENT
 
 pytestmark = pytest.mark.slow
