@@ -31,7 +31,7 @@ OPTIMIZER = (
 )
 IN_STEP = VALUE_AND_GRAD, contenders.MICROBATCH, contenders.SCAN
 TRAINING = MULTI_STEPS, APPLY_GRADIENTS, *IN_STEP
-SMALL = transformer.Config(2048, 256, 2, 2, tied=False)
+SMALL = transformer.Model(2048, 256, 2, 2, tied=False)
 MODELS = {  # and who trains them on eight devices
     "blocks in a list": (
         SMALL,
@@ -83,7 +83,7 @@ def bytes_of(moved: list[hlo.Moved], size: int, free: float = 0.0) -> dict[str, 
     return {"hold": moved[-2].hold / size - free, "release": last / size - free, "window": window}
 
 
-def training_rows(target: str, config: transformer.Config, rows: int, sequence: int) -> Any:
+def training_rows(target: str, config: transformer.Model, rows: int, sequence: int) -> Any:
     """Yields what training steps move above the bytes that their gradients take alone."""
     task = Task(config, transformer.param_shapes(config), EVERY_K, rows, sequence)
     size = nbytes(task.params)
@@ -105,7 +105,7 @@ def training_rows(target: str, config: transformer.Config, rows: int, sequence: 
         }
 
 
-def traffic_row(target: str, model: str, config: transformer.Config, name: str) -> Any:
+def traffic_row(target: str, model: str, config: transformer.Model, name: str) -> Any:
     """Returns what eight devices send each other in a hold and in a window."""
     adapter = VALUE_AND_GRAD if name == UNWEIGHTED else name
     contender = contenders.ADAPTERS[adapter](INNERS["adamw"], EVERY_K)
@@ -134,8 +134,12 @@ def measure(args: Any) -> Iterator[harness.Result]:
         yield result
 
     chips = [target for target in found if args.quick or target in ("h100", "v5e")]
-    models = [(model, config, name) for model, (config, x) in MODELS.items() for name in x]
-    tasks = [(chip, *model) for chip in chips for model in models]
+    tasks = [
+        (chip, model, dataclasses.replace(config, layers=1) if args.quick else config, name)
+        for chip in chips
+        for model, (config, names) in MODELS.items()
+        for name in names
+    ]
     for task in harness.progress(tasks, "Compiling for eight devices"):
         result["traffic"].append(traffic_row(*task))
         yield result

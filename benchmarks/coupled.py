@@ -7,6 +7,7 @@ largest batch is that of the compiled programs which need at most twice the peak
 """
 
 from collections.abc import Callable, Iterator
+import dataclasses
 import functools
 from typing import Any
 
@@ -22,19 +23,16 @@ from benchmarks.tables import Table, fitting, name_of, rows_of, where
 import optaccum
 
 OURS, REMAT, CONCAT = "optaccum.microbatched", "lax.map(checkpoint)", "optax.microbatch, CONCAT"
-CONFIG = transformer.Config(vocabulary=512, width=256, layers=2, heads=4, scanned=True)
+CONFIG = transformer.Model(vocabulary=512, width=256, layers=2, heads=4, scanned=True)
 TOKENS, BUDGET_FACTOR, DRIFT_MICROBATCHES = 32, 2, 512
 OPTIONS = {
-    "rows": ("pairs in a batch", 2, 16, 256, 4096),
+    "rows": ("pairs in a batch", 2, 8, 256, 4096),
     "num_microbatches": ("microbatches of a batch", 2, 4, 16, 16),
     "rounds": ("timed rounds", 1, 1, 9, 15),
     "doublings": ("of the batch, at most", 1, 1, 3, 4),
+    "layers": ("blocks of the transformer", 1, 1, 2, 2),
 }
 Tower = Callable[..., Any]  # (params, rows) -> rows
-
-
-def embed(params: Any, tokens: jax.Array) -> jax.Array:
-    return transformer.Model(CONFIG).features(params, params["embedding"], tokens).mean(axis=1)
 
 
 def mlp(params: Any, x: jax.Array) -> jax.Array:
@@ -46,15 +44,20 @@ def make_mlp(dtype: Any) -> Any:
     return [jnp.asarray(noise.normal(size=(m, n)) / m**0.5, dtype) for m, n in shapes]
 
 
-def make_tasks(rows: int) -> dict[str, tuple[Tower, Any, Any]]:
+def make_tasks(rows: int, layers: int) -> dict[str, tuple[Tower, Any, Any]]:
     """Returns each model, its parameters, and pairs that are half the same."""
+    config = dataclasses.replace(CONFIG, layers=layers)
+
+    def embed(params, tokens):
+        return config.features(params, params["embedding"], tokens).mean(axis=1)
+
     noise = np.random.default_rng(1)
     x = noise.normal(size=(2, rows, CONFIG.width)).astype(np.float32)
     tokens = noise.integers(CONFIG.vocabulary, size=(2, rows, TOKENS), dtype=np.int32)
     tokens[1, :, TOKENS // 2 :] = tokens[0, :, TOKENS // 2 :]
     return {
         "mlp": (mlp, make_mlp(jnp.float32), (x[0], x.sum(axis=0))),
-        "transformer": (embed, transformer.make_params(CONFIG), tuple(tokens)),
+        "transformer": (embed, transformer.make_params(config), tuple(tokens)),
     }
 
 
@@ -114,7 +117,7 @@ def measure(args: Any) -> Iterator[harness.Result]:
     n = args.num_microbatches
     result = {"rows": args.rows, "num_microbatches": n, "rounds": args.rounds}
     result |= {"budget_factor": BUDGET_FACTOR, "drift": drift(), "models": []}
-    for model, (tower, one, batch) in make_tasks(args.rows).items():
+    for model, (tower, one, batch) in make_tasks(args.rows, args.layers).items():
 
         def compiled(name, rows, optimized, tower=tower, params=(one, one), batch=batch):
             shapes = [jax.ShapeDtypeStruct((rows, *x.shape[1:]), x.dtype) for x in batch]
@@ -131,11 +134,11 @@ def measure(args: Any) -> Iterator[harness.Result]:
         (loss, grads), tried = results[FULL_BATCH], f"{model}: compiling larger batches"
         for name, program in harness.progress(found.items(), tried):
 
-            def peak_of(rows, name=name, program=program, compiled=compiled):
-                same = rows == args.rows
-                return programs.peak_bytes(program if same else compiled(name, rows, False))
+            def peak_of(rows, name=name, compiled=compiled):
+                return programs.peak_bytes(compiled(name, rows, False))
 
-            largest, capped = training.largest_batch(peak_of, args.rows, budget, args.doublings)
+            sizes = args.rows, programs.peak_bytes(program), budget, args.doublings
+            largest, capped = training.largest_batch(peak_of, *sizes)
             row = {"model": model, "name": name, "largest_batch": largest, "capped": capped}
             row["loss_error"] = abs(float(results[name][0] / loss) - 1)
             row["gradient_error"] = relative_error(results[name][1], grads)

@@ -46,7 +46,8 @@ def parse_args(name: str, doc: str | None, options: Options, argv: Any = None) -
     args = parser.parse_args(argv)
     for option, (_, least, *_) in options.items():
         value = getattr(args, option)
-        if not isinstance(value, str) and not least <= value < float("inf"):
+        given = value != parser.get_default(option) and not isinstance(value, str)
+        if given and not least <= value < float("inf"):
             parser.error(f"--{option.replace('_', '-')} must be at least {least}, got {value}")
     return args
 

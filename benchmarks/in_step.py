@@ -49,7 +49,8 @@ def drift() -> list[dict[str, Any]]:
 def measure(args: Any) -> Iterator[harness.Result]:
     task = training.Task.of(args)
     windows, result = training.compare(task, NAMES, UNITS, args, 1 if args.quick else 5)
-    budget = 1.25 * windows[VALUE_AND_GRAD].peak_bytes
+    peaks = {name: window.peak_bytes for name, window in windows.items()}
+    budget, doublings = 1.25 * peaks[VALUE_AND_GRAD], 1 if args.quick else 6
     del windows  # a GPU tries out kernels when it compiles, and needs room for them
     compile_s = {row["name"]: row["compile_s"] for row in result["contenders"]}
     for row in result["contenders"]:
@@ -63,8 +64,8 @@ def measure(args: Any) -> Iterator[harness.Result]:
             contender = contenders.ADAPTERS[name](training.INNER, longer.every_k)
             return longer.compile(contender, rows, optimized=False).peak_bytes
 
-        start, doublings = args.every_k * args.microbatch, 1 if args.quick else 6
-        size, capped = training.largest_batch(peak_of, start, budget, doublings)
+        sizes = args.every_k * args.microbatch, peaks[name], budget, doublings
+        size, capped = training.largest_batch(peak_of, *sizes)
         row = {"name": name, "microbatch": None if name == FULL_BATCH else args.microbatch}
         result["largest"].append(row | {"batch": size, "capped": capped})
         yield result

@@ -181,10 +181,11 @@ def check(
 ) -> tuple[dict[str, Window], dict[str, Any]]:
     """Returns windows that are ready to run, and for each whether it agrees with the full batch."""
     windows, rows, (params, *grads) = {}, {}, trees
+    expected = functools.cache(lambda tx: full_batch(tx, every_k, params, grads))
     for name, one in found.items():
-        window = windows[name] = Window(one, params, params)
-        expected = full_batch(one.reference or inner, every_k, params, grads)
-        error = largest_error(window.train(params, grads), expected, params, tolerance)
+        window, right = Window(one, params, params), expected(one.reference or inner)
+        windows[name] = window
+        error = largest_error(window.train(params, grads), right, params, tolerance)
         rows[name] = {"name": name, "equivalent": one.equivalent, "agrees": error <= 1}
         window.start(params)
     return windows, rows

@@ -27,7 +27,7 @@ INNER = dataclasses.replace(INNERS["adamw"], transformation=optax.adamw(0.1, eps
 # One that sums in float32 is off by rounding alone, one in bfloat16 by up to 2^-8 per addition.
 TOLERANCE = {"float32": 1e-3, "bfloat16": 0.02}
 # The most that the contenders, their gradients and the check need at one time.
-BYTES_PER_PARAMETER = 80
+BYTES_PER_PARAMETER = 84
 OPTIONS = {
     "leaves": ("the most leaves of a tree", 10, 4, 1000, 5000),
     "rounds": ("timed rounds", 1, 2, 5, 5),

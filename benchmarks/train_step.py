@@ -27,7 +27,8 @@ UNITS = {"time_to_multi_steps": MULTI_STEPS, "time_to_hand_written": HAND_WRITTE
 def measure(args: Any) -> Iterator[harness.Result]:
     task = training.Task.of(args)
     windows, result = training.compare(task, NAMES, UNITS, args)
-    budget = 1.25 * windows[APPLY_GRADIENTS].peak_bytes
+    peaks = {name: window.peak_bytes for name, window in windows.items()}
+    budget = 1.25 * peaks[APPLY_GRADIENTS]
     # A release does all that a hold does, and more: it alone says what fits.
     last = {
         name: dataclasses.replace(window.contender, steps=window.contender.steps[-1:])
@@ -37,12 +38,11 @@ def measure(args: Any) -> Iterator[harness.Result]:
     result |= {"budget_bytes": round(budget), "largest": []}
     yield result
     for name, contender in harness.progress(last.items(), "Compiling larger batches"):
-
-        def peak_of(rows, contender=contender):
-            return task.compile(contender, rows, optimized=False).peak_bytes
-
-        start = task.rows * (args.every_k if name == FULL_BATCH else 1)
-        size, capped = training.largest_batch(peak_of, start, budget, 1 if args.quick else 6)
+        size, capped = training.largest_batch(
+            lambda rows, one=contender: task.compile(one, rows, optimized=False).peak_bytes,
+            task.rows * (args.every_k if name == FULL_BATCH else 1),
+            *(peaks[name], budget, 1 if args.quick else 6),
+        )
         result["largest"].append({"name": name, "microbatch": size, "capped": capped})
         yield result
 
