@@ -113,38 +113,40 @@ def drift() -> list[dict[str, Any]]:
     return [{"name": x, "relative_error": relative_error(one, whole)} for x, one in found.items()]
 
 
+def rows_of_model(args: Any, tower: Tower, one: Any, batch: Any) -> Iterator[dict[str, Any]]:
+    """Yields the figures of each contender with towers of one kind."""
+    n, given = args.num_microbatches, ((one, one), list(batch))
+
+    def compiled(name, rows, optimized):
+        shapes = [jax.ShapeDtypeStruct((rows, *x.shape[1:]), x.dtype) for x in batch]
+        step = make_steps(tower, max(n * rows // args.rows, 1))[name]
+        return jax.jit(step).lower(given[0], shapes).compile(programs.options(optimized))
+
+    found: Any = {x: compiled(x, args.rows, not args.quick) for x in make_steps(tower, n)}
+    turns = {name: functools.partial(program, *given) for name, program in found.items()}
+    results = {name: turn() for name, turn in turns.items()}
+    seconds = harness.take_turns(turns, args.rounds)
+    budget, (loss, grads) = BUDGET_FACTOR * programs.peak_bytes(found[OURS]), results[FULL_BATCH]
+    for name, program in harness.progress(found.items(), "Compiling larger batches"):
+        largest, capped = training.largest_batch(
+            lambda rows, name=name: programs.peak_bytes(compiled(name, rows, False)),
+            *(args.rows, programs.peak_bytes(program), budget, args.doublings),
+        )
+        yield {
+            **{"name": name, "largest_batch": largest, "capped": capped},
+            "loss_error": abs(float(results[name][0] / loss) - 1),
+            "gradient_error": relative_error(results[name][1], grads),
+            "temporary_bytes": program.memory_analysis().temp_size_in_bytes,
+            "time_to_full_batch": harness.ratios(seconds, name, FULL_BATCH),
+        }
+
+
 def measure(args: Any) -> Iterator[harness.Result]:
-    n = args.num_microbatches
-    result = {"rows": args.rows, "num_microbatches": n, "rounds": args.rounds}
+    result = {name: getattr(args, name) for name in ("rows", "num_microbatches", "rounds")}
     result |= {"budget_factor": BUDGET_FACTOR, "drift": drift(), "models": []}
-    for model, (tower, one, batch) in make_tasks(args.rows, args.layers).items():
-
-        def compiled(name, rows, optimized, tower=tower, params=(one, one), batch=batch):
-            shapes = [jax.ShapeDtypeStruct((rows, *x.shape[1:]), x.dtype) for x in batch]
-            step = make_steps(tower, max(n * rows // args.rows, 1))[name]
-            return jax.jit(step).lower(params, shapes).compile(programs.options(optimized))
-
-        names = make_steps(tower, n)
-        found: Any = {name: compiled(name, args.rows, not args.quick) for name in names}
-        given = (one, one), list(batch)
-        turns = {name: functools.partial(program, *given) for name, program in found.items()}
-        results = {name: turn() for name, turn in turns.items()}
-        seconds = harness.take_turns(turns, args.rounds, model)
-        budget = BUDGET_FACTOR * programs.peak_bytes(found[OURS])
-        (loss, grads), tried = results[FULL_BATCH], f"{model}: compiling larger batches"
-        for name, program in harness.progress(found.items(), tried):
-
-            def peak_of(rows, name=name, compiled=compiled):
-                return programs.peak_bytes(compiled(name, rows, False))
-
-            sizes = args.rows, programs.peak_bytes(program), budget, args.doublings
-            largest, capped = training.largest_batch(peak_of, *sizes)
-            row = {"model": model, "name": name, "largest_batch": largest, "capped": capped}
-            row["loss_error"] = abs(float(results[name][0] / loss) - 1)
-            row["gradient_error"] = relative_error(results[name][1], grads)
-            row["temporary_bytes"] = program.memory_analysis().temp_size_in_bytes
-            row["time_to_full_batch"] = harness.ratios(seconds, name, FULL_BATCH)
-            result["models"].append(row)
+    for model, task in make_tasks(args.rows, args.layers).items():
+        for row in rows_of_model(args, *task):
+            result["models"].append({"model": model} | row)
             yield result
 
 

@@ -19,7 +19,7 @@ _COMPUTATION = re.compile(r"(?P<entry>ENTRY )?%?(?P<name>[\w.\-]+)[^=]*\{$")
 # A layout's parentheses follow no space, and those of the operands end before an attribute.
 _INSTRUCTION = re.compile(
     r"\s+(?:ROOT )?%?(?P<name>[\w.\-]+) = (?P<shape>.*?) (?P<opcode>[a-z][\w\-]*)"
-    r"\((?P<operands>.*?)\)(?P<attributes>, [a-z_]+=.*)?$"
+    r"\((?P<operands>.*?)\)(?P<attributes>, [\w\-]+=.*)?$"
 )
 _CALLEES = re.compile(
     r"\b(body|condition|to_apply|calls|called_computations|branch_computations|true_computation"
@@ -132,6 +132,8 @@ class _Program:
                 name = found["name"]
                 self.computations[name] = {}
                 self.entry = name if found["entry"] else self.entry
+            elif re.match(r"\s+(ROOT )?%?[\w.\-]+ = ", line):
+                raise ValueError(f"cannot read this instruction: {line}")
         if not self.entry:
             raise ValueError("`text` has no ENTRY computation; pass `compiled.as_text()`")
 

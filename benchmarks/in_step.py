@@ -50,7 +50,7 @@ def measure(args: Any) -> Iterator[harness.Result]:
     task = training.Task.of(args)
     windows, result = training.compare(task, NAMES, UNITS, args, 1 if args.quick else 5)
     peaks = {name: window.peak_bytes for name, window in windows.items()}
-    budget, doublings = 1.25 * peaks[VALUE_AND_GRAD], 1 if args.quick else 6
+    budget = 1.25 * peaks[VALUE_AND_GRAD]
     del windows  # a GPU tries out kernels when it compiles, and needs room for them
     compile_s = {row["name"]: row["compile_s"] for row in result["contenders"]}
     for row in result["contenders"]:
@@ -64,7 +64,7 @@ def measure(args: Any) -> Iterator[harness.Result]:
             contender = contenders.ADAPTERS[name](training.INNER, longer.every_k)
             return longer.compile(contender, rows, optimized=False).peak_bytes
 
-        sizes = args.every_k * args.microbatch, peaks[name], budget, doublings
+        sizes = args.every_k * args.microbatch, peaks[name], budget, 1 if args.quick else 6
         size, capped = training.largest_batch(peak_of, *sizes)
         row = {"name": name, "microbatch": None if name == FULL_BATCH else args.microbatch}
         result["largest"].append(row | {"batch": size, "capped": capped})

@@ -4,12 +4,8 @@ There is no model: the gradients lie ready, and a window is its k steps of accum
 one step of the inner optimizer. Every contender is first checked against one optimizer step per
 window on the mean gradient. Then all take turns, two windows each in a round: one at full speed,
 one that waits before its release and after it, for holds and releases apart. Kernels that measure
-the bandwidth take turns with them, and wait as seldom.
-
-The floor is the least that a window can cost: its bytes at that bandwidth. A hold reads g and the
-sum and writes the sum: 3 streams as large as the parameters. A release reads g, the sum, p and the
-inner state, and writes p, the inner state and the sum: 5 streams and 2 for each parameter-sized
-array of the state, 9 for Adam. A loop that throws the sums away saves one stream in a release.
+the bandwidth take turns with them. At that bandwidth the floor is 3 streams as large as the
+parameters for a hold; 5 for a release, and 2 for each parameter-sized array of the inner state.
 """
 
 from collections.abc import Callable, Iterator
@@ -73,9 +69,7 @@ def kernels(microbatches: list[Any], carry: Any) -> dict[str, Callable[[], Any]]
     The bandwidth is that of the triad `sum + g -> sum`, with the gradients of a window in turn: the
     caches are as warm as a hold finds them, and it writes only arrays that it has read. A copy is
     timed for comparison: a CPU fetches its target first, a third more than the two streams that
-    count. Of parameters below a megabyte both measure the dispatch. That is timed too: calls that
-    give back all of `carry`, and compute one scalar. A device that runs behind its host hides it,
-    so it is not part of the floor; a CPU is its own host.
+    count. The dispatch is that of calls that give back all of `carry`, and compute one scalar.
     """
 
     def repeated(kernel, state):

@@ -52,7 +52,7 @@ def test_a_contender_that_releases_the_sum_does_not_agree(dtype):
     def sums(part, grads, weight):
         return honest.steps[0].apply(part, jax.tree.map(lambda g: 4 * g, grads), weight)
 
-    wrong = dataclasses.replace(honest, steps=(contenders.Step(sums),) * 4, name="sums")
+    wrong = dataclasses.replace(honest, steps=(contenders.Step(sums),) * 4)
     given = {"parameters": 4096, "leaves": 2, "every_k": 4, "dtype": dtype}
     rows = scaling.measure_point({"honest": honest, "sums": wrong}, "dtype", 1, given)
     assert [row["agrees"] for row in rows] == [True, False]
