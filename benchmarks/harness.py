@@ -46,7 +46,7 @@ def parse_args(name: str, doc: str | None, options: Options, argv: Any = None) -
     args = parser.parse_args(argv)
     for option, (_, least, *_) in options.items():
         value = getattr(args, option)
-        given = value != parser.get_default(option) and not isinstance(value, str)
+        given = value != parser.get_default(option) and not isinstance(least, tuple)
         if given and not least <= value < float("inf"):
             parser.error(f"--{option.replace('_', '-')} must be at least {least}, got {value}")
     return args

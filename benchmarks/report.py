@@ -74,9 +74,11 @@ def fill(text: str, tables: Mapping[str, str]) -> str:
     return re.sub(markers, between, text, flags=re.DOTALL)
 
 
-def draw_compiled(result: Any) -> Figure:
+def draw_compiled(result: Any) -> Figure | None:
     # Flax's are the same programs as others.
     found = [x for x in result["optimizer"] if x["inner"] == "adamw" and "flax" not in x["name"]]
+    if not found:
+        return None
     groups = {name: group for (name,), group in by_chip(found, "name").items()}
     names = {row["name"]: name_of(row) for row in found}
     chips = [chip for chip in CHIPS if any(chip in group for group in groups.values())]

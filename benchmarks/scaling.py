@@ -68,9 +68,8 @@ def measure_point(
         row = rows[name] | {sweep: sizes[sweep], "parameter_bytes": size}
         row |= {"agrees": row["agrees"] if row["equivalent"] else None}
         row |= {"state_bytes": nbytes(window.carry) - size}
-        row |= {"temporary_bytes": window.temporary_bytes}
+        row |= {x: getattr(window, x) for x in ("temporary_bytes", "trace_s", "compile_s")}
         row |= {"temporaries": window.temporary_bytes / size}
-        row |= {"trace_s": window.trace_s, "compile_s": window.compile_s}
         row["compilation_ms_a_leaf"] = 1e3 * (window.trace_s + window.compile_s) / leaves
         rows[name], batches = row, [window.put(grads) for grads in trees[1:]]
         turns[name] = functools.partial(call_by_call, window, batches)

@@ -49,7 +49,7 @@ def rows_of(found: Iterable[Any], columns: Mapping[str, Any]) -> list[dict[str, 
     A column is a function of it, or the name of a figure and how `median` writes that.
     """
 
-    def cell(one: Any, of: Any) -> str:
+    def cell(one: Any, of: Any) -> Any:
         return of(one) if callable(of) else median(one.get(of[0]), *of[1:])
 
     return [{heading: cell(one, of) for heading, of in columns.items()} for one in found]

@@ -109,8 +109,7 @@ def compare(
 
     def figures(name):
         row = {"name": name, "compile_s": compile_s[name]}
-        row |= {"peak_bytes": windows[name].peak_bytes}
-        row |= {"temporary_bytes": windows[name].temporary_bytes}
+        row |= {x: getattr(windows[name], x) for x in ("peak_bytes", "temporary_bytes")}
         row |= {ratio: harness.ratios(seconds, name, unit) for ratio, unit in units.items()}
         if name not in ready:
             return row | dict.fromkeys(("agrees", "error", "window_ms", "tokens_per_second"))
