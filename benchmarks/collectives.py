@@ -16,17 +16,17 @@ from typing import Any
 
 import jax
 
-from benchmarks import contenders, harness, hlo, parallel, training
-from benchmarks.contenders import APPLY_GRADIENTS, FULL_BATCH, MULTI_STEPS, VALUE_AND_GRAD
-from benchmarks.parallel import CALLS_DEFERRED, IN_STEP_DEFERRED
-from benchmarks.tables import AGREES, Table, left_out, median, where
+from benchmarks import contenders, harness, hlo, training
+from benchmarks.contenders import CALLS_DEFERRED, FULL_BATCH, IN_STEP_DEFERRED, MULTI_STEPS
+from benchmarks.tables import Table, left_out, name_of, rows_of, where
 
 CPU_DEVICES, CPU_FLAG = 8, "xla_force_host_platform_device_count"
 NAMES = (
-    *(FULL_BATCH, MULTI_STEPS, APPLY_GRADIENTS, CALLS_DEFERRED, parallel.CALLS_EXPLICIT),
-    *(VALUE_AND_GRAD, IN_STEP_DEFERRED, parallel.IN_STEP_EXPLICIT, parallel.BY_HAND),
+    *(FULL_BATCH, MULTI_STEPS, contenders.APPLY_GRADIENTS, CALLS_DEFERRED),
+    *(contenders.CALLS_EXPLICIT, contenders.VALUE_AND_GRAD, IN_STEP_DEFERRED),
+    *(contenders.IN_STEP_EXPLICIT, contenders.BY_HAND),
 )
-UNITS = {"time_to_multi_steps": MULTI_STEPS, "time_to_hand_written": parallel.BY_HAND}
+UNITS = {"time_to_multi_steps": MULTI_STEPS, "time_to_hand_written": contenders.BY_HAND}
 OPTIONS = training.OPTIONS | {
     "parameters": ("the model", tuple(training.transformer.PRESETS), "100k", "3m", "110m"),
     "dtype": ("what it computes in", ("float32", "bfloat16"), *["float32"] * 3),
@@ -83,8 +83,11 @@ def measure(args: Any) -> Iterator[harness.Result]:
         row["window"], hold = traffic(windows[row["name"]].programs, args.every_k)
         row["hold"] = None if row["name"] == FULL_BATCH else hold
     yield result
-    lengths = list(itertools.product((MULTI_STEPS, CALLS_DEFERRED, IN_STEP_DEFERRED), (4, 16, 64)))
-    for name, every_k in harness.progress(lengths, "Compiling windows of 4 to 64"):
+    ways, ks = (
+        (MULTI_STEPS, CALLS_DEFERRED, IN_STEP_DEFERRED),
+        (4, 16) if args.quick else (4, 16, 64),
+    )
+    for name, every_k in harness.progress(list(itertools.product(ways, ks)), "Longer windows"):
         longer = dataclasses.replace(task, every_k=every_k)
         contender = contenders.ADAPTERS[name](training.INNER, every_k)
         window, _ = traffic(longer.compile(contender, optimized=False).programs, every_k)
@@ -114,26 +117,25 @@ def sent(found: list[dict[str, Any]] | None, parameter_bytes: int) -> str:
 def tables(result: dict[str, Any]) -> dict[str, list[Table]]:
     """Returns what each contender's devices send, its time, and how that grows with k."""
     size = result["parameter_bytes"]
-    rows = [
-        {
-            "contender": row["name"],
-            "all-reduces per window": sent(row["window"], size),
-            "in a hold": sent(row["hold"], size),
-            "window ms": median(row["window_ms"], "{:,.0f}"),
-            "to MultiSteps": median(row["time_to_multi_steps"]),
-            "to hand-written": median(row["time_to_hand_written"]),
-            "agrees": AGREES[row["agrees"]],
-        }
-        for row in result["contenders"]
-    ]
+    columns = {
+        "contender": name_of,
+        "all-reduces per window": lambda row: sent(row["window"], size),
+        "in a hold": lambda row: sent(row["hold"], size),
+        "window ms": ("window_ms", "{:,.0f}"),
+        "to MultiSteps": ("time_to_multi_steps",),
+        "to hand-written": ("time_to_hand_written",),
+        "agrees": ("agrees",),
+    }
     lengths = [
         {"contender": name} | {f"k = {row['every_k']}": f"{row['bytes'] / size:.2f}" for row in of}
         for name, of in itertools.groupby(result["by_every_k"], key=lambda row: row["name"])
     ]
     notes = [*left_out(result), f"{training.setting(result)} {where(result)}"]
-    title = "Parameter sizes that a device reduces per window"
-    several = [Table(lengths, title)] if lengths else []
-    return {"collectives": [Table(rows, "A window", notes), *several]}
+    found = [
+        Table(rows_of(result["contenders"], columns), "A window", notes),
+        Table(lengths, "Parameter sizes that a device reduces per window"),
+    ]
+    return {"collectives": [table for table in found if table.rows]}
 
 
 def make_cpu_devices() -> None:

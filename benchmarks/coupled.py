@@ -7,6 +7,7 @@ largest batch is that of the compiled programs which need at most twice the peak
 """
 
 from collections.abc import Callable, Iterator
+import dataclasses
 import functools
 from typing import Any
 
@@ -18,23 +19,20 @@ import optax
 
 from benchmarks import harness, programs, training, transformer
 from benchmarks.contenders import FULL_BATCH, VALUE_AND_GRAD
-from benchmarks.tables import Table, median, where
+from benchmarks.tables import Table, fitting, name_of, rows_of, where
 import optaccum
 
 OURS, REMAT, CONCAT = "optaccum.microbatched", "lax.map(checkpoint)", "optax.microbatch, CONCAT"
-CONFIG = transformer.Config(vocabulary=512, width=256, layers=2, heads=4, scanned=True)
+CONFIG = transformer.Model(vocabulary=512, width=256, layers=2, heads=4, scanned=True)
 TOKENS, BUDGET_FACTOR, DRIFT_MICROBATCHES = 32, 2, 512
 OPTIONS = {
-    "rows": ("pairs in a batch", 2, 16, 256, 4096),
+    "rows": ("pairs in a batch", 2, 8, 256, 4096),
     "num_microbatches": ("microbatches of a batch", 2, 4, 16, 16),
     "rounds": ("timed rounds", 1, 1, 9, 15),
     "doublings": ("of the batch, at most", 1, 1, 3, 4),
+    "layers": ("blocks of the transformer", 1, 1, 2, 2),
 }
 Tower = Callable[..., Any]  # (params, rows) -> rows
-
-
-def embed(params: Any, tokens: jax.Array) -> jax.Array:
-    return transformer.Model(CONFIG).features(params, params["embedding"], tokens).mean(axis=1)
 
 
 def mlp(params: Any, x: jax.Array) -> jax.Array:
@@ -46,15 +44,20 @@ def make_mlp(dtype: Any) -> Any:
     return [jnp.asarray(noise.normal(size=(m, n)) / m**0.5, dtype) for m, n in shapes]
 
 
-def make_tasks(rows: int) -> dict[str, tuple[Tower, Any, Any]]:
+def make_tasks(rows: int, layers: int) -> dict[str, tuple[Tower, Any, Any]]:
     """Returns each model, its parameters, and pairs that are half the same."""
+    config = dataclasses.replace(CONFIG, layers=layers)
+
+    def embed(params, tokens):
+        return config.features(params, params["embedding"], tokens).mean(axis=1)
+
     noise = np.random.default_rng(1)
     x = noise.normal(size=(2, rows, CONFIG.width)).astype(np.float32)
     tokens = noise.integers(CONFIG.vocabulary, size=(2, rows, TOKENS), dtype=np.int32)
     tokens[1, :, TOKENS // 2 :] = tokens[0, :, TOKENS // 2 :]
     return {
         "mlp": (mlp, make_mlp(jnp.float32), (x[0], x.sum(axis=0))),
-        "transformer": (embed, transformer.make_params(CONFIG), tuple(tokens)),
+        "transformer": (embed, transformer.make_params(config), tuple(tokens)),
     }
 
 
@@ -110,66 +113,63 @@ def drift() -> list[dict[str, Any]]:
     return [{"name": x, "relative_error": relative_error(one, whole)} for x, one in found.items()]
 
 
+def rows_of_model(args: Any, tower: Tower, one: Any, batch: Any) -> Iterator[dict[str, Any]]:
+    """Yields the figures of each contender with towers of one kind."""
+    n, given = args.num_microbatches, ((one, one), list(batch))
+
+    def compiled(name, rows, optimized):
+        shapes = [jax.ShapeDtypeStruct((rows, *x.shape[1:]), x.dtype) for x in batch]
+        step = make_steps(tower, max(n * rows // args.rows, 1))[name]
+        return jax.jit(step).lower(given[0], shapes).compile(programs.options(optimized))
+
+    found: Any = {x: compiled(x, args.rows, not args.quick) for x in make_steps(tower, n)}
+    turns = {name: functools.partial(program, *given) for name, program in found.items()}
+    results = {name: turn() for name, turn in turns.items()}
+    seconds = harness.take_turns(turns, args.rounds)
+    budget, (loss, grads) = BUDGET_FACTOR * programs.peak_bytes(found[OURS]), results[FULL_BATCH]
+    for name, program in harness.progress(found.items(), "Compiling larger batches"):
+        largest, capped = training.largest_batch(
+            lambda rows, name=name: programs.peak_bytes(compiled(name, rows, False)),
+            *(args.rows, programs.peak_bytes(program), budget, args.doublings),
+        )
+        yield {
+            **{"name": name, "largest_batch": largest, "capped": capped},
+            "loss_error": abs(float(results[name][0] / loss) - 1),
+            "gradient_error": relative_error(results[name][1], grads),
+            "temporary_bytes": program.memory_analysis().temp_size_in_bytes,
+            "time_to_full_batch": harness.ratios(seconds, name, FULL_BATCH),
+        }
+
+
 def measure(args: Any) -> Iterator[harness.Result]:
-    n = args.num_microbatches
-    result = {"rows": args.rows, "num_microbatches": n, "rounds": args.rounds}
+    result = {name: getattr(args, name) for name in ("rows", "num_microbatches", "rounds")}
     result |= {"budget_factor": BUDGET_FACTOR, "drift": drift(), "models": []}
-    for model, (tower, one, batch) in make_tasks(args.rows).items():
-
-        def compiled(name, rows, optimized, tower=tower, params=(one, one), batch=batch):
-            shapes = [jax.ShapeDtypeStruct((rows, *x.shape[1:]), x.dtype) for x in batch]
-            step = make_steps(tower, max(n * rows // args.rows, 1))[name]
-            return jax.jit(step).lower(params, shapes).compile(programs.options(optimized))
-
-        names = make_steps(tower, n)
-        found: Any = {name: compiled(name, args.rows, not args.quick) for name in names}
-        given = (one, one), list(batch)
-        turns = {name: functools.partial(program, *given) for name, program in found.items()}
-        results = {name: turn() for name, turn in turns.items()}
-        seconds = harness.take_turns(turns, args.rounds, model)
-        budget = BUDGET_FACTOR * programs.peak_bytes(found[OURS])
-        (loss, grads), tried = results[FULL_BATCH], f"{model}: compiling larger batches"
-        for name, program in harness.progress(found.items(), tried):
-
-            def peak_of(rows, name=name, program=program, compiled=compiled):
-                same = rows == args.rows
-                return programs.peak_bytes(program if same else compiled(name, rows, False))
-
-            largest, capped = training.largest_batch(peak_of, args.rows, budget, args.doublings)
-            row = {"model": model, "name": name, "largest_batch": largest, "capped": capped}
-            row["loss_error"] = abs(float(results[name][0] / loss) - 1)
-            row["gradient_error"] = relative_error(results[name][1], grads)
-            row["temporary_bytes"] = program.memory_analysis().temp_size_in_bytes
-            row["time_to_full_batch"] = harness.ratios(seconds, name, FULL_BATCH)
-            result["models"].append(row)
+    for model, task in make_tasks(args.rows, args.layers).items():
+        for row in rows_of_model(args, *task):
+            result["models"].append({"model": model} | row)
             yield result
 
 
 def tables(result: dict[str, Any]) -> dict[str, list[Table]]:
     """Returns one table of all models, and one of the drift."""
-    rows = [
-        {
-            "model": row["model"],
-            "contender": row["name"],
-            "error of loss": f"{row['loss_error']:.1e}",
-            "of gradient": f"{row['gradient_error']:.1e}",
-            "temp. MB": f"{row['temporary_bytes'] / 1e6:,.1f}",
-            "time to full batch": median(row["time_to_full_batch"]),
-            "batch that fits": f"{'at least ' if row['capped'] else ''}{row['largest_batch']:,}",
-        }
-        for row in result["models"]
-    ]
-    drifts = [
-        {"contender": row["name"], "relative error": f"{row['relative_error']:.4f}"}
-        for row in result["drift"]
-    ]
+    columns = {
+        "model": ("model",),
+        "contender": name_of,
+        "error of loss": ("loss_error", "{:.1e}"),
+        "of gradient": ("gradient_error", "{:.1e}"),
+        "temp. MB": ("temporary_bytes", "{:,.1f}", 1e6),
+        "time to full batch": ("time_to_full_batch",),
+        "batch that fits": functools.partial(fitting, name="largest_batch"),
+    }
+    drifts = {"contender": name_of, "relative error": ("relative_error", "{:.4f}")}
     note = (
         f"{result['rows']} pairs in {result['num_microbatches']} microbatches. The batch that fits "
         f"is in {result['budget_factor']:g} times the peak memory of optaccum.microbatched, with "
         f"microbatches of one size. {where(result)}"
     )
     title = f"A bfloat16 gradient over {DRIFT_MICROBATCHES} microbatches"
-    return {"coupled": [Table(rows, "A contrastive loss"), Table(drifts, title, [note])]}
+    models = Table(rows_of(result["models"], columns), "A contrastive loss")
+    return {"coupled": [models, Table(rows_of(result["drift"], drifts), title, [note])]}
 
 
 if __name__ == "__main__":

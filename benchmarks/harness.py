@@ -37,25 +37,19 @@ def parse_args(name: str, doc: str | None, options: Options, argv: Any = None) -
     add("--quick", action="store_true", help="a smoke test; its numbers mean nothing")
     add("--output", type=_writable, metavar="FILE", help="also write JSON")
     for option, (told, least, quick, *values) in options.items():
-        checks: Any = {"choices": least} if isinstance(quick, str) else {"type": _at_least(least)}
+        checks: Any = {"choices": least} if isinstance(quick, str) else {"type": type(least)}
         told = f"{told} ({values[0]} on a CPU, {values[1]} on a GPU or TPU; quick: {quick})"
         add(f"--{option.replace('_', '-')}", help=told, **checks)
+    quick = parser.parse_args(argv).quick
+    scale = 0 if quick else 1 if jax.default_backend() == "cpu" else 2
+    parser.set_defaults(scale=scale, **{name: of[2 + scale] for name, of in options.items()})
     args = parser.parse_args(argv)
-    args.scale = 0 if args.quick else 1 if jax.default_backend() == "cpu" else 2
-    for option, (_, _, *values) in options.items():
-        if getattr(args, option) is None:
-            setattr(args, option, values[args.scale])
+    for option, (_, least, *_) in options.items():
+        value = getattr(args, option)
+        given = value != parser.get_default(option) and not isinstance(least, tuple)
+        if given and not least <= value < float("inf"):
+            parser.error(f"--{option.replace('_', '-')} must be at least {least}, got {value}")
     return args
-
-
-def _at_least(bound: Any) -> Callable[[str], Any]:
-    def number(text):
-        value = type(bound)(text)
-        if not bound <= value < float("inf"):
-            raise argparse.ArgumentTypeError(f"must be at least {bound}, got {text}")
-        return value
-
-    return number
 
 
 def _writable(text: str) -> pathlib.Path:
@@ -93,22 +87,29 @@ def main(
     if result:
         result = origin(name) | result | {"seconds": round(time.perf_counter() - start)}
         result |= {"complete": False} if stopped else {}
-        for table in (table for several in tables(result).values() for table in several):
-            print(table.terminal())
+        for several in tables(result).values():
+            print(*(table.terminal() for table in several), sep="\n")
         if args.output:
             args.output.write_text(json.dumps(result, indent=2) + "\n")
     if stopped:
         sys.exit(130)
 
 
+def load(name: str, folder: pathlib.Path | None = None) -> list[Result]:
+    """Returns the committed results of a benchmark, those of a CPU, a GPU and a TPU."""
+    return [
+        json.loads(path.read_text()) | {"file": path.stem.rpartition("-")[2]}
+        for path in sorted((folder or RESULTS).glob(f"{name}*.json"))
+        if path.stat().st_size  # a run that is to write there makes an empty file first
+    ]
+
+
 def _estimate(name: str, quick: bool) -> str:
     if quick:
         return "--quick: a smoke test. Its numbers mean nothing."
-    for path in sorted(RESULTS.glob(f"{name}*.json")):
-        with contextlib.suppress(ValueError, KeyError):
-            committed = json.loads(path.read_text())
-            seconds, device = committed["seconds"], committed["device"]
-            return f"The committed run took {seconds / 60:.0f} minutes on {device}."
+    for one in load(name):
+        if "seconds" in one:
+            return f"The committed run took {one['seconds'] / 60:.0f} minutes on {one['device']}."
     return "No committed run says how long this takes."
 
 
@@ -154,6 +155,5 @@ def quartiles(values: Any) -> dict[str, float]:
 
 def ratios(seconds: Mapping[str, Any], name: str, unit: str) -> dict[str, float] | None:
     """Returns the quartiles of one contender's time in another's, or None if one did not run."""
-    if name not in seconds or unit not in seconds:
-        return None
-    return quartiles(np.divide(seconds[name], seconds[unit]))
+    both = name in seconds and unit in seconds
+    return quartiles(np.divide(seconds[name], seconds[unit])) if both else None

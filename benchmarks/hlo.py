@@ -16,8 +16,11 @@ KINDS = {
     *("collective-permute", "collective-broadcast"),
 }
 _COMPUTATION = re.compile(r"(?P<entry>ENTRY )?%?(?P<name>[\w.\-]+)[^=]*\{$")
-_INSTRUCTION = re.compile(r"\s+(?:ROOT )?%?(?P<name>[\w.\-]+) = (?P<rest>.*)")
-_OPCODE = re.compile(r" ([a-z][\w\-]*)\(")  # a layout's parentheses follow no space
+# A layout's parentheses follow no space, and those of the operands end before an attribute.
+_INSTRUCTION = re.compile(
+    r"\s+(?:ROOT )?%?(?P<name>[\w.\-]+) = (?P<shape>.*?) (?P<opcode>[a-z][\w\-]*)"
+    r"\((?P<operands>.*?)\)(?P<attributes>, [\w\-]+=.*)?$"
+)
 _CALLEES = re.compile(
     r"\b(body|condition|to_apply|calls|called_computations|branch_computations|true_computation"
     r"|false_computation)=(?:\{([^}]*)\}|(%?[\w.\-]+))"
@@ -25,12 +28,12 @@ _CALLEES = re.compile(
 _TRIPS = re.compile(r'"known_trip_count":\s*\{"n":\s*"?(\d+)')
 _CHANNEL = re.compile(r"channel_id=(\d+)")
 _NAMES = re.compile(r"%([\w.\-]+)")
-_ARRAYS = re.compile(r"\b([a-z]\w*)\[([\d,]*)\](\{[^}]*\})?")
-# These name arrays that another instruction made: nothing runs.
-_FREE = {
-    *("parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "domain"),
-    *("add-dependency", "partition-id", "replica-id", "opt-barrier"),
-}
+_ARRAYS = re.compile(r"\b(pred|[a-z]+(\d*)\w*)\[([\d,]*)\](\{[^}]*\})?")
+# These name arrays that another instruction made, or end what is counted where it starts.
+_FREE = re.compile(
+    r"parameter|constant|tuple|get-tuple-element|bitcast|after-all|domain|add-dependency"
+    r"|partition-id|replica-id|opt-barrier|.*-(done|update)"
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,12 +59,12 @@ class Moved:
 def collectives(text: str) -> list[Collective]:
     """Returns the collectives of a program, from `compiled.as_text()`."""
     program, found, seen = _Program(text), [], set()
-    for in_step, runs in zip((False, True), program.runs(program.entry), strict=True):
+    for in_step, runs in enumerate(program.runs(program.entry)):
         for instruction, times in runs:
             for kind, size, channel in program.collectives_in(instruction):
                 # A TPU starts one in a fusion, goes on with it in others and ends it in the last.
                 if channel is None or channel not in seen:
-                    found.append(Collective(kind, size, times, in_step))
+                    found.append(Collective(kind, size, times, bool(in_step)))
                     seen.add(channel)
     return found
 
@@ -85,6 +88,7 @@ def moved(text: str) -> Moved:
 class _Instruction:
     computation: str
     body: dict[str, "_Instruction"]  # of that computation, by name
+    name: str
     shape: str
     opcode: str
     operands: str
@@ -123,11 +127,13 @@ class _Program:
         for line in re.sub(r"/\*.*?\*/", "", text).splitlines():  # `/*index=5*/` in long tuples
             if found := _INSTRUCTION.match(line):
                 body = self.computations[name]
-                body[found["name"]] = _Instruction(name, body, *_parse(found["rest"]))
+                body[found["name"]] = _Instruction(name, body, **found.groupdict(""))
             elif found := _COMPUTATION.match(line):
                 name = found["name"]
                 self.computations[name] = {}
                 self.entry = name if found["entry"] else self.entry
+            elif re.match(r"\s+(ROOT )?%?[\w.\-]+ = ", line):
+                raise ValueError(f"cannot read this instruction: {line}")
         if not self.entry:
             raise ValueError("`text` has no ENTRY computation; pass `compiled.as_text()`")
 
@@ -136,22 +142,20 @@ class _Program:
         """Returns the instructions that a computation always runs, and those of its step."""
         always, step = [], []
         for instruction in self.computations[name].values():
-            opcode = instruction.opcode
-            if opcode in _FREE or opcode.endswith(("-done", "-update")):
-                continue  # counted where it starts
-            if opcode == "conditional":
+            if _FREE.fullmatch(instruction.opcode):
+                continue
+            if instruction.opcode == "conditional":
                 branches = [self._both(branch) for branch in instruction.callees()]
                 step += max(branches, key=self._dearness)
-            elif opcode == "while":
+            elif instruction.opcode == "while":
                 (condition,), (body,) = map(instruction.callees, ("condition", "body"))
-                trips, inside = self._trips(instruction), self.runs(body)
                 always += self._both(condition)
-                if trips:
-                    always += [(one, trips * times) for one, times in inside[0]]
-                    step += [(one, trips * times) for one, times in inside[1]]
+                if trips := self._trips(instruction):
+                    for runs, inside in zip((always, step), self.runs(body), strict=True):
+                        runs += [(one, trips * times) for one, times in inside]
                 else:
                     step += self._both(body)
-            elif opcode == "call":
+            elif instruction.opcode == "call":
                 for callee in instruction.callees("to_apply"):
                     inside = self.runs(callee)
                     always, step = always + inside[0], step + inside[1]
@@ -200,27 +204,14 @@ def _bytes(runs: _Runs) -> int:
     return sum(instruction.bytes * times for instruction, times in runs)
 
 
-def _parse(text: str) -> tuple[str, str, str, str]:
-    """Returns the shape of an instruction, its opcode, its operands and its attributes."""
-    found = _OPCODE.search(text)
-    if found is None:
-        raise ValueError(f"cannot read this instruction: {text}")
-    depth, end = 1, found.end()
-    while depth:
-        depth += {"(": 1, ")": -1}.get(text[end], 0)
-        end += 1
-    return text[: found.start()], found[1], text[found.end() : end - 1], text[end:]
-
-
 def _size(shape: str, on_chip: bool = False) -> int:
     """Returns the bytes of an array, or of all in a tuple, from a text such as `f32[4,2]{1,0}`.
 
     Those that a TPU keeps on the chip, in its memory space 1, count if `on_chip`.
     """
-    total = 0
-    for dtype, dims, layout in _ARRAYS.findall(shape):
-        if "S(1)" not in layout or on_chip:
-            bits = re.search(r"\d+", dtype)
-            size = 1 if dtype == "pred" else math.ceil(int(bits[0]) / 8) if bits else 0
-            total += size * math.prod(int(n) for n in dims.split(",") if n)
-    return total
+    return sum(
+        (1 if dtype == "pred" else math.ceil(int(bits or 0) / 8))
+        * math.prod(int(n) for n in dims.split(",") if n)
+        for dtype, bits, dims, layout in _ARRAYS.findall(shape)
+        if on_chip or "S(1)" not in layout
+    )

@@ -18,7 +18,8 @@ import numpy as np
 
 from benchmarks import contenders, harness, training
 from benchmarks.contenders import APPLY_GRADIENTS, FULL_BATCH, MICROBATCH, SCAN, VALUE_AND_GRAD
-from benchmarks.tables import AGREES, Table, left_out, median, where
+from benchmarks.tables import Table, fitting, left_out, name_of, rows_of, where
+from benchmarks.training import OPTIONS
 
 NAMES = FULL_BATCH, MICROBATCH, SCAN, VALUE_AND_GRAD, APPLY_GRADIENTS
 UNITS = {"time_to_full_batch": FULL_BATCH, "time_to_microbatch": MICROBATCH}
@@ -48,7 +49,8 @@ def drift() -> list[dict[str, Any]]:
 def measure(args: Any) -> Iterator[harness.Result]:
     task = training.Task.of(args)
     windows, result = training.compare(task, NAMES, UNITS, args, 1 if args.quick else 5)
-    budget = 1.25 * windows[VALUE_AND_GRAD].peak_bytes
+    peaks = {name: window.peak_bytes for name, window in windows.items()}
+    budget = 1.25 * peaks[VALUE_AND_GRAD]
     del windows  # a GPU tries out kernels when it compiles, and needs room for them
     compile_s = {row["name"]: row["compile_s"] for row in result["contenders"]}
     for row in result["contenders"]:
@@ -62,8 +64,8 @@ def measure(args: Any) -> Iterator[harness.Result]:
             contender = contenders.ADAPTERS[name](training.INNER, longer.every_k)
             return longer.compile(contender, rows, optimized=False).peak_bytes
 
-        start, doublings = args.every_k * args.microbatch, 1 if args.quick else 6
-        size, capped = training.largest_batch(peak_of, start, budget, doublings)
+        sizes = args.every_k * args.microbatch, peaks[name], budget, 1 if args.quick else 6
+        size, capped = training.largest_batch(peak_of, *sizes)
         row = {"name": name, "microbatch": None if name == FULL_BATCH else args.microbatch}
         result["largest"].append(row | {"batch": size, "capped": capped})
         yield result
@@ -71,37 +73,32 @@ def measure(args: Any) -> Iterator[harness.Result]:
 
 def tables(result: dict[str, Any]) -> dict[str, list[Table]]:
     """Returns what each contender's step costs, the largest batch that fits, and the drift."""
-    steps = [
-        {
-            "contender": row["name"],
-            "time to scan": median(row["time_to_hand_written"]),
-            "to optax": median(row["time_to_microbatch"]),
-            "to full batch": median(row["time_to_full_batch"]),
-            "compile to scan": median(row["compile_to_hand_written"]),
-            "temp. MB": f"{row['temporary_bytes'] / 1e6:,.1f}",
-            "peak MB": f"{row['peak_bytes'] / 1e6:,.1f}",
-            "agrees": AGREES[row["agrees"]],
-        }
-        for row in result["contenders"]
-    ]
+    steps = {
+        "contender": name_of,
+        "time to scan": ("time_to_hand_written",),
+        "to optax": ("time_to_microbatch",),
+        "to full batch": ("time_to_full_batch",),
+        "compile to scan": ("compile_to_hand_written",),
+        "temp. MB": ("temporary_bytes", "{:,.1f}", 1e6),
+        "peak MB": ("peak_bytes", "{:,.1f}", 1e6),
+        "agrees": ("agrees",),
+    }
     heading = f"batch that fits {result['budget_bytes'] / 1e6:,.0f} MB"
-    largest = [
-        {
-            "contender": row["name"],
-            "sequences per microbatch": str(row["microbatch"] or "all"),
-            heading: f"{'at least ' if row['capped'] else ''}{row['batch']:,}",
-        }
-        for row in result["largest"]
-    ]
-    drifts = [
-        {"contender": row["name"], "largest relative error": f"{row['relative_error']:.1e}"}
-        for row in result["drift"]
-    ]
+    largest = {
+        "contender": name_of,
+        "sequences per microbatch": lambda row: str(row["microbatch"] or "all"),
+        heading: functools.partial(fitting, name="batch"),
+    }
+    drifts = {"contender": name_of, "largest relative error": ("relative_error", "{:.1e}")}
     notes = [*left_out(result), f"{training.setting(result, 'a batch')} {where(result)}"]
     title = f"A bfloat16 gradient over {DRIFT_MICROBATCHES:,} microbatches"
-    first = [Table(steps, "A step"), *([Table(largest, "The largest batch")] if largest else [])]
-    return {"in_step": [*first, Table(drifts, title, notes)]}
+    found = [
+        Table(rows_of(result["contenders"], steps), "A step"),
+        Table(rows_of(result["largest"], largest), "The largest batch"),
+        Table(rows_of(result["drift"], drifts), title, notes),
+    ]
+    return {"in_step": [table for table in found if table.rows]}
 
 
 if __name__ == "__main__":
-    harness.main("in_step", __doc__, training.OPTIONS, measure, tables)
+    harness.main("in_step", __doc__, OPTIONS, measure, tables)

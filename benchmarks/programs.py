@@ -11,8 +11,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec as P
 import numpy as np
 import optax
 
-from benchmarks.contender import Carry, Contender, Step
-from benchmarks.parallel import AXIS
+from benchmarks.contenders import AXIS, Carry, Contender, Step
 
 WINDOWS = 2  # that a contender runs before it is checked
 
@@ -34,26 +33,23 @@ class Window:
         weighted: bool = False,
         devices: Sequence[Any] | None = None,
         optimized: bool = True,
-        only_last: bool = False,
     ):
         """Compiles each program, its part of the carry donated.
 
         Of `params` and `batch` only shapes and dtypes are read. A batch is rows for the model, or
         gradients without one; `devices` share it, and if `weighted` it counts with its tokens.
-        The last program alone is the one that releases.
         """
         self.contender, self.model, self.weighted = contender, model, weighted
         devices = devices or jax.devices()[:1]
-        kind = contender.layout.axis_type
+        kind = contender.axis_type
         self.manual = kind is AxisType.Manual
         kinds = (AxisType.Auto if self.manual else kind,)
         self.mesh = Mesh(np.array(devices), (AXIS,), axis_types=kinds)
-        steps = contender.steps[-1:] if only_last else contender.steps
         self.trace_s = self.compile_s = 0.0
         with jax.set_mesh(self.mesh):
             shapes, batch = self._carry_shapes(params), self._shapes(batch, self._named(P(AXIS)))
             compiled = {}
-            for step in dict.fromkeys(steps):
+            for step in dict.fromkeys(contender.steps):
                 start = time.perf_counter()
                 part = {name: shapes[name] for name in self._names(step)}
                 lowered = self._jit(step, part).lower(part, batch)
@@ -61,7 +57,7 @@ class Window:
                 compiled[step] = lowered.compile(options(optimized, devices[0]))
                 self.trace_s += middle - start
                 self.compile_s += time.perf_counter() - middle
-        self.programs = [compiled[step] for step in steps]
+        self.programs = [compiled[step] for step in contender.steps]
         sizes = [program.memory_analysis().temp_size_in_bytes for program in self.programs]
         self.peak_bytes, self.temporary_bytes = max(map(peak_bytes, self.programs)), max(sizes)
 
@@ -109,7 +105,7 @@ class Window:
         if self.model is None:
             return part | step.apply(part, batch, None), None
         functions = self.model.mean_loss, self.model.tokens_of if self.weighted else None
-        params = self.contender.layout.prepare(part["params"])
+        params = self.contender.prepare(part["params"])
         loss, grads = self.contender.differentiate(*functions, params, batch)
         weight = self.model.tokens_of(part["params"], batch) if self.weighted else None
         return part | step.apply(part, grads, weight), loss[None] if self.manual else loss
@@ -128,7 +124,7 @@ class Window:
     def _carry_shapes(self, params: Any) -> Carry:
         params = self._shapes(params, self._named(P()))
         entries = [name for step in self.contender.steps for name in step.names]
-        self.specs = dict.fromkeys(["params", *entries], P()) | self.contender.layout.specs(params)
+        self.specs = dict.fromkeys(["params", *entries], P()) | self.contender.specs(params)
         init = self.contender.init
         if self.manual:
             init = jax.shard_map(init, mesh=self.mesh, in_specs=P(), out_specs=self.specs)
@@ -185,10 +181,11 @@ def check(
 ) -> tuple[dict[str, Window], dict[str, Any]]:
     """Returns windows that are ready to run, and for each whether it agrees with the full batch."""
     windows, rows, (params, *grads) = {}, {}, trees
+    expected = functools.cache(lambda tx: full_batch(tx, every_k, params, grads))
     for name, one in found.items():
-        window = windows[name] = Window(one, params, params)
-        expected = full_batch(one.reference or inner, every_k, params, grads)
-        error = largest_error(window.train(params, grads), expected, params, tolerance)
+        window, right = Window(one, params, params), expected(one.reference or inner)
+        windows[name] = window
+        error = largest_error(window.train(params, grads), right, params, tolerance)
         rows[name] = {"name": name, "equivalent": one.equivalent, "agrees": error <= 1}
         window.start(params)
     return windows, rows

@@ -17,11 +17,9 @@ import numpy as np
 import optax
 
 from benchmarks import contenders, harness
-from benchmarks.contender import Contender
-from benchmarks.contenders import ALONE, APPLY_GRADIENTS, MULTI_STEPS, UPDATE
-from benchmarks.inners import INNERS
+from benchmarks.contenders import ALONE, APPLY_GRADIENTS, INNERS, MULTI_STEPS, UPDATE, Contender
 from benchmarks.programs import Window, check, make_trees, nbytes
-from benchmarks.tables import AGREES, Table, middle, where
+from benchmarks.tables import Table, middle, rows_of, where
 
 # A small `eps` would hide the scale of the gradients from Adam, and a sum from a mean; and a small
 # step would drown in the rounding of bfloat16 parameters.
@@ -29,27 +27,25 @@ INNER = dataclasses.replace(INNERS["adamw"], transformation=optax.adamw(0.1, eps
 # One that sums in float32 is off by rounding alone, one in bfloat16 by up to 2^-8 per addition.
 TOLERANCE = {"float32": 1e-3, "bfloat16": 0.02}
 # The most that the contenders, their gradients and the check need at one time.
-BYTES_PER_PARAMETER = 80
+BYTES_PER_PARAMETER = 84
 OPTIONS = {
     "leaves": ("the most leaves of a tree", 10, 4, 1000, 5000),
     "rounds": ("timed rounds", 1, 2, 5, 5),
 }
-# The columns of each sweep, the names of their figures, and the figures that are fitted.
-SHOWN = {
-    "parameters": ("hold ms", "release ms", "temporaries"),
-    "leaves": ("trace s", "compile s", "dispatch ms", "trace, compile ms/leaf", "dispatch us/leaf"),
-    "every_k": ("hold ms", "release ms", "mean ms"),
-    "dtype": ("hold ms", "release ms", "params MB", "state MB", "temps MB"),
+TIMES = {"hold ms": "hold_ms", "release ms": "release_ms"}
+SHOWN: Any = {  # in the table of each sweep
+    "parameters": TIMES | {"temporaries": "temporaries"},
+    "leaves": {
+        "trace s": "trace_s",
+        "compile s": "compile_s",
+        "dispatch ms": "dispatch_ms",
+        "trace, compile ms/leaf": "compilation_ms_a_leaf",
+        "dispatch us/leaf": "dispatch_us_a_leaf",
+    },
+    "every_k": TIMES | {"mean ms": "microbatch_ms"},
+    "dtype": TIMES
+    | {"params MB": "parameter_bytes", "state MB": "state_bytes", "temps MB": "temporary_bytes"},
 }
-KEYS: Any = {
-    "contender": "name",
-    "k": "every_k",
-    "mean ms": "microbatch_ms",
-    "state MB": "state_bytes",
-}
-KEYS |= {"params MB": "parameter_bytes", "temps MB": "temporary_bytes"}
-KEYS |= {"trace, compile ms/leaf": "compilation_ms_a_leaf"}
-KEYS |= {"dispatch us/leaf": "dispatch_us_a_leaf", "largest three": "slope_of_largest"}
 FITTED = {
     "parameters": ("hold_ms", "release_ms"),
     "leaves": ("trace_s", "compile_s", "dispatch_ms"),
@@ -72,9 +68,8 @@ def measure_point(
         row = rows[name] | {sweep: sizes[sweep], "parameter_bytes": size}
         row |= {"agrees": row["agrees"] if row["equivalent"] else None}
         row |= {"state_bytes": nbytes(window.carry) - size}
-        row |= {"temporary_bytes": window.temporary_bytes}
+        row |= {x: getattr(window, x) for x in ("temporary_bytes", "trace_s", "compile_s")}
         row |= {"temporaries": window.temporary_bytes / size}
-        row |= {"trace_s": window.trace_s, "compile_s": window.compile_s}
         row["compilation_ms_a_leaf"] = 1e3 * (window.trace_s + window.compile_s) / leaves
         rows[name], batches = row, [window.put(grads) for grads in trees[1:]]
         turns[name] = functools.partial(call_by_call, window, batches)
@@ -144,19 +139,8 @@ def slopes(sweep: str, rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     return fits
 
 
-def cells(row: dict[str, Any], *headings: str) -> dict[str, str]:
-    """Returns how a table shows figures, by their names: medians, and bytes in MB."""
-
-    def cell(heading: str) -> str:
-        value = middle(row[KEYS.get(heading, heading.replace(" ", "_"))])
-        if value is None or isinstance(value, bool):
-            return AGREES[value]
-        value = value / 1e6 if heading.endswith("MB") else value
-        if not isinstance(value, float):
-            return value if isinstance(value, str) else f"{value:,}"
-        return f"{value:.0f}" if value >= 100 else f"{value:.2f}" if value < 10 else f"{value:.1f}"
-
-    return {heading: cell(heading) for heading in headings}
+def digits(value: float) -> str:
+    return f"{value:.0f}" if value >= 100 else f"{value:.2f}" if value < 10 else f"{value:.1f}"
 
 
 def tables(result: dict[str, Any]) -> dict[str, list[Table]]:
@@ -164,14 +148,17 @@ def tables(result: dict[str, Any]) -> dict[str, list[Table]]:
     named, fits, notes = {}, [], [where(result)]
     for sweep, found in result["sweeps"].items():
         variable = "k" if sweep == "every_k" else sweep
-        headings = variable, "contender", *SHOWN[sweep], "agrees"
-        rows = [cells(row, *headings) for row in found["rows"]]
+        columns = {variable: (sweep, "{:,.0f}"), "contender": ("name",)}
+        for heading, figure in SHOWN[sweep].items():
+            columns[heading] = (figure, digits, 1e6 if heading.endswith("MB") else 1)
+        rows = rows_of(found["rows"], columns | {"agrees": ("agrees",)})
         named[sweep] = [Table(rows, f"By {variable}", notes)]
         for fit in found["slopes"]:
-            name = fit["quantity"].replace("microbatch", "mean").rpartition("_")[0]
-            figure = {"figure": f"{name}, by {variable}"}
-            fits.append(figure | cells(fit, "contender", "slope", "largest three"))
-    return named | ({"slopes": [Table(fits, "Slopes, log-log", notes)]} if fits else {})
+            quantity = fit["quantity"].replace("microbatch", "mean").rpartition("_")[0]
+            fits.append(fit | {"figure": f"{quantity}, by {variable}"})
+    columns = {"figure": ("figure",), "contender": ("name",), "slope": ("slope",)}
+    rows = rows_of(fits, columns | {"largest three": ("slope_of_largest",)})
+    return named | ({"slopes": [Table(rows, "Slopes, log-log", notes)]} if rows else {})
 
 
 if __name__ == "__main__":

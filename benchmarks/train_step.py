@@ -8,11 +8,13 @@ all take turns, one window each in a round. Batches have to fit into 1.25 times 
 """
 
 from collections.abc import Iterator
+import dataclasses
 from typing import Any
 
 from benchmarks import contenders, harness, training
 from benchmarks.contenders import APPLY_GRADIENTS, FULL_BATCH, HAND_WRITTEN, MULTI_STEPS
-from benchmarks.tables import AGREES, Table, median, where
+from benchmarks.tables import Table, fitting, name_of, rows_of, where
+from benchmarks.training import OPTIONS
 
 NAMES = (
     *(FULL_BATCH, MULTI_STEPS, contenders.UPDATE, APPLY_GRADIENTS, contenders.RELEASE),
@@ -25,19 +27,22 @@ UNITS = {"time_to_multi_steps": MULTI_STEPS, "time_to_hand_written": HAND_WRITTE
 def measure(args: Any) -> Iterator[harness.Result]:
     task = training.Task.of(args)
     windows, result = training.compare(task, NAMES, UNITS, args)
-    budget = 1.25 * windows[APPLY_GRADIENTS].peak_bytes
-    found = {name: window.contender for name, window in windows.items()}
+    peaks = {name: window.peak_bytes for name, window in windows.items()}
+    budget = 1.25 * peaks[APPLY_GRADIENTS]
+    # A release does all that a hold does, and more: it alone says what fits.
+    last = {
+        name: dataclasses.replace(window.contender, steps=window.contender.steps[-1:])
+        for name, window in windows.items()
+    }
     del windows  # a GPU tries out kernels when it compiles, and needs room for them
     result |= {"budget_bytes": round(budget), "largest": []}
     yield result
-    for name, contender in harness.progress(found.items(), "Compiling larger batches"):
-
-        def peak_of(rows, contender=contender):
-            # A release does all that a hold does, and more: it alone says what fits.
-            return task.compile(contender, rows, optimized=False, only_last=True).peak_bytes
-
-        start = task.rows * (args.every_k if name == FULL_BATCH else 1)
-        size, capped = training.largest_batch(peak_of, start, budget, 1 if args.quick else 6)
+    for name, contender in harness.progress(last.items(), "Compiling larger batches"):
+        size, capped = training.largest_batch(
+            lambda rows, one=contender: task.compile(one, rows, optimized=False).peak_bytes,
+            task.rows * (args.every_k if name == FULL_BATCH else 1),
+            *(peaks[name], budget, 1 if args.quick else 6),
+        )
         result["largest"].append({"name": name, "microbatch": size, "capped": capped})
         yield result
 
@@ -46,26 +51,22 @@ def tables(result: dict[str, Any]) -> dict[str, list[Table]]:
     """Returns speed, peak memory and the largest batch."""
     fits = {row["name"]: row for row in result["largest"]}
 
-    def largest(name):
-        row = fits.get(name, {"microbatch": None, "capped": False})
-        size = "-" if row["microbatch"] is None else f"{row['microbatch'] or 'none'}"
-        return f"{'at least ' if row['capped'] else ''}{size}"
+    def largest(row):
+        return fitting(fits[row["name"]], "microbatch") if row["name"] in fits else "-"
 
-    rows = [
-        {
-            "contender": row["name"],
-            "tokens/s": median(row["tokens_per_second"], "{:,.0f}"),
-            "time, to MultiSteps": median(row["time_to_multi_steps"]),
-            "to the hand-written loop": median(row["time_to_hand_written"]),
-            "peak": f"{row['peak_bytes'] / 1e6:,.0f} MB",
-            f"largest microbatch in {result['budget_bytes'] / 1e6:,.0f} MB": largest(row["name"]),
-            "agrees": AGREES[row["agrees"]],
-        }
-        for row in result["contenders"]
-    ]
+    columns = {
+        "contender": name_of,
+        "tokens/s": ("tokens_per_second", "{:,.0f}"),
+        "time, to MultiSteps": ("time_to_multi_steps",),
+        "to the hand-written loop": ("time_to_hand_written",),
+        "peak": ("peak_bytes", "{:,.0f} MB", 1e6),
+        f"largest microbatch in {result['budget_bytes'] / 1e6:,.0f} MB": largest,
+        "agrees": ("agrees",),
+    }
     notes = [f"{training.setting(result)} {where(result)}"]
+    rows = rows_of(result["contenders"], columns)
     return {"train_step": [Table(rows, "A whole training step", notes)]}
 
 
 if __name__ == "__main__":
-    harness.main("train_step", __doc__, training.OPTIONS, measure, tables)
+    harness.main("train_step", __doc__, OPTIONS, measure, tables)

@@ -10,9 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks import contenders, harness, transformer
-from benchmarks.contender import Contender
-from benchmarks.contenders import FULL_BATCH
-from benchmarks.inners import INNERS
+from benchmarks.contenders import FULL_BATCH, INNERS, Contender
 from benchmarks.programs import Window, largest_error, nbytes
 
 # AdamW divides by sqrt(v) + eps, so a small `eps` turns the rounding of a small gradient into a
@@ -33,7 +31,7 @@ OPTIONS = {
 class Task:
     """A model and the batches that it is trained on."""
 
-    config: transformer.Config
+    model: transformer.Model
     params: Any
     every_k: int
     microbatch: int
@@ -43,10 +41,10 @@ class Task:
     @classmethod
     def of(cls, args: Any, devices: Any = None, **changes: Any) -> "Task":
         """Returns the task that a command line describes."""
-        config = transformer.PRESETS[args.parameters]
-        config = dataclasses.replace(config, dtype=jnp.dtype(args.dtype), **changes)
-        params = transformer.make_params(config)
-        return cls(config, params, args.every_k, args.microbatch, args.sequence, devices)
+        model = transformer.PRESETS[args.parameters]
+        model = dataclasses.replace(model, dtype=jnp.dtype(args.dtype), **changes)
+        params = transformer.make_params(model)
+        return cls(model, params, args.every_k, args.microbatch, args.sequence, devices)
 
     @property
     def rows(self) -> int:
@@ -57,29 +55,28 @@ class Task:
         """Returns the programs of a contender; `rows` of each call, or those of the task."""
         rows = rows or self.rows * (self.every_k if len(contender.steps) == 1 else 1)
         batch = transformer.batch_shapes(rows, self.sequence)
-        model, several = transformer.Model(self.config), self.devices is not None
-        options = {"weighted": several, "devices": self.devices} | options
-        return Window(contender, self.params, batch, model=model, **options)
+        options = {"weighted": self.devices is not None, "devices": self.devices} | options
+        return Window(contender, self.params, batch, model=self.model, **options)
 
     def batches(self, window: Window) -> list[Any]:
         """Returns the batches of each call of a window."""
         shape = self.every_k, self.rows, self.sequence
-        batches = transformer.make_window(self.config, *shape, ragged=self.devices is not None)
+        batches = transformer.make_window(self.model, *shape, ragged=self.devices is not None)
         if len(window.contender.steps) == 1:
             batches = [jax.tree.map(lambda *leaves: np.concatenate(leaves), *batches)]
         return [window.put(batch) for batch in batches]
 
 
-def tolerance(config: transformer.Config) -> float:
+def tolerance(model: transformer.Model) -> float:
     """Returns by which part of itself rounding changes a step.
 
     A leaf's gradient has passed about 16 roundings in each block. They are independent, so it is
     off by their unit times the square root of their number, and so is the step.
     """
-    unit = float(jnp.finfo(config.dtype).eps)
+    unit = float(jnp.finfo(model.dtype).eps)
     if jax.default_backend() != "cpu":
         unit = max(unit, 2.0**-10)  # accelerators multiply float32 with fewer bits (TF32)
-    return unit * np.sqrt(16 * config.layers)
+    return unit * np.sqrt(16 * model.layers)
 
 
 def compare(
@@ -108,12 +105,11 @@ def compare(
         window.start(task.params)
     turns = {name: functools.partial(one.run, batches[name]) for name, one in ready.items()}
     seconds = harness.take_turns(turns, args.rounds)
-    tokens, allowed = task.rows * task.every_k * task.sequence, tolerance(task.config)
+    tokens, allowed = task.rows * task.every_k * task.sequence, tolerance(task.model)
 
     def figures(name):
         row = {"name": name, "compile_s": compile_s[name]}
-        row |= {"peak_bytes": windows[name].peak_bytes}
-        row |= {"temporary_bytes": windows[name].temporary_bytes}
+        row |= {x: getattr(windows[name], x) for x in ("peak_bytes", "temporary_bytes")}
         row |= {ratio: harness.ratios(seconds, name, unit) for ratio, unit in units.items()}
         if name not in ready:
             return row | dict.fromkeys(("agrees", "error", "window_ms", "tokens_per_second"))
@@ -130,20 +126,23 @@ def compare(
 
 
 def largest_batch(
-    peak_of: Callable[[int], int], start: int, budget: float, doublings: int
+    peak_of: Callable[[int], int], start: int, peak: int, budget: float, doublings: int
 ) -> tuple[int, bool]:
-    """Returns the largest power of two that fits, or 0, and whether the search was cut short."""
-    peak_of = functools.cache(peak_of)
+    """Returns the largest power of two that fits, or 0, and whether the search was cut short.
+
+    It begins at `start`, which needs `peak` bytes.
+    """
     batch = 1 << (start.bit_length() - 1)
-    if peak_of(batch) > budget:
-        while batch and peak_of(batch) > budget:
-            batch //= 2
-        return batch, False
-    for _ in range(doublings):
-        if peak_of(2 * batch) > budget:
-            return batch, False
-        batch *= 2
-    return batch, True
+    fits = functools.cache(lambda size: (peak if size == start else peak_of(size)) <= budget)
+    if fits(batch):
+        for _ in range(doublings):
+            if not fits(2 * batch):
+                return batch, False
+            batch *= 2
+        return batch, True
+    while batch and not fits(batch):
+        batch //= 2
+    return batch, False
 
 
 def setting(result: Mapping[str, Any], several: str = "a window") -> str:

@@ -14,8 +14,12 @@ Batch = dict[str, Any]
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
-    """Sizes of a model; its parameters are float32, as is usual in training."""
+class Model:
+    """Sizes of a model, and its loss as a function of parameters and a batch.
+
+    Parameters are float32, as is usual in training. A batch is {"tokens": i32[rows, sequence + 1],
+    "mask": f32[rows, sequence]}, where the mask is 1 if the token that follows counts.
+    """
 
     vocabulary: int
     width: int
@@ -28,57 +32,6 @@ class Config:
     # Whether tokens are looked up by a product. Under explicit sharding only the gradient of a
     # parameter that stands in a product can stay unreduced.
     one_hot: bool = False
-
-
-PRESETS = {
-    "100k": Config(vocabulary=1024, width=64, layers=1, heads=2),
-    "3m": Config(vocabulary=2048, width=192, layers=4, heads=3),
-    "10m": Config(vocabulary=8192, width=320, layers=6, heads=5),
-    "110m": Config(vocabulary=16384, width=768, layers=12, heads=12),
-    "350m": Config(vocabulary=32768, width=1024, layers=24, heads=16, remat=True),
-}
-
-
-def param_shapes(config: Config) -> Tree:
-    """Returns the parameters of the model as shapes and dtypes."""
-    width, heads = config.width, config.heads
-    block = {
-        **{name: (width, heads, width // heads) for name in ("query", "key", "value")},
-        **{"output": (heads, width // heads, width), "attention_norm": (width,)},
-        **{"up": (width, 4 * width), "down": (4 * width, width), "mlp_norm": (width,)},
-    }
-    stack = {name: (config.layers, *shape) for name, shape in block.items()}
-    tree = {
-        "embedding": (config.vocabulary, width),
-        "blocks": stack if config.scanned else [block] * config.layers,
-        "norm": (width,),
-    }
-    tree |= {} if config.tied else {"head": (width, config.vocabulary)}
-    is_shape = lambda x: isinstance(x, tuple)  # noqa: E731
-    return jax.tree.map(lambda s: jax.ShapeDtypeStruct(s, jnp.float32), tree, is_leaf=is_shape)
-
-
-def make_params(config: Config) -> Tree:
-    """Returns the parameters of the model, always the same ones, in the host's memory."""
-    noise = np.random.default_rng(0)
-
-    def make(path, leaf):
-        if "norm" in str(path[-1]):
-            return np.ones(leaf.shape, leaf.dtype)
-        return noise.standard_normal(leaf.shape, leaf.dtype) * np.float32(config.width**-0.5)
-
-    return jax.tree.map_with_path(make, param_shapes(config))
-
-
-@dataclasses.dataclass(frozen=True)
-class Model:
-    """A loss and what it is the mean of, as functions of parameters and a batch.
-
-    A batch is {"tokens": i32[rows, sequence + 1], "mask": f32[rows, sequence]}, where the mask is
-    1 if the token that follows counts.
-    """
-
-    config: Config
 
     def mean_loss(self, params: Tree, batch: Batch) -> jax.Array:
         """Returns the mean cross-entropy of the tokens that count, f32[]."""
@@ -93,21 +46,20 @@ class Model:
 
     def logits(self, params: Tree, tokens: jax.Array) -> jax.Array:
         """Returns the logits of the next tokens, f32[rows, sequence, vocabulary]."""
-        table = params["embedding"].astype(self.config.dtype)
+        table = params["embedding"].astype(self.dtype)
         x = self.features(params, table, tokens)
-        if self.config.tied:
+        if self.tied:
             return jnp.einsum("btd,vd->btv", x, table).astype(jnp.float32)
         return (x @ params["head"].astype(x.dtype)).astype(jnp.float32)
 
     def features(self, params: Tree, table: jax.Array, tokens: jax.Array) -> jax.Array:
         """Returns what it makes of each token, from their embeddings: [rows, sequence, width]."""
-        config = self.config
-        if config.one_hot:
-            x = jax.nn.one_hot(tokens, config.vocabulary, dtype=table.dtype) @ table
+        if self.one_hot:
+            x = jax.nn.one_hot(tokens, self.vocabulary, dtype=table.dtype) @ table
         else:
             x = table[tokens]
-        block = jax.checkpoint(self._block) if config.remat else self._block
-        if config.scanned:
+        block = jax.checkpoint(self._block) if self.remat else self._block
+        if self.scanned:
             x, _ = lax.scan(lambda x, one: (block(x, one), None), x, params["blocks"])
         else:
             for one in params["blocks"]:
@@ -133,8 +85,48 @@ class Model:
         return x + jax.nn.gelu(self._norm(x, params["mlp_norm"]) @ params["up"]) @ params["down"]
 
 
+PRESETS = {
+    "100k": Model(vocabulary=1024, width=64, layers=1, heads=2),
+    "3m": Model(vocabulary=2048, width=192, layers=4, heads=3),
+    "10m": Model(vocabulary=8192, width=320, layers=6, heads=5),
+    "110m": Model(vocabulary=16384, width=768, layers=12, heads=12),
+    "350m": Model(vocabulary=32768, width=1024, layers=24, heads=16, remat=True),
+}
+
+
+def param_shapes(model: Model) -> Tree:
+    """Returns the parameters of the model as shapes and dtypes."""
+    width, heads = model.width, model.heads
+    block = {
+        **{name: (width, heads, width // heads) for name in ("query", "key", "value")},
+        **{"output": (heads, width // heads, width), "attention_norm": (width,)},
+        **{"up": (width, 4 * width), "down": (4 * width, width), "mlp_norm": (width,)},
+    }
+    stack = {name: (model.layers, *shape) for name, shape in block.items()}
+    tree = {
+        "embedding": (model.vocabulary, width),
+        "blocks": stack if model.scanned else [block] * model.layers,
+        "norm": (width,),
+    }
+    tree |= {} if model.tied else {"head": (width, model.vocabulary)}
+    is_shape = lambda x: isinstance(x, tuple)  # noqa: E731
+    return jax.tree.map(lambda s: jax.ShapeDtypeStruct(s, jnp.float32), tree, is_leaf=is_shape)
+
+
+def make_params(model: Model) -> Tree:
+    """Returns the parameters of the model, always the same ones, in the host's memory."""
+    noise = np.random.default_rng(0)
+
+    def make(path, leaf):
+        if "norm" in str(path[-1]):
+            return np.ones(leaf.shape, leaf.dtype)
+        return noise.standard_normal(leaf.shape, leaf.dtype) * np.float32(model.width**-0.5)
+
+    return jax.tree.map_with_path(make, param_shapes(model))
+
+
 def make_window(
-    config: Config, every_k: int, rows: int, sequence: int, ragged: bool = False
+    model: Model, every_k: int, rows: int, sequence: int, ragged: bool = False
 ) -> list[Batch]:
     """Returns microbatches on the host.
 
@@ -146,7 +138,7 @@ def make_window(
     lengths = np.linspace(shortest, sequence, rows).round().astype(int)
     return [
         {
-            "tokens": noise.integers(config.vocabulary, size=(rows, sequence + 1), dtype=np.int32),
+            "tokens": noise.integers(model.vocabulary, size=(rows, sequence + 1), dtype=np.int32),
             "mask": (np.arange(sequence) < noise.permutation(lengths)[:, None]).astype(np.float32),
         }
         for _ in range(every_k)

@@ -3,8 +3,6 @@
 import dataclasses
 import importlib.util
 import json
-import pathlib
-import subprocess
 import sys
 
 from helpers.benchmarks import quick_run
@@ -17,13 +15,12 @@ pytest.importorskip("tabulate")
 pytest.importorskip("flax")
 pytest.importorskip("optax", "0.2.7", reason="aggregating.process came with optax 0.2.7")
 
-from benchmarks import contenders, floor, harness, overhead, programs, training
-from benchmarks.inners import INNERS
+from benchmarks import __main__, contenders, harness, overhead, programs, training
+from benchmarks.contenders import INNERS
 from benchmarks.tables import Table
 
 pytestmark = pytest.mark.slow
 
-ROOT = pathlib.Path(__file__).parent.parent
 CONTENDERS = {
     "optaccum.apply_gradients",
     "optaccum, Python-bool release",
@@ -103,7 +100,7 @@ def test_a_contender_that_is_not_installed_is_left_out_with_its_reason(monkeypat
 
 def test_the_floor_is_the_bytes_at_the_bandwidth_of_the_triad():
     # 2 passes of 3 streams in 6 s: a second a stream.
-    least = floor.floors({"triad": [6.0]}, 2, {"hold": 3, "release": 9}, every_k=4)
+    least = overhead.floors({"triad": [6.0]}, 2, {"hold": 3, "release": 9}, every_k=4)
     assert {part: list(seconds) for part, seconds in least.items()} == {
         "hold": [3.0],
         "release": [9.0],
@@ -116,7 +113,7 @@ def test_the_floor_is_the_bytes_at_the_bandwidth_of_the_triad():
     [
         (("--every-k", "1"), "must be at least 2"),
         (("--megabytes", "nan"), "must be at least 0.001"),
-        (("--leaves", "few"), "invalid number value: 'few'"),
+        (("--leaves", "few"), "invalid int value: 'few'"),
         (("--dtype", "int8"), "invalid choice: 'int8'"),
         (("--rounds", "0"), "must be at least 1"),
         (("--output", "no/such/folder.json"), "No such file or directory"),
@@ -208,15 +205,28 @@ def test_a_gpu_and_a_tpu_get_large_sizes(backend, rounds, monkeypatch):
     assert harness.parse_args("some", None, options, ["--quick"]).rounds == 1
 
 
-@pytest.mark.slow
-def test_benchmarks_run_by_name_and_refuse_others():
-    def run(*arguments):
-        command = [sys.executable, "-m", "benchmarks", *arguments]
-        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+def test_benchmarks_run_by_name_and_refuse_others(monkeypatch, capsys):
+    started = []
+    monkeypatch.setattr(__main__, "run", lambda *arguments: started.append(arguments))
+    monkeypatch.setattr(sys, "argv", ["benchmarks", "--quick", "scaling", "compiled"])
+    __main__.main()
+    assert started == [("scaling", "--quick"), ("compiled", "--quick")]
+    started.clear()
+    monkeypatch.setattr(sys, "argv", ["benchmarks", "scaling", "compiled"])
+    __main__.main()
+    files = "scaling-cpu.json", "compiled.json"
+    outputs = [("--output", str(harness.RESULTS / file)) for file in files]
+    assert started == [("scaling", *outputs[0]), ("compiled", *outputs[1]), ("report",)]
+    monkeypatch.setattr(sys, "argv", ["benchmarks", "overheads"])
+    with pytest.raises(SystemExit):
+        __main__.main()
+    assert "no such benchmark: overheads" in capsys.readouterr().err
 
-    before = sorted((ROOT / "benchmarks" / "results").iterdir())
-    process = run("--quick", "scaling")
-    assert process.returncode == 0, process.stderr
-    assert "By dtype" in process.stdout
-    assert sorted((ROOT / "benchmarks" / "results").iterdir()) == before
-    assert "no such benchmark: overheads" in run("overheads").stderr
+
+@pytest.mark.slow
+def test_a_benchmark_starts_in_a_process_of_its_own(capfd):
+    __main__.run("scaling", "--help")
+    assert "--leaves" in capfd.readouterr().out
+    with pytest.raises(SystemExit) as exit_info:
+        __main__.run("scaling", "--rounds", "0")
+    assert exit_info.value.code == 2

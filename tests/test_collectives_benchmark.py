@@ -15,7 +15,7 @@ import pytest
 pytest.importorskip("rich")
 pytest.importorskip("tabulate")
 pytest.importorskip("flax")
-pytest.importorskip("optax", "0.2.7", reason="benchmarks.inners has options of optax 0.2.7")
+pytest.importorskip("optax", "0.2.7", reason="benchmarks.contenders has options of optax 0.2.7")
 
 from benchmarks import collectives, hlo
 
@@ -69,8 +69,8 @@ def test_quick_run_counts_one_reduction_a_window_where_it_is_deferred():
     assert rows["hand-written, shard_map"]["time_to_hand_written"]["median"] == 1
     lengths = {(row["name"], row["every_k"]): row["bytes"] for row in result["by_every_k"]}
     for name in ("optaccum.apply_gradients, shard_map", "optaccum.value_and_grad, shard_map"):
-        assert lengths[name, 4] == lengths[name, 16] == lengths[name, 64]
-    assert lengths["optax.MultiSteps", 64] == 16 * lengths["optax.MultiSteps", 4]
+        assert lengths[name, 4] == lengths[name, 16]
+    assert lengths["optax.MultiSteps", 16] == 4 * lengths["optax.MultiSteps", 4]
     assert max(len(line) for line in printed.splitlines()) <= 120
     assert all(name in printed for name in REDUCED)
     assert ("Left out" in printed) != HAS_RESHARD

@@ -11,8 +11,8 @@ pytest.importorskip("tabulate")
 pytest.importorskip("flax")
 pytest.importorskip("optax", "0.2.7", reason="aggregating.process came with optax 0.2.7")
 
-from benchmarks import compiled, compiled_tables, contenders, hlo, programs, targets
-from benchmarks.inners import INNERS
+from benchmarks import compiled, contenders, hlo, programs, targets
+from benchmarks.contenders import INNERS
 
 LEAVES = 2, 64, 128
 
@@ -27,7 +27,7 @@ def test_quick_run_compiles_every_contender_and_writes_the_layout_that_it_docume
         assert row["reported_release"] == pytest.approx(row["release"], rel=0.05)
     assert [row["name"] for row in result["training"]] == list(compiled.TRAINING)
     sent = {
-        (row["model"], row["name"]): [compiled_tables.sent(row[x], row) for x in ("hold", "window")]
+        (row["model"], row["name"]): [compiled.sent(row[x], row) for x in ("hold", "window")]
         for row in result["traffic"]
     }
     # A CPU's compiler leaves the reduction in the scan; deferred, there is one for each window.

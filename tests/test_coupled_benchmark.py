@@ -6,7 +6,7 @@ import pytest
 pytest.importorskip("rich")
 pytest.importorskip("tabulate")
 pytest.importorskip("flax")
-pytest.importorskip("optax", "0.2.7", reason="benchmarks.inners has options of optax 0.2.7")
+pytest.importorskip("optax", "0.2.7", reason="benchmarks.contenders has options of optax 0.2.7")
 
 from benchmarks import coupled
 

@@ -7,12 +7,12 @@ import pytest
 
 pytest.importorskip("flax")
 pytest.importorskip("matplotlib")
-pytest.importorskip("optax", "0.2.7", reason="benchmarks.inners has options of optax 0.2.7")
+pytest.importorskip("optax", "0.2.7", reason="benchmarks.contenders has options of optax 0.2.7")
 pytest.importorskip("rich")
 pytest.importorskip("tabulate")
 
-from benchmarks import plots, report
-from benchmarks.inners import INNERS
+from benchmarks import report
+from benchmarks.contenders import INNERS
 from benchmarks.tables import NOT_EQUIVALENT
 
 pytestmark = pytest.mark.slow
@@ -348,11 +348,11 @@ FIGURES = {"compiled.png", "overhead.png", "memory.png", "scaling.png"}
 
 @pytest.mark.slow
 def test_figures_are_drawn_from_what_there_is(results, tmp_path):
-    plots.draw(results, tmp_path)
+    report.draw(results, tmp_path)
     assert {path.name for path in tmp_path.glob("*.png")} == {*FIGURES, "compilation.png"}
     none = tmp_path / "none"
     none.mkdir()
-    plots.draw({name: [] for name in results}, none)
+    report.draw({name: [] for name in results}, none)
     assert not list(none.iterdir())
 
 

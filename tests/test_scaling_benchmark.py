@@ -10,7 +10,7 @@ import pytest
 pytest.importorskip("rich")
 pytest.importorskip("tabulate")
 pytest.importorskip("flax")
-pytest.importorskip("optax", "0.2.7", reason="benchmarks.inners has options of optax 0.2.7")
+pytest.importorskip("optax", "0.2.7", reason="benchmarks.contenders has options of optax 0.2.7")
 
 from benchmarks import contenders, programs, scaling
 
@@ -52,7 +52,7 @@ def test_a_contender_that_releases_the_sum_does_not_agree(dtype):
     def sums(part, grads, weight):
         return honest.steps[0].apply(part, jax.tree.map(lambda g: 4 * g, grads), weight)
 
-    wrong = dataclasses.replace(honest, steps=(contenders.Step(sums),) * 4, name="sums")
+    wrong = dataclasses.replace(honest, steps=(contenders.Step(sums),) * 4)
     given = {"parameters": 4096, "leaves": 2, "every_k": 4, "dtype": dtype}
     rows = scaling.measure_point({"honest": honest, "sums": wrong}, "dtype", 1, given)
     assert [row["agrees"] for row in rows] == [True, False]

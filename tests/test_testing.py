@@ -214,9 +214,9 @@ def test_a_step_that_returns_another_state_is_unknown():
     "option", [{}, {"tied": False}, {"scanned": True}, {"one_hot": True}], ids=str
 )
 def test_the_models_of_the_benchmarks_have_no_finding(option):
-    config = dataclasses.replace(transformer.PRESETS["100k"], vocabulary=32, width=16, **option)
-    model, params = transformer.Model(config), transformer.make_params(config)
-    (batch,) = transformer.make_window(config, 1, 8, 12, ragged=True)
+    model = dataclasses.replace(transformer.PRESETS["100k"], vocabulary=32, width=16, **option)
+    params = transformer.make_params(model)
+    (batch,) = transformer.make_window(model, 1, 8, 12, ragged=True)
     given = {"num_microbatches": 4, "weight_fn": model.tokens_of}
     report = check_loss(model.mean_loss, *jax.tree.map(jnp.asarray, (params, batch)), **given)
     assert report.exact is True, report

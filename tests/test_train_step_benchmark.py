@@ -2,7 +2,7 @@
 
 import dataclasses
 
-from helpers.benchmarks import quick_run
+from helpers.benchmarks import cheap, quick_run
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,10 +11,9 @@ import pytest
 pytest.importorskip("rich")
 pytest.importorskip("tabulate")
 pytest.importorskip("flax")
-pytest.importorskip("optax", "0.2.7", reason="benchmarks.inners has options of optax 0.2.7")
+pytest.importorskip("optax", "0.2.7", reason="benchmarks.contenders has options of optax 0.2.7")
 
-from benchmarks import contenders, training, transformer
-from benchmarks.programs import largest_error
+from benchmarks import contenders, programs, training, transformer
 
 pytestmark = pytest.mark.slow
 
@@ -73,12 +72,12 @@ def test_a_preset_is_as_large_as_its_name_says(name, size, tied):
 
 def gradient(config, params):
     (batch,) = transformer.make_window(config, 1, 4, 8, ragged=True)
-    return jax.jit(jax.grad(transformer.Model(config).mean_loss))(params, batch)
+    return jax.jit(jax.grad(config.mean_loss))(params, batch)
 
 
 def test_no_token_sees_a_later_one():
     params, tokens = transformer.make_params(CONFIG), jnp.arange(8)[None]
-    logits = transformer.Model(CONFIG).logits
+    logits = CONFIG.logits
     changed = tokens.at[0, 5].set(60)
     same = np.isclose(logits(params, tokens), logits(params, changed), atol=1e-6)
     assert same.all(axis=(0, 2)).tolist() == [True] * 5 + [False] * 3
@@ -102,7 +101,8 @@ def test_blocks_in_a_scan_have_the_same_gradient():
             np.testing.assert_allclose(scanned["blocks"][name][i], leaf, atol=1e-6)
 
 
-def test_a_contender_that_differs_is_noticed_even_in_bfloat16():
+def test_a_contender_that_differs_is_noticed_even_in_bfloat16(monkeypatch):
+    monkeypatch.setattr(programs, "options", lambda *_: cheap())
     task = make_task(dataclasses.replace(CONFIG, dtype=jnp.bfloat16))
     full, right, not_zeroing, release_the_sum = (
         contenders.ADAPTERS[name](training.INNER, every_k)
@@ -117,10 +117,10 @@ def test_a_contender_that_differs_is_noticed_even_in_bfloat16():
         batches = task.batches(window)
         return window.train(task.params, batches[:3] + batches[:1] if repeat else batches)
 
-    expected, allowed = train(full), training.tolerance(task.config)
+    expected, allowed = train(full), training.tolerance(task.model)
 
     def error(*args):
-        return largest_error(train(*args), expected, task.params, allowed)
+        return programs.largest_error(train(*args), expected, task.params, allowed)
 
     assert error(right) <= 1
     assert error(right, True) > 1
@@ -128,7 +128,7 @@ def test_a_contender_that_differs_is_noticed_even_in_bfloat16():
         steps = (*right.steps[:3], wrong.steps[-1])
         assert error(dataclasses.replace(right, steps=steps)) > 1
     poisoned = jax.tree.map(lambda p: np.full_like(p, np.nan), task.params)
-    assert not largest_error(poisoned, expected, task.params, allowed) <= 1
+    assert not programs.largest_error(poisoned, expected, task.params, allowed) <= 1
 
 
 @pytest.mark.parametrize(
@@ -136,4 +136,5 @@ def test_a_contender_that_differs_is_noticed_even_in_bfloat16():
     [(1, 9, 8, False), (3, 9, 8, False), (8, 3, 2, False), (4, 0, 0, False), (1, 99, 16, True)],
 )
 def test_the_largest_power_of_two_within_the_budget_is_found(start, budget, largest, capped):
-    assert training.largest_batch(lambda batch: batch, start, budget, 4) == (largest, capped)
+    found = training.largest_batch(lambda batch: batch, start, start, budget, 4)
+    assert found == (largest, capped)
