@@ -1,15 +1,20 @@
 """Settings of the whole suite: eight CPU devices, meshes of them, and a switch to 64 bits."""
 
+import importlib.metadata
 import os
 import tempfile
 
 # Read when JAX is imported, so before anything here imports it.
-FLAGS = (
+FLAGS = [
     "--xla_force_host_platform_device_count=8",
     # Cheap machine code, which takes two thirds of the time to compile: how code is optimised for a
     # CPU changes no semantics and no buffer. The other passes of the compiler are those of users.
     "--xla_backend_optimization_level=0",
-)
+]
+if [int(x) for x in importlib.metadata.version("jaxlib").split(".")[:2]] <= [0, 10]:
+    # Code for fusions as older versions made it, in a quarter of the time. Loops, buffers and
+    # collectives are the same; later versions have no choice, and are tested as they are.
+    FLAGS.append("--xla_cpu_use_fusion_emitters=false")
 os.environ["XLA_FLAGS"] = " ".join(filter(None, [os.environ.get("XLA_FLAGS"), *FLAGS]))
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
@@ -27,6 +32,14 @@ CACHE = tempfile.TemporaryDirectory(prefix="optaccum-tests-")
 jax.config.update("jax_compilation_cache_dir", CACHE.name)
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
 jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    """Gives each process a stretch of the tests, for modules share what they have made."""
+    from xdist.scheduler import WorkStealingScheduling
+
+    return WorkStealingScheduling(config, log) if config.getoption("dist") == "load" else None
 
 
 @pytest.fixture

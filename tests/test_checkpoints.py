@@ -1,8 +1,6 @@
 """A run that is stopped at any microbatch goes on bit for bit, whatever it was saved with."""
 
 import functools
-import os
-import pathlib
 import signal
 import subprocess
 import sys
@@ -16,11 +14,11 @@ import numpy as np
 import optax
 import orbax.checkpoint as ocp
 import pytest
+import resume_program
 
 from optaccum import accumulate, from_multi_steps
 import optaccum.flax
 
-PROGRAM = pathlib.Path(__file__).parent / "resume_program.py"
 PARAMS = {"b": jnp.zeros(2, jnp.bfloat16), "w": jnp.ones((8, 2))}
 
 
@@ -125,12 +123,9 @@ def test_a_round_trip_of_the_flax_train_states(tmp_path):
 
 def run(folder, kill_after=None):
     """Runs the program; kills it, without mercy, once it has said that it saved that microbatch."""
-    environment = {**os.environ, "XLA_FLAGS": ""}
-    command = [sys.executable, str(PROGRAM), str(folder), "11"]
+    command = [sys.executable, resume_program.__file__, str(folder), "11"]
     command += [str(kill_after)] if kill_after else []
-    process = subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
-    )
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     lines = []
     assert process.stdout is not None
     for line in process.stdout:
@@ -146,7 +141,7 @@ def run(folder, kill_after=None):
 def test_a_run_that_is_killed_in_mid_window_goes_on_bit_for_bit(tmp_path):
     for name in ("whole", "killed"):
         (tmp_path / name).mkdir()
-    run(tmp_path / "whole")
+    resume_program.main(tmp_path / "whole", 11, [])
     run(tmp_path / "killed", kill_after=2)
     assert not (tmp_path / "killed" / "params.npz").exists()
     run(tmp_path / "killed", kill_after=7)

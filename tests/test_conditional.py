@@ -63,9 +63,10 @@ def _assert_close(found, expected):
 @pytest.mark.parametrize("differentiate", [jax.jacrev, jax.jacfwd])
 def test_meta_gradients_are_those_of_the_full_batch(form, step, differentiate):
     run = functools.partial(_train, step=step)
-    _assert_close(jax.jit(run)(PARAMS, 0.1), _train_on_full_batches(PARAMS, 0.1))
+    _assert_close(jax.jit(run)(PARAMS, 0.1), jax.jit(_train_on_full_batches)(PARAMS, 0.1))
     found = jax.jit(differentiate(run, (0, 1)))(PARAMS, 0.1)
-    _assert_close(found, differentiate(_train_on_full_batches, (0, 1))(PARAMS, 0.1))
+    expected = jax.jit(differentiate(_train_on_full_batches, (0, 1)))(PARAMS, 0.1)
+    _assert_close(found, expected)
 
 
 @pytest.mark.slow
@@ -75,8 +76,8 @@ def test_second_derivatives_too(form, step):
         return jnp.sum(train(PARAMS, rate) ** 2)
 
     run = functools.partial(loss, functools.partial(_train, step=step))
-    expected = jax.hessian(functools.partial(loss, _train_on_full_batches))(0.1)
-    np.testing.assert_allclose(jax.hessian(run)(0.1), expected, rtol=1e-5)
+    expected = jax.jit(jax.hessian(functools.partial(loss, _train_on_full_batches)))(0.1)
+    np.testing.assert_allclose(jax.jit(jax.hessian(run))(0.1), expected, rtol=1e-5)
 
 
 @every_step

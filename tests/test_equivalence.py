@@ -116,7 +116,8 @@ def test_window_matches_full_batch(name):
     tx = optaccum.accumulate(K, inner, average_args=("value",))
     full = _run(update_and_apply, inner, params, *_full_batches())
     assert _distance(full[-1], params) > 100 * TOLERANCE, "nothing moves: nothing is compared"
-    for step in STEPS.values():
+    # The two forms give an optimizer the same gradients: it runs in both for a few.
+    for step in STEPS.values() if name in FEW else [optaccum.apply_gradients]:
         held = _run(step, tx, params, *_microbatches())
         for i, expected in enumerate(full):
             before = params if i == 0 else held[i * K - 1]

@@ -24,6 +24,8 @@ NAN, INF = float("nan"), float("inf")
 # second link counts how often the inner optimizer runs.
 SGD = optax.chain(optax.sgd(1.0), recording())
 
+TWO = accumulate(2, SGD)  # one transformation, so that it is traced once for all rows
+
 
 def skipping(k):
     return accumulate(k, SGD, should_skip_update_fn=optax.skip_not_finite)
@@ -34,14 +36,14 @@ def skipping(k):
 # before it.
 WINDOWS = {
     "the window closes at `mini_step >= every_k`, and `inner` gets the mean": (
-        accumulate(2, SGD),
+        TWO,
         (1.0, {}, 0.0, 1, 0, 0),
         (3.0, {}, -2.0, 0, 1, 0),
         (5.0, {}, -2.0, 1, 1, 0),
         (6.0, {}, -7.5, 0, 2, 0),
     ),
     "`inner` gets the weighted mean": (
-        accumulate(2, SGD),
+        TWO,
         (2.0, {"weight": 1.0}, 0.0, 1, 0, 0),
         (6.0, {"weight": 3.0}, -5.0, 0, 1, 0),
     ),
@@ -76,7 +78,7 @@ WINDOWS = {
         (1.0, {}, 0.0, 1, 0, 0),
         (2.0, {}, 0.0, 2, 0, 0),
         (3.0, {}, 0.0, 3, 0, 0),
-        accumulate(2, SGD),
+        TWO,
         (6.0, {}, -3.0, 0, 1, 0),
         (5.0, {}, -3.0, 1, 1, 0),
         (7.0, {}, -9.0, 0, 2, 0),
@@ -110,7 +112,7 @@ WINDOWS = {
         (5.0, {"release": True}, -8.0, 0, 2, 0),
     ),
     "`release=False` keeps the window open, however many it holds": (
-        accumulate(2, SGD),
+        TWO,
         (1.0, {"release": False}, 0.0, 1, 0, 0),
         (2.0, {"release": False}, 0.0, 2, 0, 0),
         (3.0, {"release": False}, 0.0, 3, 0, 0),
@@ -129,7 +131,7 @@ WINDOWS = {
         for poison in (NAN, INF)
     },
     "weights of the window sum to 0: dropped when it closes": (
-        accumulate(2, SGD),
+        TWO,
         (5.0, {"weight": 0.0}, 0.0, 1, 0, 0),
         (NAN, {"weight": 0.0}, 0.0, 0, 0, 0),
         (5.0, {"weight": 2.0}, 0.0, 1, 0, 0),
@@ -143,7 +145,7 @@ WINDOWS = {
     ),
     **{
         f"`weight` {weight}, {kind.__name__}: the microbatch is rejected": (
-            accumulate(2, SGD),
+            TWO,
             (2.0, {"weight": 1.0}, 0.0, 1, 0, 0),
             (9.0, {"weight": kind(weight)}, 0.0, 1, 0, 1),
             (4.0, {"weight": 3.0}, -3.5, 0, 1, 1),
@@ -153,7 +155,7 @@ WINDOWS = {
     },
     **{
         f"`weight` {weight}, {kind.__name__}: below 2**-100 is 0": (
-            accumulate(2, SGD),
+            TWO,
             (9.0, {"weight": kind(weight)}, 0.0, 1, 0, 0),
             (NAN, {"weight": kind(weight)}, 0.0, 0, 0, 0),
             (9.0, {"weight": kind(weight)}, 0.0, 1, 0, 0),
@@ -164,7 +166,7 @@ WINDOWS = {
     },
     **{
         f"weights, {kind.__name__}, whose sum would be above 2**126: the microbatch is rejected": (
-            accumulate(2, SGD),
+            TWO,
             (2.0, {"weight": kind(2.0**125)}, 0.0, 1, 0, 0),
             (9.0, {"weight": kind(2.0**126)}, 0.0, 1, 0, 1),
             (3.0, {"weight": kind(2.0**125)}, -2.5, 0, 1, 1),
@@ -209,22 +211,22 @@ def inner_calls(state):
     return int(optax.tree.get(state.inner_state, "RecordingState").count)
 
 
+JITTED = {name: jax.jit(step, static_argnums=0) for name, step in STEPS.items()}
 # The programs of both ways are compiled on one version.
 WAYS = {
     "update-eager": (STEPS["update"], False),
     "apply_gradients-eager": (STEPS["apply_gradients"], False),
-    "apply_gradients-jit": pytest.param(STEPS["apply_gradients"], True, marks=pytest.mark.slow),
-    "update-jit": pytest.param(STEPS["update"], True, marks=pytest.mark.slow),
+    "apply_gradients-jit": pytest.param(JITTED["apply_gradients"], True, marks=pytest.mark.slow),
+    "update-jit": pytest.param(JITTED["update"], True, marks=pytest.mark.slow),
 }
 
 
-@pytest.mark.parametrize(("step", "traced"), WAYS.values(), ids=WAYS)
+@pytest.mark.parametrize(("run", "traced"), WAYS.values(), ids=WAYS)
 @pytest.mark.parametrize("rows", WINDOWS.values(), ids=WINDOWS)
-def test_window(rows, step, traced):
+def test_window(rows, run, traced):
     tx, *rows = rows
     params, before = leaves(0.0), 0
     state = tx.init(params)
-    run = jax.jit(step, static_argnums=0) if traced else step
     for row in rows:
         if isinstance(row, optax.GradientTransformation):
             tx = row

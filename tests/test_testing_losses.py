@@ -6,10 +6,13 @@ import pytest
 
 from optaccum.testing import check_loss
 
+# Every loss that is right, and the first one of each kind of mistake, which it is to keep.
+FIRST = {(case.kind, case.structure): name for name, case in reversed(CASES.items())}
 MUTATIONS = [
     pytest.param(how, name, id=f"{how}-{name}")
     for how in ("weight", "factor", "coupled")
     for name, case in CASES.items()
+    if case.kind is None or FIRST[case.kind, case.structure] == name
     if losses.mutate(case, how) is not None
 ]
 
