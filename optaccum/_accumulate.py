@@ -17,8 +17,8 @@ from optaccum._core.traced import (
     both,
     branch,
     cast_like,
+    own_arrays,
     shapes_of_updates,
-    strongly_typed,
 )
 from optaccum._core.window import Sums
 from optaccum._state import AccumulateState
@@ -77,8 +77,9 @@ def accumulate(
     `jax.shard_map` and explicit sharding.
 
     The optimizer belongs inside. Without `inner` the transformation emits zeros until a window is
-    released, then G, which is right only in front of *stateless* transformations:
-    `optax.chain(accumulate(4), optax.sgd(0.1))`. To Adam the zeros are gradients.
+    released, then G, which is right only in front of transformations that keep no state and make
+    zeros of zeros: `optax.chain(accumulate(4), optax.sgd(0.1))`. To Adam the zeros are gradients,
+    and weight decay would act on every hold.
 
     Args:
         every_k: microbatches per window: an integer >= 1, an integer array of shape [] (traced
@@ -124,6 +125,7 @@ def accumulate(
     """
     inner = optax.identity() if inner is None else inner
     arguments.check_transformation("`inner`", inner)
+    arguments.check_flag("`use_grad_mean`", use_grad_mean)
     every_k = arguments.check_every_k(every_k)
     axes = check_devices.check_axes(reduce_axes)
     summed = arguments.check_loss_reduction(loss_reduction) == "sum"
@@ -167,7 +169,7 @@ def accumulate(
             grad_sum=grad_sum,
             arg_sums=arg_sums,
             skip_state=jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), report),
-            inner_state=jax.tree.map(strongly_typed, inner.init(params)),
+            inner_state=own_arrays(inner.init(params), params),
             noise=noise.start(over) if options.measure_noise else (),
         )
 

@@ -56,8 +56,9 @@ def apply_gradients(
         `(params, opt_state)`.
 
     Warns:
-        UserWarning: once, if in `tx` an :func:`accumulate` of a stateless optimizer stands before
-            a link that keeps state, or around or inside of `optax.MultiSteps`.
+        UserWarning: once, if in an `optax.chain` an :func:`accumulate` of a stateless optimizer
+            stands before a link that keeps state, or if one is around or inside of
+            `optax.MultiSteps`.
 
     Raises:
         TypeError: if `tx` is no transformation.

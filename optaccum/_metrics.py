@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from optaccum._check.arguments import check_loss_reduction
-from optaccum._check.metrics import check_own_names, check_readable
+from optaccum._check.metrics import KEYS, check_own_names, check_readable
 from optaccum._core import devices, noise
 from optaccum._core.traced import where
 from optaccum._core.window import Sums
@@ -76,13 +76,10 @@ def window_metrics(
     summed = check_loss_reduction(loss_reduction) == "sum"
     state = get_state(opt_state)
     # Containers of arrays, such as the variables of flax.nnx, are leaves here that hold a leaf.
-    counters = {
-        name: jax.tree.leaves(getattr(state, name))[0]
-        for name in ("gradient_step", "mini_step", "released", "skipped")
-    }
+    counters = {name: jax.tree.leaves(getattr(state, name))[0] for name in KEYS[:4]}
     weight = jax.tree.leaves(state.weight)[0]
     scalars = {name: jax.tree.leaves(x)[0] for name, x in state.arg_sums.items()}
-    check_own_names(scalars, (*counters, "weight", "grad_norm"))
+    check_own_names(scalars)
     has_sums = check_readable(counters["mini_step"], state.grad_sum, grads)
     weight, grad_sum, scalars = devices.of_all(Sums(weight, state.grad_sum, scalars))
     known = weight > 0

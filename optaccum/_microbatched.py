@@ -17,7 +17,7 @@ def microbatched(
     fun: Callable[..., Any],
     *,
     num_microbatches: int,
-    batch_argnums: int | Sequence[int] = 1,
+    batch_argnums: int | Sequence[int] | None = None,
     rng_argnums: int | Sequence[int] = (),
     accumulator_dtype: jax.typing.DTypeLike | None = None,
     reduce_axes: str | tuple[str, ...] = (),
@@ -91,7 +91,9 @@ def microbatched(
             axis.
         num_microbatches: n, an integer >= 1.
         batch_argnums: positions of the pytrees to split. All their leaves have the same leading
-            axis, which n divides. They may be differentiated too.
+            axis, which n divides. They may be differentiated too. None for the argument 1, and
+            then no argument after it may have as many rows: pass 1 to give it to every microbatch
+            whole.
         rng_argnums: positions of keys, or pytrees of them, as in :func:`optaccum.value_and_grad`:
             in microbatch i each key is `jax.random.fold_in(key, i)`.
         accumulator_dtype: dtype of the sums, as in :func:`optaccum.accumulate`.
@@ -107,8 +109,9 @@ def microbatched(
             place, none in the right one, an output without a leading axis, a differentiated value
             that `fun` closes over, forward mode, or `reduce_axes` without `check_vma`.
         ValueError: (here) for `num_microbatches` below 1 or no batch; (when traced) for batch
-            leaves that cannot be split, an argument with two roles, `reduce_axes` that are not
-            those of a `jax.shard_map`, or an `accumulator_dtype` that drops an imaginary part.
+            leaves that cannot be split, an argument with two roles or with rows that
+            `batch_argnums` does not name, `reduce_axes` that are not those of a `jax.shard_map`,
+            or an `accumulator_dtype` that drops an imaginary part.
 
     References: Gao et al., "Scaling Deep Contrastive Learning Batch Size under Memory Limited
     Setup" (arXiv:2101.06983), who do it for contrastive losses.
@@ -117,21 +120,24 @@ def microbatched(
     n = arguments.check_count("`num_microbatches`", num_microbatches)
     accumulator_dtype = arguments.check_accumulator_dtype(accumulator_dtype)
     axes = check_devices.check_axes(reduce_axes)
-    given = {"`batch_argnums`": batch_argnums, "`rng_argnums`": rng_argnums}
-    roles = check_batch.check_roles(given)
+    batch_at = 1 if batch_argnums is None else batch_argnums
+    roles = check_batch.check_roles({"`batch_argnums`": batch_at, "`rng_argnums`": rng_argnums})
 
     @functools.wraps(fun)
     def microbatched_fn(*args, **kwargs):
         pad = "pad the batch and drop the outputs of the padding"
         rows, rngs = check_batch.check_call(roles, args, kwargs, n, pad)
+        if batch_argnums is None:
+            check_batch.check_no_other_rows(args, rows[0], (0, *rngs))
         over = check_devices.check_shares(axes)
         if n == 1:
             args, kwargs = (share(x, over) for x in (list(args), kwargs))
             outputs = fun(*args, **kwargs)
             check_batch.check_outputs(outputs)
             return outputs
-        call = _Call(args, kwargs, rows, rngs, n)
-        arrays = check_reverse(call.arrays)
+        divided = _divide(args, rows, rngs, n)
+        call = _Call(divided, kwargs, rows, rngs)
+        arrays = check_reverse([x for x in jax.tree.leaves((divided, kwargs)) if _is_array(x)])
 
         def of_arrays(*arrays):
             args, kwargs = call.fill(arrays)
@@ -185,23 +191,31 @@ def microbatched(
     return microbatched_fn
 
 
-class _Call:
-    """The arguments of one call, with rows divided: arrays that change and all that does not.
+def _divide(args: tuple, rows: tuple, rngs: tuple, n: int) -> list[Any]:
+    """Returns the arguments with their rows divided, [m, n, ...], and keys as arrays."""
+    divided = [
+        jax.tree.map(jnp.asarray, x) if j in (*rows, *rngs) else x for j, x in enumerate(args)
+    ]
+    for j in rows:
+        divided[j] = batch.split(divided[j], n)
+    return divided
 
-    Attributes:
-        arrays: the `jax.Array`s among the leaves, a list; rows [m, n, ...].
+
+def _is_array(x: Any) -> bool:
+    return isinstance(x, jax.Array)
+
+
+class _Call:
+    """What does not change in the arguments of one call, and where their arrays belong.
+
+    It keeps none of the arrays: rules of differentiation outlive the trace that these belong to.
     """
 
-    def __init__(self, args: tuple, kwargs: dict, rows: tuple, rngs: tuple, n: int):
+    def __init__(self, divided: list, kwargs: dict, rows: tuple, rngs: tuple):
         self.rows, self.rngs = rows, rngs
-        divided = [
-            jax.tree.map(jnp.asarray, x) if j in (*rows, *rngs) else x for j, x in enumerate(args)
-        ]
-        for j in rows:
-            divided[j] = batch.split(divided[j], n)
-        self.leaves, self.treedef = jax.tree.flatten((divided, kwargs))
-        self.at = [k for k, x in enumerate(self.leaves) if isinstance(x, jax.Array)]
-        self.arrays = [self.leaves[k] for k in self.at]
+        leaves, self.treedef = jax.tree.flatten((divided, kwargs))
+        self.at = [k for k, x in enumerate(leaves) if _is_array(x)]
+        self.leaves = [None if _is_array(x) else x for x in leaves]
         of_rows = [jax.tree.map(lambda _, j=j: j in rows, x) for j, x in enumerate(divided)]
         is_row = jax.tree.leaves((of_rows, jax.tree.map(lambda _: False, kwargs)))
         self.is_row = [is_row[k] for k in self.at]
@@ -245,7 +259,7 @@ def share(tree: Any, over: devices.Whole) -> Any:
     """Returns a tree of which every array that can have a gradient is each device's own."""
 
     def leaf(x):
-        inexact = isinstance(x, jax.Array) and jnp.issubdtype(x.dtype, jnp.inexact)
+        inexact = _is_array(x) and jnp.issubdtype(x.dtype, jnp.inexact)
         return over.share(x) if inexact else x
 
     return jax.tree.map(leaf, tree)

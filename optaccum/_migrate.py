@@ -28,6 +28,9 @@ def from_multi_steps(
 
         grad_sum = n * acc_grads,    weight = n.
 
+    So each of them weighs 1. Where :func:`optaccum.accumulate` will be given `weight` of another
+    scale, numbers of tokens for example, convert between two windows, when n is 0.
+
     The counters and the state of the inner optimizer are taken over as they are. Restore the
     checkpoint into the state that the old transformation's `init(params)` gives, then convert.
     Call this outside of `jax.jit`, once.

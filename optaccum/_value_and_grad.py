@@ -240,6 +240,7 @@ def value_and_grad(
                 check_batch.check_carry(new, carry)
                 new = over.share(cast_like(new, carry))
                 carry = new if valid is None else where(valid, new, carry)
+            check_batch.check_aux(aux)
             return loss, aux, carry, grads, weight, valid
 
         carry = jax.tree.map(strongly_typed, args[carries[0]]) if carries else None

@@ -122,6 +122,30 @@ def test_one_trace_over_ten_steps_and_donation_without_warnings(factory, step):
     assert len(traces) == 1
 
 
+@pytest.mark.parametrize(
+    "inner",
+    [
+        pytest.param(optax.contrib.dog(1.0), id="dog"),
+        pytest.param(optax.contrib.prodigy(), id="prodigy"),
+        pytest.param(optax.lbfgs(), id="lbfgs"),
+    ],
+)
+def test_an_optimizer_that_begins_with_the_parameters_can_be_donated_beside_them(inner):
+    tx = accumulate(2, inner)
+
+    @functools.partial(jax.jit, donate_argnums=(0, 1))
+    def train_step(params, state, x):
+        value, grads = jax.value_and_grad(lambda p: jnp.sum((p - x) ** 2))(params)
+        extra = {"value": value, "grad": grads, "value_fn": lambda p: jnp.sum((p - x) ** 2)}
+        return apply_gradients(tx, grads, state, params, **extra)
+
+    params = jnp.ones(3)
+    state = tx.init(params)
+    for _ in range(2):
+        params, state = train_step(params, state, 3.0)
+    assert jnp.isfinite(params).all()
+
+
 @every_path
 @every_step
 def test_scan_equals_a_loop(factory, step):

@@ -269,3 +269,70 @@ def test_an_inner_state_that_changes_its_shape():
     message = r"`inner` returned a state whose leaf \(the only leaf\) has the shape \(3,\)"
     with pytest.raises(ValueError, match=message):
         tx.update(jnp.ones(2), tx.init(jnp.ones(2)))
+
+
+@pytest.mark.parametrize("step", [apply_gradients, lambda tx, *args: tx.update(*args)])
+@pytest.mark.parametrize(
+    ("params", "message"),
+    [
+        (
+            {"layer": {"w": jnp.ones((3, 1)), "b": jnp.zeros(2)}},
+            r"parameter leaf \['layer'\]\['w'\] has shape \(3, 1\), but .* shape \(3, 2\)",
+        ),
+        (
+            {"layer": PARAMS["layer"]["w"]},
+            r"`params` have the tree structure .* but .* initialised",
+        ),
+        ({}, r"`params` have the tree structure .*; pass the parameters that `init` was given"),
+    ],
+)
+def test_parameters_of_another_model(params, message, step):
+    tx = accumulate(2, optax.sgd(0.1))
+    with pytest.raises(ValueError, match=message):
+        step(tx, GRADS, tx.init(PARAMS), params)
+
+
+@pytest.mark.parametrize("every_k", [1, 2])
+def test_no_gradients(every_k):
+    tx = accumulate(every_k, optax.sgd(0.1))
+    with pytest.raises(TypeError, match=r"the gradients are None; pass a tree like the parameters"):
+        tx.update(None, tx.init(PARAMS), PARAMS)
+
+
+@pytest.mark.parametrize("value", ["False", None, 0, jnp.array(True)])
+def test_a_flag_is_true_or_false(value):
+    with pytest.raises(TypeError, match=r"`use_grad_mean` must be True or False, got"):
+        accumulate(2, optax.sgd(0.1), use_grad_mean=value)
+
+
+@pytest.mark.parametrize("name", ["updates", "grads", "state", "params", "weight", "release"])
+def test_names_that_update_has_itself(name):
+    with pytest.raises(ValueError, match=rf"`metrics` cannot name '{name}'"):
+        accumulate(2, optax.sgd(0.1), metrics=(name,))
+
+
+def test_an_axis_has_a_name():
+    with pytest.raises(ValueError, match=r"`reduce_axes` must be names of mesh axes, or \(\)"):
+        accumulate(2, optax.sgd(0.1), reduce_axes="")
+
+
+def test_the_name_of_a_dtype_is_no_parameter():
+    with pytest.raises(
+        TypeError, match=r"parameter leaf \['dtype'\] is not an array but 'float32'"
+    ):
+        accumulate(2, optax.sgd(0.1)).init({"w": jnp.ones(2), "dtype": "float32"})
+
+
+def test_a_state_that_was_made_without_a_judge_says_how_it_gets_one():
+    old, new = (
+        accumulate(2, optax.sgd(0.1), should_skip_update_fn=judge)
+        for judge in (None, optax.skip_not_finite)
+    )
+    _, state = old.update(GRADS, old.init(PARAMS), PARAMS)
+    with pytest.raises(
+        ValueError, match=r"keeps one of .* go on with `state._replace\(skip_state="
+    ):
+        new.update(GRADS, state, PARAMS)
+    state = state._replace(skip_state=new.init(PARAMS).skip_state)
+    _, state = new.update(GRADS, state, PARAMS)
+    assert has_released(state)

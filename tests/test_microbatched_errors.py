@@ -180,3 +180,25 @@ def test_an_accumulator_that_would_drop_an_imaginary_part():
     message = r"`accumulator_dtype` float32 would drop the imaginary part of the complex64 leaf"
     with pytest.raises(ValueError, match=message):
         jax.grad(loss)(W.astype(jnp.complex64))
+
+
+def test_a_second_batch_that_nobody_named():
+    def encode(w, images, texts):
+        return images @ w, texts @ w
+
+    message = r"argument 2 has 12 rows.*pass `batch_argnums=\(1, 2\)` to split both, or .*=1`"
+    with pytest.raises(ValueError, match=message):
+        _in(4, fun=encode)(W, X, X)
+    assert [y.shape[0] for y in _in(4, fun=encode, batch_argnums=(1, 2))(W, X, X)] == [12, 12]
+    whole = _in(4, fun=lambda w, x, bank: x @ w + bank.mean(), batch_argnums=1)(W, X, X)
+    assert whole.shape[0] == 12
+
+
+def test_rows_without_entries():
+    fun = _in(4, fun=lambda w, x: x[:, :0])
+    assert fun(W, X).shape == (12, 0)
+
+
+def test_no_tracer_outlives_its_trace():
+    with jax.checking_leaks():
+        jax.grad(lambda w: jnp.sum(_in(4)(w, X)))(W)

@@ -370,3 +370,16 @@ def test_gradients_that_are_summed_already(mesh):
         run(lambda params: params, True)(PARAMS, X[0], MASK[0])
     with pytest.raises(TypeError, match=f"{message}.*check_vma=False"):
         run(vary, False)(PARAMS, X[0], MASK[0])
+
+
+def test_gradients_of_one_device_without_reduce_axes(mesh):
+    tx = accumulate(2, optax.sgd(0.1))
+
+    def train_step(params, state, x, mask):
+        grads = jax.grad(loss_fn)(vary(params), x, mask)
+        return apply_gradients(tx, grads, state, params)
+
+    specs = P(), P(), P("data"), P("data")
+    step = jax.shard_map(train_step, mesh=mesh, in_specs=specs, out_specs=P())
+    with pytest.raises(TypeError, match=r"varies over \['data'\] of jax.shard_map.*`reduce_axes`"):
+        step(PARAMS, tx.init(PARAMS), X[0], MASK[0])

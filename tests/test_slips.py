@@ -201,3 +201,13 @@ def test_it_is_still_a_transformation_and_a_pytree():
     state = copy.deepcopy(pickle.loads(pickle.dumps(tx.init(PARAMS))))
     assert jax.tree.structure(state) == jax.tree.structure(tx.init(PARAMS))
     assert optax.tree.get(optax.chain(optax.clip(1.0), tx).init(PARAMS), "mini_step") == 0
+
+
+def test_a_leaf_is_none_in_the_microbatch_that_releases():
+    tx = optaccum.accumulate(2, optax.sgd(1.0))
+    params, one = {"a": jnp.zeros(2), "b": jnp.zeros(2)}, jnp.ones(2)
+    state = tx.init(params)
+    for grads in ({"a": one, "b": None}, {"a": None, "b": one}):
+        params, state = optaccum.apply_gradients(tx, grads, state, params)
+    assert params["a"].tolist() == [0, 0]  # as docs/semantics.md says
+    assert params["b"].tolist() == [-0.5, -0.5]

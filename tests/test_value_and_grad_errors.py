@@ -186,3 +186,13 @@ def test_what_jax_refuses_it_refuses():
         optaccum.grad(_loss, num_microbatches=2)(jnp.ones(3, int), BATCH)
     with pytest.raises(TypeError, match="scalar-output functions"):
         optaccum.grad(lambda p, b: p, num_microbatches=2)(PARAMS, BATCH)
+
+
+@pytest.mark.parametrize("n", [1, 2])
+def test_aux_that_cannot_be_stacked(n):
+    def named(p, b):
+        return _loss(p, b), {"name": "train"}
+
+    step = optaccum.value_and_grad(named, has_aux=True, num_microbatches=n)
+    with pytest.raises(TypeError, match=r"returned 'train' of type str as aux leaf \['name'\]"):
+        step(PARAMS, BATCH)

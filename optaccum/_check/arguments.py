@@ -54,6 +54,12 @@ def check_function(name: str, function: Any, example: str = "") -> None:
         raise TypeError(f"{name} must be a function{example}, got {describe(function)}")
 
 
+def check_flag(name: str, flag: Any) -> None:
+    """Raises unless `flag` is True or False: the truth of other values may be a slip."""
+    if not isinstance(flag, bool | np.bool_):
+        raise TypeError(f"{name} must be True or False, got {describe(flag)}")
+
+
 def check_scalar(name: str, value: Any, *kinds: Any, remedy: str = "") -> None:
     """Raises unless `value` is a scalar of one of the kinds of dtypes."""
     known = isinstance(value, jax.Array | np.ndarray | np.generic | int | float | complex)
@@ -110,20 +116,6 @@ def check_every_k(every_k: Any) -> int | jax.Array | Callable[[jax.Array], Any]:
         return every_k
     others = ", an integer scalar array or a function of the gradient step"
     return check_count("`every_k`", every_k, others)
-
-
-def window_length(
-    every_k: int | jax.Array | Callable[[jax.Array], Any], gradient_step: jax.Array
-) -> jax.Array:
-    """Returns the length of the window that follows `gradient_step` releases, i32[]."""
-    if callable(every_k):
-        length, remedy = every_k(gradient_step), "; cast a float schedule with `.astype(int)`"
-        check_scalar("`every_k(gradient_step)`", length, jnp.integer, remedy=remedy)
-        every_k = length if isinstance(length, jax.Array) else check_count("`every_k`", int(length))
-    dtype = jnp.result_type(every_k)
-    if isinstance(every_k, jax.Array) and jnp.iinfo(dtype).max > INT32_MAX:  # it would wrap
-        every_k = jnp.clip(every_k, 1, jnp.asarray(INT32_MAX, dtype))
-    return jnp.asarray(every_k, jnp.int32)
 
 
 def check_loss_reduction(reduction: Any) -> str:
@@ -199,6 +191,14 @@ def as_judge(should_skip_update_fn: Any) -> Callable[..., tuple[jax.Array, Any]]
         should_skip, report = result
         check_scalar("the first result of `should_skip_update_fn`", should_skip, jnp.bool_)
         if last_report is not None:
+            if jax.tree.structure(report) != jax.tree.structure(last_report):
+                raise ValueError(
+                    "`should_skip_update_fn` reports a tree of the structure "
+                    f"{jax.tree.structure(report)}, but the optimizer state keeps one of "
+                    f"{jax.tree.structure(last_report)}: it was made with another function, or "
+                    "with none; go on with "
+                    "`state._replace(skip_state=tx.init(params).skip_state)`"
+                )
             check_same_state("should_skip_update_fn", report, last_report)
         return jnp.asarray(should_skip), report
 

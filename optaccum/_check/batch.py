@@ -168,6 +168,17 @@ def check_outputs(outputs: Any) -> None:
             )
 
 
+def check_aux(aux: Any) -> None:
+    """Raises unless what `fun` returned beside its loss can be stacked."""
+    for name, x in _named_leaves({"": aux}):
+        name = name.removeprefix("argument ") or "(the only leaf)"
+        if not isinstance(x, jax.Array | np.ndarray | np.generic | int | float | complex):
+            raise TypeError(
+                f"`fun` returned {describe(x)} as aux leaf {name}; return arrays or "
+                "numbers, which are stacked over the microbatches"
+            )
+
+
 def check_no_other_rows(args: tuple, batch: int, apart: tuple[int, ...]) -> None:
     """Raises where an argument that nobody named has as many rows as the batch: it would broadcast.
 

@@ -17,7 +17,10 @@ class AxisError(ValueError):
 def check_axes(axes: Any) -> tuple[str, ...]:
     """Returns the names of `reduce_axes` as a tuple."""
     names = (axes,) if isinstance(axes, str) else axes
-    return check_names("`reduce_axes`", names, "names of mesh axes")
+    names = check_names("`reduce_axes`", names, "names of mesh axes")
+    if "" in names:
+        raise ValueError("`reduce_axes` must be names of mesh axes, or () for none, got ''")
+    return names
 
 
 def check_mesh(axes: tuple[str, ...]) -> None:
@@ -108,6 +111,19 @@ def check_parts(grads: Any, kept: Whole) -> None:
             "have been reduced already; differentiate with respect to `jax.reshard(p, "
             "P(..., reduced={axis}))` of parameters in matrix products, or leave `reduce_axes` out"
         )
+
+
+def check_reduced(grads: Any, params: Any, kept: Whole) -> None:
+    """Raises where a gradient differs between devices that have its parameter alike."""
+    leaves, treedef = jax.tree_util.tree_flatten_with_path(grads, is_leaf=lambda g: g is None)
+    for (path, g), p in zip(leaves, treedef.flatten_up_to(params), strict=True):
+        axes = set() if g is None or kept.axes else varying(g) - varying(p)
+        if axes:
+            raise TypeError(
+                f"gradient leaf {leaf_name(path)} varies over {sorted(axes)} of jax.shard_map, but "
+                "its parameter does not; name these axes in `reduce_axes`, or reduce the gradient "
+                "(jax.lax.pmean)"
+            )
 
 
 def check_placed(grads: Any, sums: Any, kept: Whole) -> Any:

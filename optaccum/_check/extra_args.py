@@ -17,9 +17,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from optaccum._check.arguments import Options, check_denominator, check_names, check_scalar
+from optaccum._check.metrics import check_own_names
 from optaccum._core.window import SMALLEST
 
 OURS = "weight", "release"
+POSITIONAL = "updates", "grads", "state", "params"
 # Optax's own: given to every optimizer alike, so that one can be exchanged for another.
 OPTAX = "value", "grad", "value_fn"
 
@@ -65,7 +67,7 @@ def check_averages(average_args: Any, metrics: Any) -> tuple[tuple[str, ...], tu
     found = []
     for owner, names in (("average_args", average_args), ("metrics", metrics)):
         names = check_names(f"`{owner}`", names, "a tuple of names like ('value',)")
-        if reserved := set(OURS).intersection(names):
+        if reserved := {*OURS, *POSITIONAL}.intersection(names):
             raise ValueError(
                 f"`{owner}` cannot name {min(reserved)!r}: `accumulate` uses that argument itself"
             )
@@ -75,6 +77,7 @@ def check_averages(average_args: Any, metrics: Any) -> tuple[tuple[str, ...], tu
             f"{min(both)!r} is named by `average_args` and by `metrics`; `inner` gets the first, "
             "and not the second: name it in one"
         )
+    check_own_names(found[1])
     return found[0], found[1]
 
 

@@ -30,8 +30,11 @@ def check_fits(grads: Any, like: Any) -> None:
 
     Raises:
         ValueError: if the trees, the shapes, or real and complex leaves differ.
-        TypeError: if a gradient leaf is an integer, a boolean, a float0, or no array.
+        TypeError: if a gradient leaf is an integer, a boolean, a float0, or no array, or if all
+            gradients are one None.
     """
+    if grads is None and jax.tree.leaves(like):
+        raise TypeError("the gradients are None; pass a tree like the parameters")
     leaves, treedef = jax.tree_util.tree_flatten_with_path(grads, is_leaf=lambda x: x is None)
     try:
         expected = treedef.flatten_up_to(like)
@@ -43,6 +46,25 @@ def check_fits(grads: Any, like: Any) -> None:
         if not jax.tree_util.all_leaves([x]):
             raise ValueError(_describe_mismatch(grads, like))
         _check_leaf(path, g, x)
+
+
+def check_trained(params: Any, sums: Any) -> None:
+    """Raises if `params` are not those that the sums were opened for; a None fits anything."""
+    remedy = "pass the parameters that `init` was given; the order is (grads, state, params)"
+    leaves, treedef = jax.tree_util.tree_flatten_with_path(sums, is_leaf=lambda x: x is None)
+    try:
+        found = treedef.flatten_up_to(params)
+    except ValueError as error:
+        raise ValueError(
+            f"`params` have the tree structure {jax.tree.structure(params)}, but the optimizer "
+            f"was initialised with {jax.tree.structure(sums)}; {remedy}"
+        ) from error
+    for (path, s), p in zip(leaves, found, strict=True):
+        if s is not None and p is not None and jnp.shape(p) != jnp.shape(s):
+            raise ValueError(
+                f"parameter leaf {leaf_name(path)} has shape {jnp.shape(p)}, but the optimizer was "
+                f"initialised with shape {jnp.shape(s)}; {remedy}"
+            )
 
 
 def _check_leaf(path: Any, g: Any, expected: Any) -> None:
@@ -70,6 +92,8 @@ def _check_leaf(path: Any, g: Any, expected: Any) -> None:
 
 def _dtype(kind: str, path: Any, leaf: Any) -> jnp.dtype:
     try:
+        if isinstance(leaf, str | type):  # the name of a dtype is one to JAX
+            raise TypeError
         return jnp.result_type(leaf)
     except (TypeError, ValueError) as error:
         raise TypeError(

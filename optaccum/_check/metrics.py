@@ -6,6 +6,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+KEYS = "gradient_step", "mini_step", "released", "skipped", "weight", "grad_norm"
+
 
 def check_readable(mini_step: jax.Array, grad_sum: Any, grads: Any) -> bool:
     """Returns whether a state has sums, or raises where the gradient's norm cannot be known."""
@@ -23,9 +25,9 @@ def check_readable(mini_step: jax.Array, grad_sum: Any, grads: Any) -> bool:
     return has_sums
 
 
-def check_own_names(averages: Iterable[str], others: Iterable[str]) -> None:
+def check_own_names(averages: Iterable[str]) -> None:
     """Raises where an average has the name of another number."""
-    if both := sorted(set(averages).intersection(others)):
+    if both := sorted(set(averages).intersection(KEYS)):
         raise ValueError(
             f"`average_args` or `metrics` name {both[0]!r}, which `window_metrics` returns itself; "
             "pass it under another name"

@@ -1,13 +1,15 @@
 """Microbatches: whether one fits the state that it is to be added to."""
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import optax
 
-from optaccum._check import arguments, devices as check_devices, extra_args as check_args
-from optaccum._check.arguments import Options
-from optaccum._check.gradients import check_fits
+from optaccum._check import devices as check_devices, extra_args as check_args
+from optaccum._check.arguments import INT32_MAX, Options, check_count, check_scalar
+from optaccum._check.gradients import check_fits, check_trained
 from optaccum._core.devices import Whole
 from optaccum._state import AccumulateState
 
@@ -65,13 +67,30 @@ def check_microbatch(
     over = check_devices.check_state(options.reduce_axes, state.weight)
     sums = None if alone else over.load(state.grad_sum)
     check_fits(grads, sums if not alone else grads if trained is None else trained)
+    if trained is not None and not alone:
+        check_trained(trained, sums)
+        check_devices.check_reduced(grads, trained, over)
     parts = check_devices.check_placed(grads, sums, over)
     weight, due, args = check_args.check_extra_args(
         options, weight, release, extra_args, alone=alone
     )
-    length = arguments.window_length(options.every_k, state.gradient_step)
+    length = window_length(options.every_k, state.gradient_step)
     check_devices.check_agreed(length if due is None else due, over)
     return Checked(weight, True if alone else due, args, length, alone, over, parts)
+
+
+def window_length(
+    every_k: int | jax.Array | Callable[[jax.Array], Any], gradient_step: jax.Array
+) -> jax.Array:
+    """Returns the length of the window that follows `gradient_step` releases, i32[]."""
+    if callable(every_k):
+        length, remedy = every_k(gradient_step), "; cast a float schedule with `.astype(int)`"
+        check_scalar("`every_k(gradient_step)`", length, jnp.integer, remedy=remedy)
+        every_k = length if isinstance(length, jax.Array) else check_count("`every_k`", int(length))
+    dtype = jnp.result_type(every_k)
+    if isinstance(every_k, jax.Array) and jnp.iinfo(dtype).max > INT32_MAX:  # it would wrap
+        every_k = jnp.clip(every_k, 1, jnp.asarray(INT32_MAX, dtype))
+    return jnp.asarray(every_k, jnp.int32)
 
 
 def _check_state(state: Any, grads: Any, options: Options) -> None:

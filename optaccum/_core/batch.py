@@ -34,7 +34,7 @@ def put(tree: Any, microbatch: Any, i: jax.Array) -> Any:
 
 def join(tree: Any) -> Any:
     """Returns leaves [m, n, ...] as [m n, ...]: what :func:`split` undoes."""
-    return jax.tree.map(lambda x: jnp.reshape(x, (-1, *x.shape[2:])), tree)
+    return jax.tree.map(lambda x: jnp.reshape(x, (x.shape[0] * x.shape[1], *x.shape[2:])), tree)
 
 
 def is_typed_key(x: Any) -> bool:

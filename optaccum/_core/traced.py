@@ -41,6 +41,23 @@ def strongly_typed(x: Any) -> Any:
     return x
 
 
+def own_arrays(state: Any, params: Any) -> Any:
+    """Returns a fresh state whose arrays are strongly typed, each its own, and none a parameter.
+
+    Some optimizers begin with the parameters, or with one array in two places. All can be donated.
+    """
+    taken = {id(x) for x in jax.tree.leaves(params)}
+
+    def own(x):
+        if isinstance(x, jax.Array):
+            if id(x) in taken:
+                return jnp.copy(x)
+            taken.add(id(x))
+        return strongly_typed(x)
+
+    return jax.tree.map(own, state)
+
+
 def cast_like(tree: Any, like: Any) -> Any:
     """Returns `tree` in the dtypes of `like`, strongly typed."""
 
