@@ -115,10 +115,11 @@ def check_parts(grads: Any, kept: Whole) -> None:
 
 def check_reduced(grads: Any, params: Any, kept: Whole) -> None:
     """Raises where a gradient differs between devices that have its parameter alike."""
+    if kept.axes or AxisType.Manual not in jax.sharding.get_abstract_mesh().axis_types:
+        return
     leaves, treedef = jax.tree_util.tree_flatten_with_path(grads, is_leaf=lambda g: g is None)
     for (path, g), p in zip(leaves, treedef.flatten_up_to(params), strict=True):
-        axes = set() if g is None or kept.axes else varying(g) - varying(p)
-        if axes:
+        if g is not None and (axes := varying(g) - varying(p)):
             raise TypeError(
                 f"gradient leaf {leaf_name(path)} varies over {sorted(axes)} of jax.shard_map, but "
                 "its parameter does not; name these axes in `reduce_axes`, or reduce the gradient "
@@ -126,13 +127,21 @@ def check_reduced(grads: Any, params: Any, kept: Whole) -> None:
             )
 
 
-def check_placed(grads: Any, sums: Any, kept: Whole) -> Any:
+def check_placed(grads: Any, sums: Any, params: Any, kept: Whole) -> Any:
     """Returns gradients as parts that lie on the devices as their sums, by their types.
+
+    Args:
+        grads: the gradients.
+        sums: the sums that they are to be added to, or None.
+        params: their parameters, or None.
+        kept: where the sums are.
 
     Raises:
         TypeError: where a gradient is no part though it has to be, or the other way round.
-        ValueError: where its sum is placed differently; `sums` is None where there are none.
+        ValueError: where its sum is placed differently.
     """
+    if params is not None and sums is not None:
+        check_reduced(grads, params, kept)
     check_parts(grads, kept)
     parts = kept.as_parts(grads)
 

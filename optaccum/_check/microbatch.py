@@ -69,8 +69,7 @@ def check_microbatch(
     check_fits(grads, sums if not alone else grads if trained is None else trained)
     if trained is not None and not alone:
         check_trained(trained, sums)
-        check_devices.check_reduced(grads, trained, over)
-    parts = check_devices.check_placed(grads, sums, over)
+    parts = check_devices.check_placed(grads, sums, trained, over)
     weight, due, args = check_args.check_extra_args(
         options, weight, release, extra_args, alone=alone
     )
