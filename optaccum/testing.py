@@ -176,7 +176,7 @@ def check_step(
     "coupled"           rows are coupled otherwise
     "dropout_keys"      all microbatches draw with one key
     "stochastic"        microbatches draw with keys of their own; `exact` is None
-    "donated"           the step reads a buffer that it donated; `exact` is None
+    "donated"           the step reads or donates what it donated; `exact` is None
     "unknown"           what was not understood; `exact` is None
     ==================  ========================================================================
 

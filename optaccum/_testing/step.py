@@ -41,14 +41,18 @@ def check(
     program = Program(make_step, params, k, inside_step, get_params)
     try:
         return _check(program, batch, tolerance)
+    except runs.StepError as error:
+        return _failed(error.__cause__)
     except Exception as error:
-        return _failed(error)
+        text = f"{type(error).__name__}: {str(error)[:300]}"
+        detail = f"the runs could not be compared, though the step ran ({text})"
+        return Report(None, findings=(Finding("unknown", None, detail),), remedy=probes.REPORT)
 
 
-def _failed(error: Exception) -> Report:
+def _failed(error: BaseException | None) -> Report:
     text = f"{type(error).__name__}: {str(error)[:300]}"
-    if "delete" in str(error) or "donated" in str(error):
-        detail = f"the step reads a buffer that it donated before ({text})"
+    if "delete" in str(error) or "donat" in str(error):
+        detail = f"the step reads or donates a buffer that it donated before ({text})"
         return Report(None, findings=(Finding("donated", None, detail),), remedy=probes.DONATED)
     detail = f"the step could not be run ({text})"
     return Report(None, findings=(Finding("unknown", None, detail),), remedy=probes.RUN)
@@ -129,7 +133,8 @@ def _average_that_differs(full: Run, window: Run, bound: float) -> str | None:
     """Returns the path of an average of parameters that microbatches change otherwise."""
     before, a, b = full.states[0], full.state(WINDOWS), window.state(WINDOWS)
     for path in a:
-        if not AVERAGES.search(path) or path not in b or a[path].dtype.kind != "f":
+        held = AVERAGES.search(full.holders.get(path, ""))
+        if not held or path not in b or a[path].dtype.kind != "f":
             continue
         moved = np.linalg.norm(a[path] - before.get(path, 0))
         if np.linalg.norm(a[path] - b[path]) > 8 * bound * max(moved, 1e-300):
