@@ -382,6 +382,16 @@ def test_the_mistake_is_named(name):
         assert report.remedy in str(report).replace("\n", " ")
 
 
+@pytest.mark.slow
+def test_a_small_learning_rate_hides_mistakes():
+    """At 1e-7 the window and the full batch round to the same parameters, weights or none."""
+    for rate, exact, kind in ((1e-2, False, "weights"), (1e-7, None, "unknown")):
+        make_step = plain(inside(optax.sgd(rate)), masked_loss)
+        report = check_step(make_step, PARAMS, BATCH, every_k=K)
+        assert (report.exact, report.kind) == (exact, kind), report
+    assert "raise the learning rate" in str(report)
+
+
 def test_holders_are_paths_without_those_of_parameters():
     window = [".a.mini_step", ".a.weight", ".a.grad_sum['mu']", ".a.noise.averages.trace"]
     inner = [".a.inner_state.mu['mu']", ".a.inner_state.mu['w']", "['weight']['avg']"]

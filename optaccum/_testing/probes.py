@@ -21,6 +21,7 @@ DONATED = (
     "use what the step returned, and copy with `jnp.copy` what you keep of a donated argument or "
     "hold twice in the state."
 )
+LEARNING_RATE = "raise the learning rate, so that rounding is small beside a step."
 REPORT = "this is a fault of the check: report it, with the step."
 RUN = "make `step(state, rows)` run on the full batch and on each microbatch."
 REMEDIES = {
