@@ -209,6 +209,11 @@ def test_weights_are_seen_in_low_precision_where_others_would_not_fit():
         uneven_loss(jnp.bfloat16), jnp.ones(3), batch, num_microbatches=4, weight_fn=tokens
     )
     assert report.exact is True, report
+    report = check_loss(
+        uneven_loss(jnp.bfloat16), jnp.ones(3), batch, num_microbatches=4,
+        weight_fn=lambda params, batch: 2 + jnp.abs(batch["x"][0, 0, 0]),
+    )  # fmt: skip
+    assert (report.exact, report.kind) == (False, "weights"), report
 
 
 def test_a_loop_that_leaves_a_value_of_each_row_is_followed():

@@ -146,8 +146,9 @@ def _by_numbers(loss: Loss, n: int, read: Structure, tolerance: float | None) ->
             remedy=_remedy("stochastic"),
             tolerance=bound,
         )
-    divided = not weighted and any(finding.kind == "divisor" for finding in read.findings)
-    proven = doubts or (divided and verdict.kind == "weights")
+    # A count that fits where the weights in use do not is no rounding; fitted shares may be.
+    counted = verdict.kind == "weights" and verdict.source is not None
+    proven = doubts or (counted and not structural.exact)
     if bound <= numbers.COARSE:  # low precision is only beside the way of the gradients
         proven = proven or (not structural.exact and verdict.error > numbers.LARGEST_TOLERANCE)
     if low and not proven and verdict.kind not in ("not_finite", "unknown"):
