@@ -102,22 +102,7 @@ def value_and_grad(
           one `jax.reshard` to where they are wanted.
         * `fun` is traced once. Keys do not depend on data.
 
-    ============================================  ==============================================
-    case                                          result
-    ============================================  ==============================================
-    `num_microbatches` 1                          `jax.value_and_grad(fun)`: no scan, no sums, the
-                                                  caller's keys; aux has its leading axis of 1
-                                                  (with `reduce_axes` there are sums)
-    a weight below 2**-100, negative or NaN       the microbatch adds nothing, not even a NaN, and
-                                                  leaves the carry as it was; its aux is kept
-    one that takes their sum above 2**126         the same
-    weights sum to 0                              loss and gradients are zeros
-    n does not divide the rows                    an error that names the nearest divisors; pad,
-                                                  and give the padding no weight
-    a typed key outside `rng_argnums`             an error: microbatches would share their noise
-    keyword arguments                             go to every microbatch whole
-    a None leaf                                   passes through
-    ============================================  ==============================================
+    Documentation: "Semantics" has a table of all cases.
 
     `aux` is stacked, never reduced: each of its leaves, arrays or numbers, gets a leading axis of
     length n, at n = 1 too, so that code which reads it does not depend on n. Means over equal

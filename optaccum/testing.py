@@ -50,6 +50,7 @@ def check_loss(
     Guarantees:
         * `fun` is traced twice for the structure; nothing is compiled without `num_microbatches`.
         * Only bad arguments raise. A program that cannot be followed or run is "unknown".
+        * With `exact` True, `findings` are lines that may couple rows which differ more.
         * Microbatch i holds the rows i, i + n, ..., as in :func:`optaccum.value_and_grad`.
 
     ==================  ========================================================================
@@ -61,7 +62,7 @@ def check_loss(
     "terms"             it adds terms that are divided by different counts
     "stochastic"        rows draw random numbers; `exact` is None
     "not_finite"        gradients of microbatches are not finite; `exact` is None
-    "unknown"           what was not understood; `exact` is None
+    "unknown"           what was not understood, or may be rounding; `exact` is None
     "pairwise"          (a line) a value for every pair of rows
     "batch_statistic"   (a line) a sum over rows flows back into the rows
     "nonlinear"         (a line) a nonlinear function of a sum over rows
@@ -80,7 +81,7 @@ def check_loss(
         weight_fn: the weights that you use, as in :func:`optaccum.value_and_grad`.
         rng_argnums: positions of keys. All microbatches get them as they are.
         tolerance: the relative error that is still exact; None to derive it from the dtypes and
-            the number of roundings in the program.
+            the number of roundings on the way of the gradients.
 
     Returns:
         A :class:`Report`.
@@ -176,8 +177,8 @@ def check_step(
     "coupled"           rows are coupled otherwise
     "dropout_keys"      all microbatches draw with one key
     "stochastic"        microbatches draw with keys of their own; `exact` is None
-    "donated"           the step reads a buffer that it donated; `exact` is None
-    "unknown"           what was not understood; `exact` is None
+    "donated"           the step reads or donates what it donated; `exact` is None
+    "unknown"           what was not understood, or may be rounding; `exact` is None
     ==================  ========================================================================
 
     Guarantees:
@@ -194,7 +195,8 @@ def check_step(
         inside_step: whether `step` takes the full batch and divides it itself.
         get_params: `state -> parameters`; None for `state.params`, `state["params"]`, the first of
             a tuple, or the state itself.
-        tolerance: the relative error that is still exact; None to derive it.
+        tolerance: the relative error that is still exact; None to derive it from how far a step
+            moves the parameters.
 
     Returns:
         A :class:`Report`.

@@ -1,4 +1,4 @@
-"""The promises of docs/semantics.md and of two docstrings, each with numbers by hand.
+"""The promises of docs/semantics.md and of the docstrings, each with numbers by hand.
 
 The id of a test is the promise: a row of a table of cases, or one of the *Guarantees*. Promises
 about several devices are kept by test_reduce.py, test_reduce_explicit.py and test_parts.py.

@@ -8,6 +8,7 @@ from helpers import losses, tokens
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from benchmarks import transformer
@@ -137,6 +138,142 @@ def test_low_precision_is_judged_by_its_own_rounding():
     assert report.exact is False
 
 
+def low_precision(dtype):
+    """A right loss: at bfloat16 the gradient of its temperature is off by a tenth and more."""
+
+    def loss(params, batch):
+        x, w, t = (a.astype(dtype) for a in (batch["x"], params["w"], params["t"]))
+        logits = (jnp.tanh(x @ w) * t).astype(jnp.float32)
+        return optax.softmax_cross_entropy_with_integer_labels(logits, batch["y"]).mean()
+
+    return loss
+
+
+def test_rounding_in_low_precision_is_no_mistake():
+    keys = jax.random.split(jax.random.key(0), 3)
+    batch = {
+        "x": jax.random.normal(keys[0], (8, 50, 5)),
+        "y": jax.random.randint(keys[1], (8, 50), 0, 7),
+    }
+    params = {"w": jax.random.normal(keys[2], (5, 7)), "t": jnp.float32(0.7)}
+    report = check_loss(low_precision(jnp.bfloat16), params, batch, num_microbatches=4)
+    assert (report.exact, report.kind) == (None, "unknown"), report
+    assert "float32" in str(report)
+    assert check_loss(low_precision(jnp.float32), params, batch, num_microbatches=4).exact
+
+    def summed(params, batch):
+        return len(batch["x"]) * low_precision(jnp.bfloat16)(params, batch)
+
+    assert check_loss(summed, params, batch, num_microbatches=4).exact is False
+
+
+UNEVEN = (jnp.arange(40) < jnp.array([38, 40, 40, 39, 36, 40, 39, 40])[:, None]).astype(jnp.float32)
+
+
+def uneven_loss(dtype, beside=False):
+    """A mean over tokens that nearly all count: as a mean of means it is off by 0.7 %."""
+
+    def loss(params, batch):
+        x = batch["x"] if beside else batch["x"].astype(dtype)
+        w = params if beside else params.astype(dtype)
+        losses = ((x @ w).astype(jnp.float32) - 1) ** 2
+        seen = 0 * batch["mask"].astype(dtype).mean().astype(jnp.float32)
+        return jnp.sum(batch["mask"] * losses) / batch["mask"].sum() + seen
+
+    return loss
+
+
+@pytest.mark.parametrize(
+    ("loss", "exact"),
+    [
+        (uneven_loss(jnp.float32), False),
+        (uneven_loss(jnp.bfloat16, beside=True), False),
+        (uneven_loss(jnp.bfloat16), None),
+    ],
+    ids=["float32", "bfloat16 beside it", "bfloat16"],
+)
+def test_low_precision_hides_a_mistake_only_where_gradients_pass(loss, exact):
+    x = jax.random.normal(jax.random.key(0), (8, 40, 3)) + 0.3 * jnp.arange(8.0)[:, None, None]
+    report = check_loss(loss, jnp.ones(3), {"x": x, "mask": UNEVEN}, num_microbatches=4)
+    assert report.exact is exact, report
+
+
+def test_weights_are_seen_in_low_precision_where_others_would_not_fit():
+    batch = {"x": jnp.tile(X[:, None], (1, 40, 1)), "mask": UNEVEN * (jnp.arange(8) < 4)[:, None]}
+    batch = jax.tree.map(lambda x: x[jnp.array([0, 1, 4, 5, 2, 6, 7, 3])], batch)
+
+    def tokens(params, batch):
+        return batch["mask"].sum()
+
+    report = check_loss(
+        uneven_loss(jnp.bfloat16), jnp.ones(3), batch, num_microbatches=4, weight_fn=tokens
+    )
+    assert report.exact is True, report
+    report = check_loss(
+        uneven_loss(jnp.bfloat16), jnp.ones(3), batch, num_microbatches=4,
+        weight_fn=lambda params, batch: 2 + jnp.abs(batch["x"][0, 0, 0]),
+    )  # fmt: skip
+    assert (report.exact, report.kind) == (False, "weights"), report
+
+
+def test_a_loop_that_leaves_a_value_of_each_row_is_followed():
+    def chained(w, x):
+        def body(carry, row):
+            carry = jnp.tanh(carry + row * w)
+            return carry, carry.mean()
+
+        return jax.lax.scan(body, jnp.zeros(3), x)[1].mean()
+
+    def alone(w, x):
+        return jax.lax.scan(lambda i, row: (i + 1, (row @ w) ** 2), 0, x)[1].mean()
+
+    assert check_loss(chained, W, X).exact is not True
+    assert check_loss(alone, W, X).exact is True
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_a_maximum_over_rows_has_no_count_for_weights(seed):
+    keys = jax.random.split(jax.random.key(seed), 3)
+    batch = {
+        "x": jax.random.normal(keys[0], (8, 6, 5)),
+        "y": jax.random.randint(keys[1], (8, 6), 0, 7),
+    }
+
+    def loss(w, batch):
+        losses = optax.softmax_cross_entropy_with_integer_labels(batch["x"] @ w, batch["y"])
+        return losses.mean(1).max()
+
+    w = jax.random.normal(keys[2], (5, 7))
+    assert check_loss(loss, w, batch, num_microbatches=2).kind == "coupled"
+
+
+def test_what_these_rows_do_not_show_is_said():
+    def clipped(w, x):
+        losses = (x @ w) ** 2
+        return jnp.minimum(losses, 100 * losses.mean()).mean()
+
+    report = check_loss(clipped, W, X, num_microbatches=2)
+    assert (report.exact, report.kind) == (True, None)
+    assert {finding.kind for finding in report.findings} == {"batch_statistic"}
+    assert "rows that differ more" in str(report)
+
+
+@pytest.mark.parametrize("num_microbatches", [None, 2])
+def test_a_forgotten_batch_argnum_is_in_the_remedy(num_microbatches):
+    def loss(w, x, y):
+        return jnp.mean((x @ w - y) ** 2)
+
+    report = check_loss(loss, W, X, jnp.ones(8), num_microbatches=num_microbatches)
+    assert report.exact is None
+    assert "`batch_argnums`" in str(report.remedy)
+
+
+def test_a_weight_fn_that_raises_is_in_the_remedy():
+    report = check_loss(mean, W, X, num_microbatches=2, weight_fn=lambda x: 1.0)
+    assert report.exact is None
+    assert "`weight_fn` takes the arguments of `fun`" in str(report.remedy)
+
+
 def test_devices_that_reduce_are_followed():
     mesh = jax.make_mesh((2,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
     spec = jax.P("data")
@@ -176,6 +313,7 @@ def test_the_model_of_the_tests_has_no_finding():
         ({"num_microbatches": 1}, "`num_microbatches` must be >= 2 to compare with one, got 1"),
         ({"num_microbatches": 3}, "`num_microbatches` 3 does not divide the 8 rows"),
         ({"tolerance": 2.0}, "`tolerance` must lie between 0 and 1, got 2.0"),
+        ({"tolerance": "a"}, "`tolerance` must be a scalar"),
         ({"batch_argnums": 4}, "`batch_argnums` names argument 4"),
         ({"weight_fn": 3}, "`weight_fn` must be a function"),
     ],
@@ -191,6 +329,7 @@ def test_bad_arguments_of_check_loss_are_named(options, message):
         ({"every_k": 1}, "`every_k` must be >= 2 to compare with one step, got 1"),
         ({"every_k": 3}, "does not divide the 8 rows"),
         ({"every_k": 2, "tolerance": 0.0}, "`tolerance` must lie between 0 and 1, got 0.0"),
+        ({"every_k": 2, "tolerance": [0.1]}, "`tolerance` must be a scalar"),
         ({"every_k": 2, "get_params": 3}, "`get_params` must be a function"),
     ],
 )

@@ -10,6 +10,7 @@ import optax
 import pytest
 
 import optaccum
+from optaccum._testing import probes, runs, step
 from optaccum.testing import check_step
 
 ROWS, FEATURES, K = 12, 5, 4
@@ -38,7 +39,14 @@ def coupled_loss(params, rows):
     ).mean()
 
 
-def plain(make_tx, loss=mean_loss, weight=None, divide=False):
+def renamed_loss(params, rows):
+    return masked_loss({"w": params["mu"], "b": params["ema"]}, rows)
+
+
+RENAMED = {"mu": PARAMS["w"], "ema": PARAMS["b"]}
+
+
+def plain(make_tx, loss=mean_loss, weight=None, divide=False, metrics=()):
     """A loop with a transformation of Optax, which `make_tx(every_k)` builds."""
 
     def make_step(params, every_k):
@@ -51,6 +59,7 @@ def plain(make_tx, loss=mean_loss, weight=None, divide=False):
             if divide:
                 grads = jax.tree.map(lambda g: g / every_k, grads)
             extra = {} if weight is None else {"weight": weight(rows)}
+            extra |= dict.fromkeys(metrics, value)
             updates, opt_state = tx.update(grads, opt_state, params, **extra)
             return (optax.apply_updates(params, updates), opt_state), value
 
@@ -65,6 +74,16 @@ def chain_outside(inner):
 
 def inside(inner):
     return lambda k: optaccum.accumulate(k, inner)
+
+
+def measured(inner):
+    """With all that `accumulate` keeps beside the optimizer, under names of means and averages."""
+    options = {"measure_noise": "all", "metrics": ("avg_loss", "mu")}
+    return plain(lambda k: optaccum.accumulate(k, inner, **options), metrics=options["metrics"])
+
+
+def donated_twice(params, every_k):
+    return (params, params), jax.jit(lambda state, rows: state, donate_argnums=0)
 
 
 def multi(inner):
@@ -278,12 +297,24 @@ STEPS = {
     "MultiSteps adam": (None, plain(multi(ADAM))),
     "bare in front of sgd": (None, plain(chain_outside(SGD))),
     "weights": (None, plain(inside(ADAM), masked_loss, lambda rows: rows["mask"].sum())),
+    "measured adam": (None, measured(ADAM)),
+    "measured sgd": (None, measured(SGD)),
+    "renamed": (
+        None,
+        plain(inside(ADAM), renamed_loss, lambda rows: rows["mask"].sum()),
+        RENAMED,
+    ),
     "rmsprop": (None, plain(inside(optax.rmsprop(0.01)))),
     "by hand": (None, by_hand()),
     "by hand clipped": ("clip", by_hand(clip=0.05)),
     "linen": (None, linen_loop(Dense(), inside(ADAM)), linen_params(Dense())),
     "linen MultiSteps": (None, linen_loop(Dense(), multi(ADAM)), linen_params(Dense())),
     "nnx": (None, nnx_loop(inside(ADAM)), Network()),
+    "nnx measured": (
+        None,
+        nnx_loop(lambda k: optaccum.accumulate(k, ADAM, measure_noise="all")),
+        Network(),
+    ),
     "nnx MultiSteps": (
         None,
         nnx_loop(lambda k: multi(ADAM)(k).gradient_transformation()),
@@ -318,6 +349,7 @@ STEPS = {
     "summed": ("factor", by_hand(divide_by_k=False)),
     "no weights": ("weights", plain(inside(ADAM), masked_loss)),
     "no weights sgd": ("weights", plain(multi(SGD), masked_loss)),
+    "no weights, renamed": ("weights", plain(inside(ADAM), renamed_loss), RENAMED),
     "inside, no weights": ("weights", inside_one_step(masked_loss)),
     "coupled": ("coupled", plain(inside(ADAM), coupled_loss)),
     "linen BatchNorm": (
@@ -331,6 +363,7 @@ STEPS = {
     "a key each": ("stochastic", by_hand(key_per_call=True)),
     "inside, one key": ("dropout_keys", inside_one_step(fold=False)),
     "inside, a key each": ("stochastic", inside_one_step(fold=True)),
+    "a buffer donated twice": ("donated", donated_twice),
     "a donated buffer": ("donated", by_hand(stale=True)),
 }
 
@@ -352,3 +385,35 @@ def test_the_mistake_is_named(name):
     assert report.exact is (None if unknown else kind is None)
     if kind is not None:
         assert report.remedy in str(report).replace("\n", " ")
+
+
+@pytest.mark.slow
+def test_a_small_learning_rate_hides_mistakes():
+    """At 1e-7 parameters round to the same, with weights or without; means of gradients do not."""
+    found = []
+    for inner in (optax.sgd(1e-2), optax.adam(1e-7), optax.sgd(1e-7)):
+        report = check_step(plain(inside(inner), masked_loss), PARAMS, BATCH, every_k=K)
+        found.append((report.exact, report.kind))
+    assert found == [(False, "weights"), (False, "weights"), (None, "unknown")]
+    assert "raise the learning rate" in str(report)
+
+
+def test_holders_are_paths_without_those_of_parameters():
+    window = [".a.mini_step", ".a.weight", ".a.grad_sum['mu']", ".a.noise.averages.trace"]
+    inner = [".a.inner_state.mu['mu']", ".a.inner_state.mu['w']", "['weight']['avg']"]
+    holders = runs.find_holders([*window, *inner, "[0]['mu']"], ["['mu']", "['w']"])
+    assert holders == {
+        ".a.mini_step": ".a.mini_step",
+        ".a.inner_state.mu['mu']": ".a.inner_state.mu",
+        ".a.inner_state.mu['w']": ".a.inner_state.mu",
+        "['weight']['avg']": "['weight']['avg']",
+        "[0]['mu']": "[0]",
+    }
+
+
+def test_a_failure_of_the_check_is_not_the_step_s(monkeypatch):
+    monkeypatch.setattr(step, "distance", lambda *args: 1 / 0)
+    report = check_step(plain(inside(SGD)), PARAMS, BATCH, every_k=K)
+    assert (report.exact, report.kind) == (None, "unknown")
+    assert "could not be compared" in str(report)
+    assert report.remedy == probes.REPORT

@@ -53,7 +53,8 @@ def _scan(walk: Any, one: Any, two: Any, values: list[Value]) -> list[Value]:
             new = [_over_rows(walk, old, v) for old, v in zip(carry, new, strict=True)]
         joined = [_join([old, v]) for old, v in zip(carry, new, strict=True)]
         if by_row:
-            # Sums over rows are told from a chain of rows by the numbers alone.
+            # What a loop leaves of each row is made of what it has carried so far.
+            results = walk.nested(a, b, [*fixed, *joined, *xs])
             return [*joined, *results[carried:]]
         if joined == carry:
             break

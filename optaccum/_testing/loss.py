@@ -15,7 +15,6 @@ from optaccum._testing.report import Finding, Report
 from optaccum._testing.structure import Structure
 
 COUPLING = ("pairwise", "batch_statistic", "nonlinear", "order")
-LARGEST_TOLERANCE = 0.05
 
 
 def check(
@@ -38,8 +37,7 @@ def check(
         n = arguments.check_count("`num_microbatches`", num_microbatches, " or None")
         if n == 1:
             raise ValueError("`num_microbatches` must be >= 2 to compare with one, got 1")
-    if tolerance is not None and not 0 < tolerance < 1:
-        raise ValueError(f"`tolerance` must lie between 0 and 1, got {tolerance}")
+    numbers.check_tolerance(tolerance)
     roles = check_batch.check_roles(
         {
             "`argnums`": argnums,
@@ -60,7 +58,7 @@ def check(
     except Exception as error:
         detail = f"the gradients could not be taken ({type(error).__name__}: {str(error)[:300]})"
         findings = [Finding("unknown", None, detail), *read.findings]
-        return Report(None, findings=tuple(findings), remedy=_remedy("unknown"))
+        return Report(None, findings=tuple(findings), remedy=_remedy("failed"))
 
 
 def _array(x: Any) -> Any:
@@ -78,6 +76,8 @@ def _by_structure(read: Structure, weighted: bool) -> Report:
             found.insert(0, Finding(kind, found[0].where if found and wanted else None, detail))
         return Report(exact, findings=tuple(found), remedy=_remedy(kind))
 
+    if not read.traced:
+        return Report(None, findings=tuple(read.findings), remedy=_remedy("failed"))
     if value is None or value.kind == "unknown" or "unknown" in kinds:
         detail = None if kinds else "the program could not be followed"
         return report(None, "unknown", "unknown", detail=detail)
@@ -108,10 +108,10 @@ def _by_numbers(loss: Loss, n: int, read: Structure, tolerance: float | None) ->
     # are compared (2), of which the larger of a few draws counts (2): 8 u sqrt(roundings), u = eps.
     # A gradient in which rows nearly cancel is less exact than that. Its rows in another order
     # show by how much; what they show beyond 100 times the bound is not rounding.
-    bound = min(8 * read.eps * math.sqrt(read.roundings), LARGEST_TOLERANCE)
+    bound = min(8 * read.eps * math.sqrt(read.roundings), numbers.LARGEST_TOLERANCE)
     noise = max(point.noise for point in points)
     if 4 * noise <= 100 * bound:
-        bound = min(max(bound, 4 * noise), LARGEST_TOLERANCE)
+        bound = min(max(bound, 4 * noise), numbers.LARGEST_TOLERANCE)
     bound = bound if tolerance is None else tolerance
     leaves = {
         name: leaf
@@ -124,8 +124,17 @@ def _by_numbers(loss: Loss, n: int, read: Structure, tolerance: float | None) ->
     }
     likely = {name: leaves[name] for name in read.leaves} or leaves
     verdict = numbers.judge(points, weights, counts.count(likely, n), bound)
+    weighted = loss.weight_fn is not None
+    structural = _by_structure(read, weighted)
+    doubts = structural.findings if structural.exact is False else ()
+    low = tolerance is None and 8 * read.narrowest * math.sqrt(read.roundings) > numbers.COARSE
     if verdict.kind == "exact":
-        return Report(True, verdict.error, 1.0, verdict.weights, tolerance=bound)
+        # Other weights that would not fit show that these do, however coarse the tolerance.
+        told = weighted and numbers.off(points, np.ones(n)) > bound
+        if low and bound > numbers.COARSE and not (told or structural.exact):
+            return _coarse(verdict, read, bound)
+        remedy = _remedy("doubt") if doubts else None
+        return Report(True, verdict.error, 1.0, verdict.weights, doubts, remedy, bound)
     random = any(finding.kind == "stochastic" for finding in read.findings)
     if gradients.depends_on_keys(loss, bound) or (random and verdict.kind == "coupled"):
         where = next((f.where for f in read.findings if f.kind == "stochastic"), None)
@@ -137,7 +146,23 @@ def _by_numbers(loss: Loss, n: int, read: Structure, tolerance: float | None) ->
             remedy=_remedy("stochastic"),
             tolerance=bound,
         )
-    return explain(verdict, read, bound, loss.weight_fn is not None)
+    # A count that fits where the weights in use do not is no rounding; fitted shares may be.
+    counted = verdict.kind == "weights" and verdict.source is not None
+    proven = doubts or (counted and not structural.exact)
+    if bound <= numbers.COARSE:  # low precision is only beside the way of the gradients
+        proven = proven or (not structural.exact and verdict.error > numbers.LARGEST_TOLERANCE)
+    if low and not proven and verdict.kind not in ("not_finite", "unknown"):
+        return _coarse(verdict, read, bound)
+    return explain(verdict, read, bound, weighted)
+
+
+def _coarse(verdict: numbers.Verdict, read: Structure, tolerance: float) -> Report:
+    """Returns the report where rounding in low precision hides whether there is a mistake."""
+    detail = "gradients in low precision may be off by as much without a mistake"
+    findings = (Finding("unknown", None, detail), *read.findings)
+    return Report(
+        None, verdict.error, findings=findings, remedy=_remedy("coarse"), tolerance=tolerance
+    )
 
 
 def explain(
@@ -146,8 +171,11 @@ def explain(
     """Returns the report on a verdict, with the lines that explain it."""
     kind = verdict.kind
     kinds = {finding.kind for finding in read.findings}
-    if kind == "weights" and verdict.source is None and kinds & set(COUPLING):
-        kind = "coupled"  # the shares of a maximum, which stay as they are while its row does
+    unnamed = kind == "weights" and verdict.source is None
+    named = verdict.source == "" or "divisor" in kinds
+    if kind in ("weights", "factor") and kinds & set(COUPLING) and (unnamed or not named):
+        # The shares of a maximum stay as they are while its row does; some count has them, too.
+        kind = "coupled"
         verdict = dataclasses.replace(verdict, scale=None, weights=None)
     if kind == "coupled" and "terms" in kinds and not kinds & set(COUPLING):
         kind = "terms"
@@ -225,6 +253,10 @@ def _remedy(
         "of the batch.",
         "not_finite": "divide by `jnp.maximum(count, 1)`, and pass the count as `weight=` or "
         "`weight_fn`, with which an empty microbatch adds nothing.",
+        "coarse": "check it in float32, parameters and batch included, where rounding is small.",
+        "doubt": "these rows do not show what the lines above do: take rows that differ more.",
+        "failed": "make `fun` run on each microbatch: `batch_argnums` names all arguments that "
+        "hold rows, and `weight_fn` takes the arguments of `fun`.",
         "unknown": "pass `num_microbatches`, more parameters or fewer microbatches, so that the "
         "gradients can tell.",
         "divisor": "pass `num_microbatches`.",

@@ -2,9 +2,23 @@
 
 import dataclasses
 
+import jax.numpy as jnp
 import numpy as np
 
+from optaccum._check import arguments
 from optaccum._testing.gradients import Point
+
+LARGEST_TOLERANCE = 0.05
+COARSE = 0.01  # a tolerance above which a mistake of a percent is not seen
+
+
+def check_tolerance(tolerance: float | None) -> None:
+    """Raises unless the tolerance is None or a number between 0 and 1."""
+    if tolerance is None:
+        return
+    arguments.check_scalar("`tolerance`", tolerance, jnp.floating, jnp.integer)
+    if not 0 < tolerance < 1:
+        raise ValueError(f"`tolerance` must lie between 0 and 1, got {tolerance}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,7 +58,7 @@ def judge(
         tolerance: the error that rounding explains.
     """
     n = len(given)
-    error = max(_error(point, given) for point in points)
+    error = off(points, given)
     if not np.isfinite(points[0].full).all():
         return Verdict("not_finite", float("nan"))
     if error <= tolerance:
@@ -54,7 +68,7 @@ def judge(
         return Verdict("factor", error, scale, _shares(given))
     candidates = {"": np.ones(n), **counts}
     for source, weights in candidates.items():
-        if max(_error(point, weights) for point in points) <= tolerance:
+        if off(points, weights) <= tolerance:
             return Verdict("weights", error, 1.0, _shares(weights), source)
     for source, weights in candidates.items():
         scale = _factor(points, weights, tolerance)
@@ -72,6 +86,11 @@ def judge(
         return Verdict("unknown", error)
     alone = equations > n and all(_fit([point], given, tolerance) is not None for point in points)
     return Verdict("coupled", error, nonlinear=alone)
+
+
+def off(points: list[Point], weights: np.ndarray) -> float:
+    """Returns how far the weighted means are from the full batch's gradients."""
+    return max(_error(point, weights) for point in points)
 
 
 def _shares(weights: np.ndarray) -> np.ndarray | None:

@@ -18,8 +18,11 @@ INSIDE = (
     "optax.chain(...))`, and keep averages of parameters by `has_released`."
 )
 DONATED = (
-    "use what the step returned, and copy with `jnp.copy` what you keep of a donated argument."
+    "use what the step returned, and copy with `jnp.copy` what you keep of a donated argument or "
+    "hold twice in the state."
 )
+LEARNING_RATE = "raise the learning rate, so that rounding is small beside a step."
+REPORT = "this is a fault of the check: report it, with the step."
 RUN = "make `step(state, rows)` run on the full batch and on each microbatch."
 REMEDIES = {
     "optimizer": INSIDE,
@@ -121,7 +124,8 @@ class Probe:
         """Says whether a schedule counts microbatches."""
         a, b = self.full.state(2), self.window.state(2)
         for path, count in b.items():
-            if not re.search(r"\bcount\b", path) or path not in a or count.shape != ():
+            holder = self.window.holders.get(path, "")
+            if not re.search(r"\bcount\b", holder) or path not in a or count.shape != ():
                 continue
             if a[path] == 2 and count == 2 * self.window.per_window > 2:
                 detail = f"{path} is {count} after two windows: it counts microbatches"

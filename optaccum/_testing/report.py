@@ -33,7 +33,8 @@ class Report:
         error: how far they are from it, relative to its norm; None without numbers.
         scale: the factor that the mean over microbatches lacks (1.0 where it lacks none), or None.
         weights: how much each microbatch should count, in shares that sum to 1, or None.
-        findings: the reasons, the verdict first. Empty where all is exact.
+        findings: the reasons, the verdict first. Where all is exact, what of the program may differ
+            with other rows; mostly nothing.
         remedy: what to change, or None where there is nothing to change.
         tolerance: the largest `error` that rounding explains, or None.
     """
@@ -48,8 +49,8 @@ class Report:
 
     @property
     def kind(self) -> str | None:
-        """The kind of the first finding, which is the verdict; None without findings."""
-        return self.findings[0].kind if self.findings else None
+        """The kind of the first finding, which is the verdict; None where all is exact."""
+        return self.findings[0].kind if self.findings and self.exact is not True else None
 
     def __str__(self) -> str:
         known = {True: "Exact", False: "Not exact", None: "Unknown"}[self.exact]

@@ -1,6 +1,6 @@
 """Run a user's training step and keep what it leaves behind after every call."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 import copy
 import dataclasses
 import re
@@ -12,6 +12,11 @@ import jax.numpy as jnp
 import numpy as np
 
 MEANS = re.compile(r"\b(mu|trace)\b")  # where optimizers of Optax keep means of gradients
+OWN = re.compile(r"(\.|\[')(noise|arg_sums|grad_sum|weight)\b")  # of a window: AccumulateState
+
+
+class StepError(Exception):
+    """The user's step raised, or returned what is no state: the cause says how."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,11 +46,13 @@ class Run:
         params: f64[P] after 0, 1, ... calls.
         states: {path: array} after 0, 1, ... calls.
         per_window: calls per window.
+        holders: {path: what holds the leaf}; see `find_holders`.
     """
 
     params: list[np.ndarray]
     states: list[dict[str, np.ndarray]]
     per_window: int
+    holders: dict[str, str]
 
     def change(self, window: int = 1) -> np.ndarray:
         """Returns by how much the windows so far moved the parameters."""
@@ -58,7 +65,9 @@ class Run:
     def mean(self) -> np.ndarray | None:
         """Returns what the optimizer keeps of the first window's gradient, if it keeps a mean."""
         found = [
-            x for path, x in self.state().items() if MEANS.search(path) and x.dtype.kind == "f"
+            x
+            for path, x in self.state().items()
+            if MEANS.search(self.holders.get(path, "")) and x.dtype.kind == "f"
         ]
         whole = np.concatenate([x.ravel() for x in found]) if found else np.zeros(0)
         return whole if whole.any() else None
@@ -71,6 +80,13 @@ class Run:
 
 def run(program: Program, batch: Any, every_k: int, windows: int) -> Run:
     """Runs windows of one batch, each the same: with `every_k` 1 on the batch as a whole."""
+    try:
+        return _run(program, batch, every_k, windows)
+    except Exception as error:
+        raise StepError from error
+
+
+def _run(program: Program, batch: Any, every_k: int, windows: int) -> Run:
     state, step = program.make_step(_fresh(program.params), every_k)
     cut = every_k > 1 and not program.inside_step
     rows = [take(batch, i, every_k) for i in range(every_k)] if cut else [batch]
@@ -85,12 +101,30 @@ def run(program: Program, batch: Any, every_k: int, windows: int) -> Run:
         for each in rows:
             state = _next(state, step(state, jax.tree.map(jnp.array, each)))
             keep(state)
-    return Run(params, states, len(rows))
+    holders = find_holders(states[0], named(_trained(find_params(program, state))))
+    return Run(params, states, len(rows), holders)
 
 
 def take(batch: Any, i: int, n: int) -> Any:
     """Returns the rows i, i + n, ..."""
     return jax.tree.map(lambda x: jnp.asarray(x)[i::n], batch)
+
+
+def find_holders(state: Iterable[str], params: Iterable[str]) -> dict[str, str]:
+    """Returns {path: what holds the leaf}: the path without the parameter's own at its end.
+
+    So a parameter named "mu" is no mean of Adam's. What an AccumulateState measures of its window
+    is no part of the optimizer and is left out.
+    """
+    paths, own = {*state}, {*params}
+    found = {}
+    for path in paths:
+        ends = [end for end in own if end and path.endswith(end)]
+        holder = path[: len(path) - max(map(len, ends), default=0)]
+        before = [holder[: match.start()] for match in OWN.finditer(holder)]
+        if not any({f"{at}.mini_step", f"{at}['mini_step']"} & paths for at in before):
+            found[path] = holder
+    return found
 
 
 def find_params(program: Program, state: Any) -> Any:
@@ -170,8 +204,13 @@ def named(tree: Any) -> dict[str, np.ndarray]:
 
 def flat(tree: Any) -> np.ndarray:
     """Returns the trained numbers of a tree, f64[P]: those of `nnx.Param` of a module."""
+    numbers = [x.ravel() for x in named(_trained(tree)).values() if x.dtype.kind == "f"]
+    return np.concatenate(numbers) if numbers else np.zeros(0)
+
+
+def _trained(tree: Any) -> Any:
+    """Returns a tree of arrays: of a module of `flax.nnx`, its `nnx.Param`."""
     nnx = _nnx()
     if nnx is not None and isinstance(tree, nnx.Module):
-        tree = nnx.to_pure_dict(nnx.state(tree, nnx.Param))
-    numbers = [x.ravel() for x in named(tree).values() if x.dtype.kind == "f"]
-    return np.concatenate(numbers) if numbers else np.zeros(0)
+        return nnx.to_pure_dict(nnx.state(tree, nnx.Param))
+    return tree

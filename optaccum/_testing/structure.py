@@ -14,7 +14,7 @@ from optaccum._testing import primitives
 from optaccum._testing.gradients import Loss
 from optaccum._testing.lines import find_line
 from optaccum._testing.report import Finding
-from optaccum._testing.values import CONST, Rules, Value
+from optaccum._testing.values import BAD, CONST, Rules, Value
 
 EPS = float(np.finfo(np.float32).eps)
 MANY = 1000  # roundings on a path, where the program could not be read
@@ -28,7 +28,9 @@ class Structure:
         value: how the loss depends on rows, or None where the program could not be followed.
         findings: what makes it so, in the order of the program.
         roundings: at most how many follow each other on a path through the program.
-        eps: that of the narrowest floating-point type in it.
+        eps: that of the narrowest floating-point type on the way of gradients and sums over rows.
+        narrowest: that of the narrowest one in the whole program.
+        traced: whether the loss ran with these rows and with twice as many.
         leaves: names of the leaves of the batch that it uses, those of divisors first.
     """
 
@@ -36,6 +38,8 @@ class Structure:
     findings: list[Finding]
     roundings: int = MANY
     eps: float = EPS
+    narrowest: float = EPS
+    traced: bool = True
     leaves: list[str] = dataclasses.field(default_factory=list)
 
 
@@ -50,13 +54,16 @@ def read(loss: Loss) -> Structure:
     except Exception as error:
         detail = f"it could not be traced with twice the rows ({type(error).__name__}: "
         finding = Finding("unknown", None, f"{detail}{str(error)[:200]})")
-        return Structure(None, [finding], eps=_narrowest(loss))
+        eps = _narrowest(loss)
+        return Structure(None, [finding], eps=eps, narrowest=eps, traced=False)
     leaves = [
         Value("row", leaves=frozenset({name}))
         if j in loss.rows
-        else Value(active=j in loss.argnums)
+        else Value(active=True, eps=precision(jnp.result_type(leaf)))
+        if j in loss.argnums
+        else CONST
         for j, tree in sorted(loss.arrays.items())
-        for name in leaf_names(loss.fun, j, tree)
+        for name, leaf in zip(leaf_names(loss.fun, j, tree), jax.tree.leaves(tree), strict=True)
     ]
     walk = Walk(_rows(loss))
     try:
@@ -71,11 +78,13 @@ def read(loss: Loss) -> Structure:
     else:
         because = value.because if value.active else frozenset()
     if value is None:
-        return Structure(None, walk.findings, eps=_narrowest(loss))
+        eps = _narrowest(loss)
+        return Structure(None, walk.findings, eps=eps, narrowest=eps)
     shown = [finding for i, finding in enumerate(walk.findings) if i in because]
     leaves = {leaf: None for i in sorted(because) for leaf in walk.leaves.get(i, ())}
     leaves |= dict.fromkeys(sorted(value.leaves)) if value else {}
-    return Structure(value, shown, max(walk.roundings, 1), walk.eps, [*leaves])
+    eps = max(value.eps, float(np.finfo(np.float64).eps))
+    return Structure(value, shown, max(walk.roundings, 1), eps, walk.eps, leaves=[*leaves])
 
 
 def leaf_names(fun: Any, j: int, tree: Any) -> list[str]:
@@ -160,7 +169,8 @@ class Walk:
             for variable, value, x in zip(a.outvars, results, b.outvars, strict=True):
                 if value.active and not precision(variable.aval.dtype):
                     value = dataclasses.replace(value, active=False)
-                known[variable] = self._paired(variable, x, value)
+                value = self._paired(variable, x, value)
+                known[variable] = _rounded(a, variable, values, value)
         return [read(x, y) for x, y in zip(one.outvars, two.outvars, strict=True)]
 
     def constant(self, pair: tuple[float, float] | None) -> Value:
@@ -194,6 +204,18 @@ class Walk:
     def nested(self, one: Any, two: Any, values: list[Value]) -> list[Value]:
         """Returns the outputs of a program that is a parameter of the current equation."""
         return self.run(plain(one), plain(two), values, self.at)
+
+
+def _rounded(equation: Any, variable: Any, values: list[Value], value: Value) -> Value:
+    """Returns `value` with its eps, which the programs inside an equation have given already."""
+    name = equation.primitive.name
+    if name in primitives.CALLS:
+        return value
+    active = value.active and name in primitives.ADD  # what is added has no gradient
+    eps = max((v.eps for v in values if v.active or not active), default=0.0)
+    if value.active or value.kind in ("total", *BAD):
+        eps = max(eps, precision(variable.aval.dtype))
+    return value if eps == value.eps else dataclasses.replace(value, eps=eps)
 
 
 @functools.cache

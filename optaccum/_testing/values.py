@@ -17,6 +17,8 @@ class Value:
         numbers: whether it holds the positions of rows: 0, 1, 2, ...
         pair: the number that it is with the rows as they are and with twice as many, if known.
         leaves: names of the leaves of the batch that it depends on.
+        eps: of the narrowest type on the way to it of what a microbatch rounds otherwise: gradients
+            and sums over rows.
     """
 
     kind: str = "const"
@@ -27,6 +29,7 @@ class Value:
     numbers: bool = False
     pair: tuple[float, float] | None = None
     leaves: frozenset[str] = frozenset()
+    eps: float = 0.0
 
 
 CONST = Value()
@@ -52,6 +55,7 @@ def merge(values: list[Value], kind: str | None = None, **changes) -> Value:
         "divided": any(v.divided for v in values),
         "numbers": any(v.numbers for v in values),
         "leaves": frozenset().union(*(v.leaves for v in values)),
+        "eps": max((v.eps for v in values), default=0.0),
     }
     return Value(**{**fields, **changes})
 
