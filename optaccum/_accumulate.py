@@ -176,7 +176,9 @@ def accumulate(
     def advance(grads, state, params, weight, release, extra_args, *, apply):
         """Takes in one microbatch; returns updates, or with `apply` parameters, and the state."""
         trained = None if params is None else _trained(params)
-        given = check_microbatch(options, grads, state, trained, weight, release, extra_args)
+        given = check_microbatch(
+            options, grads, state, trained, weight, release, extra_args, applied=apply
+        )
         weight, over, alone = given.weight, given.devices, given.alone
         extra_args = {name: x for name, x in extra_args.items() if name not in options.metrics}
 

@@ -44,6 +44,8 @@ def check_microbatch(
     weight: Any,
     release: Any,
     extra_args: dict[str, Any],
+    *,
+    applied: bool,
 ) -> Checked:
     """Raises if a microbatch cannot be taken in; else returns its arguments in one form.
 
@@ -55,6 +57,7 @@ def check_microbatch(
         weight: the extra argument.
         release: the extra argument.
         extra_args: all others.
+        applied: whether the updates are to be added to the parameters.
 
     Raises:
         TypeError: for arguments of another kind.
@@ -68,7 +71,7 @@ def check_microbatch(
     sums = None if alone else over.load(state.grad_sum)
     check_fits(grads, sums if not alone else grads if trained is None else trained)
     if trained is not None and not alone:
-        check_trained(trained, sums)
+        trained = check_trained(trained, sums, applied=applied)
     parts = check_devices.check_placed(grads, sums, trained, over)
     weight, due, args = check_args.check_extra_args(
         options, weight, release, extra_args, alone=alone
