@@ -17,6 +17,7 @@ from optaccum._core.traced import (
     both,
     branch,
     cast_like,
+    keep_untrained,
     own_arrays,
     shapes_of_updates,
 )
@@ -176,9 +177,7 @@ def accumulate(
     def advance(grads, state, params, weight, release, extra_args, *, apply):
         """Takes in one microbatch; returns updates, or with `apply` parameters, and the state."""
         trained = None if params is None else _trained(params)
-        given = check_microbatch(
-            options, grads, state, trained, weight, release, extra_args, applied=apply
-        )
+        given = check_microbatch(options, grads, state, trained, weight, release, extra_args, apply)
         weight, over, alone = given.weight, given.devices, given.alone
         extra_args = {name: x for name, x in extra_args.items() if name not in options.metrics}
 
@@ -244,7 +243,9 @@ def accumulate(
 
         start = state.inner_state, averages
         if apply:
-            result, inner_state, averages = branch(due, steps, step, (params, *start))
+            with check_devices.explain_unreduced(grads, trained):
+                result, inner_state, averages = branch(due, steps, step, (params, *start))
+            result = keep_untrained(params, result, grads)
         else:
             update = functools.partial(step, params)
             result, inner_state, averages = branch(due, steps, update, start, known_shapes)

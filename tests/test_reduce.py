@@ -383,3 +383,26 @@ def test_gradients_of_one_device_without_reduce_axes(mesh):
     step = jax.shard_map(train_step, mesh=mesh, in_specs=specs, out_specs=P())
     with pytest.raises(TypeError, match=r"varies over \['data'\] of jax.shard_map.*`reduce_axes`"):
         step(PARAMS, tx.init(PARAMS), X[0], MASK[0])
+
+
+def test_gradients_that_inner_reduces(mesh):
+    """As in jax.pmap; sums that differ between devices are told so by the caller."""
+    mean = optax.stateless(lambda grads, _: jax.lax.pmean(grads, "data"))
+    tx = accumulate(2, optax.chain(mean, INNER))
+
+    def train(params, x, mask):
+        state = tx.init(params)
+        state = state._replace(grad_sum=vary(state.grad_sum))
+        for i in range(2):
+            grads = jax.grad(loss_fn)(vary(params), x[i], mask[i])
+            params, state = apply_gradients(tx, grads, state, params)
+        return params
+
+    specs = P(), P(None, "data"), P(None, "data")
+    step = jax.jit(jax.shard_map(train, mesh=mesh, in_specs=specs, out_specs=P()))
+    whole = jnp.ones_like(MASK)
+    params = step(PARAMS, X, whole)
+    grads = [jax.grad(loss_fn)(PARAMS, X[i], whole[i]) for i in range(2)]
+    mean_of_both = jax.tree.map(lambda a, b: (a + b) / 2, *grads)
+    updates, _ = INNER.update(mean_of_both, INNER.init(PARAMS), PARAMS)
+    assert_close(params, optax.apply_updates(PARAMS, updates))

@@ -136,3 +136,32 @@ def test_a_template_on_one_device_says_what_the_page_quotes(names):
     with pytest.raises(ValueError, match="incompatible devices for jitted") as error:
         jax.jit(lambda s, p: TX.update(p, s, p))(one, params)
     assert f"ValueError: {str(error.value).split('. Got')[0]}" in TEXT
+
+
+class Scaled(eqx.Module):
+    """A module with Python numbers among its leaves."""
+
+    w: jax.Array
+    scale: float = 2.0
+    centred: bool = True
+
+    def __call__(self, x):
+        return self.scale * (x @ self.w) - (1.0 if self.centred else 0.0)
+
+
+@pytest.mark.parametrize("k", [1, 2])
+def test_settings_of_a_module_stay_what_they_are(k):
+    model, tx = Scaled(jnp.ones(3)), optaccum.accumulate(k, optax.sgd(0.01))
+    state, batch = tx.init(eqx.filter(model, eqx.is_inexact_array)), jnp.ones((4, 3))
+
+    @eqx.filter_jit
+    def step(model, state):
+        grads = eqx.filter_grad(lambda model: jnp.mean(model(batch) ** 2))(model)
+        return optaccum.apply_gradients(tx, grads, state, model)
+
+    for _ in range(2 * k):
+        model, state = step(model, state)
+    assert (model.scale, model.centred) == (2.0, True)
+    assert (type(model.scale), type(model.centred)) == (float, bool)
+    assert optaccum.has_released(state)
+    assert not jnp.allclose(model.w, 1.0)

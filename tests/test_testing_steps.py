@@ -417,3 +417,32 @@ def test_a_failure_of_the_check_is_not_the_step_s(monkeypatch):
     assert (report.exact, report.kind) == (None, "unknown")
     assert "could not be compared" in str(report)
     assert report.remedy == probes.REPORT
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("store", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("inner", [optax.sgd(1.0), optax.adam(1e-2)], ids=["sgd", "adam"])
+def test_low_precision_is_not_taken_for_a_mistake(store, inner):
+    def loss(params, rows):
+        low = jax.tree.map(lambda p: p.astype(jnp.bfloat16), params)
+        return mean_loss(low, rows).astype(jnp.float32)
+
+    params = jax.tree.map(lambda p: p.astype(store), PARAMS)
+    report = check_step(plain(inside(inner), loss), params, BATCH, every_k=K)
+    assert report.exact is not False
+    if report.exact is None:
+        assert report.remedy == probes.COARSE
+
+
+def test_a_step_that_is_not_finite_says_so():
+    def loss(params, rows):
+        return mean_loss(params, rows) * jnp.nan
+
+    report = check_step(plain(inside(SGD), loss), PARAMS, BATCH, every_k=K)
+    assert (report.exact, report.kind) == (None, "unknown")
+    assert "is not finite" in str(report)
+
+
+def test_a_warm_up_from_a_small_rate_is_judged_by_its_larger_step():
+    warm_up = optax.adamw(optax.warmup_cosine_decay_schedule(1e-6, 1e-2, 10, 1000))
+    assert check_step(plain(inside(warm_up)), PARAMS, BATCH, every_k=K).exact

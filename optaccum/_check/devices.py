@@ -1,5 +1,7 @@
 """Devices: whether gradients, by their types, are the parts of a sum that they are taken for."""
 
+from collections.abc import Iterator
+import contextlib
 from typing import Any
 
 import jax
@@ -113,35 +115,40 @@ def check_parts(grads: Any, kept: Whole) -> None:
         )
 
 
-def check_reduced(grads: Any, params: Any, kept: Whole) -> None:
-    """Raises where a gradient differs between devices that have its parameter alike."""
-    if kept.axes or AxisType.Manual not in jax.sharding.get_abstract_mesh().axis_types:
-        return
-    leaves, treedef = jax.tree_util.tree_flatten_with_path(grads, is_leaf=lambda g: g is None)
-    for (path, g), p in zip(leaves, treedef.flatten_up_to(params), strict=True):
-        if g is not None and (axes := varying(g) - varying(p)):
-            raise TypeError(
-                f"gradient leaf {leaf_name(path)} varies over {sorted(axes)} of jax.shard_map, but "
-                "its parameter does not; name these axes in `reduce_axes`, or reduce the gradient "
-                "(jax.lax.pmean)"
+@contextlib.contextmanager
+def explain_unreduced(grads: Any, params: Any) -> Iterator[None]:
+    """Says why a step failed whose gradients differ between devices that share a parameter."""
+    try:
+        yield
+    except TypeError as error:
+        if "manual axis types" in str(error) or "varying" in str(error):
+            leaves, treedef = jax.tree_util.tree_flatten_with_path(
+                grads, is_leaf=lambda g: g is None
             )
+            for (path, g), p in zip(leaves, treedef.flatten_up_to(params), strict=True):
+                if g is not None and (axes := varying(g) - varying(p)):
+                    raise TypeError(
+                        f"gradient leaf {leaf_name(path)} varies over {sorted(axes)} of "
+                        "jax.shard_map, but its parameter does not; name these axes in "
+                        "`reduce_axes`, or reduce the gradient (jax.lax.pmean); or, if the devices "
+                        "are to train models of their own, begin with "
+                        "`jax.lax.pcast(params, axes, to='varying')`"
+                    ) from error
+        raise
 
 
-def check_placed(grads: Any, sums: Any, params: Any, kept: Whole) -> Any:
+def check_placed(grads: Any, sums: Any, kept: Whole) -> Any:
     """Returns gradients as parts that lie on the devices as their sums, by their types.
 
     Args:
         grads: the gradients.
         sums: the sums that they are to be added to, or None.
-        params: their parameters, or None.
         kept: where the sums are.
 
     Raises:
         TypeError: where a gradient is no part though it has to be, or the other way round.
         ValueError: where its sum is placed differently.
     """
-    if params is not None and sums is not None:
-        check_reduced(grads, params, kept)
     check_parts(grads, kept)
     parts = kept.as_parts(grads)
 

@@ -48,11 +48,10 @@ def check_fits(grads: Any, like: Any) -> None:
         _check_leaf(path, g, x)
 
 
-def check_trained(params: Any, sums: Any, *, applied: bool) -> Any:
-    """Returns `params`, or raises if they are not those that the sums were opened for.
+def check_trained(params: Any, sums: Any, *, applied: bool) -> None:
+    """Raises if `params` are not those that the sums were opened for; a None fits anything.
 
-    A None fits anything. Without `applied` the result is None for a tree of another structure:
-    then `inner` alone sees it, and may not read it.
+    Without `applied` a tree of another structure passes: only `inner` sees it, and may not read it.
     """
     remedy = "pass the parameters that `init` was given; the order is (grads, state, params)"
     leaves, treedef = jax.tree_util.tree_flatten_with_path(sums, is_leaf=lambda x: x is None)
@@ -60,7 +59,7 @@ def check_trained(params: Any, sums: Any, *, applied: bool) -> Any:
         found = treedef.flatten_up_to(params)
     except ValueError as error:
         if not applied:
-            return None
+            return
         raise ValueError(
             f"`params` have the tree structure {jax.tree.structure(params)}, but the optimizer "
             f"was initialised with {jax.tree.structure(sums)}; {remedy}"
@@ -71,7 +70,6 @@ def check_trained(params: Any, sums: Any, *, applied: bool) -> Any:
                 f"parameter leaf {leaf_name(path)} has shape {jnp.shape(p)}, but the optimizer was "
                 f"initialised with shape {jnp.shape(s)}; {remedy}"
             )
-    return params
 
 
 def _check_leaf(path: Any, g: Any, expected: Any) -> None:

@@ -44,7 +44,6 @@ def check_microbatch(
     weight: Any,
     release: Any,
     extra_args: dict[str, Any],
-    *,
     applied: bool,
 ) -> Checked:
     """Raises if a microbatch cannot be taken in; else returns its arguments in one form.
@@ -71,8 +70,8 @@ def check_microbatch(
     sums = None if alone else over.load(state.grad_sum)
     check_fits(grads, sums if not alone else grads if trained is None else trained)
     if trained is not None and not alone:
-        trained = check_trained(trained, sums, applied=applied)
-    parts = check_devices.check_placed(grads, sums, trained, over)
+        check_trained(trained, sums, applied=applied)
+    parts = check_devices.check_placed(grads, sums, over)
     weight, due, args = check_args.check_extra_args(
         options, weight, release, extra_args, alone=alone
     )

@@ -12,6 +12,7 @@ from jax.extend.mlir.dialects import sdy
 from jax.interpreters import ad, batching, mlir
 import jax.numpy as jnp
 import numpy as np
+import optax
 
 
 def both(a: jax.Array | bool, b: jax.Array | bool) -> jax.Array | bool:
@@ -86,6 +87,20 @@ def take_apart(tree: Any) -> tuple[list, Callable[[Any], Any]]:
         return structure.unflatten(whole)
 
     return [leaves[i] for i in places], join
+
+
+def keep_untrained(params: Any, new: Any, grads: Any) -> Any:
+    """Returns new parameters, of which those without a gradient are what they were.
+
+    The settings among the leaves of a module, Python numbers, come out of a branch as arrays.
+    """
+    if isinstance(params, optax.LookaheadParams):
+        return new
+
+    def keep(g, x, p):
+        return p if g is None else x
+
+    return jax.tree.map(keep, grads, new, params, is_leaf=lambda g: g is None)
 
 
 def shapes_of_updates(

@@ -22,6 +22,7 @@ DONATED = (
     "hold twice in the state."
 )
 LEARNING_RATE = "raise the learning rate, so that rounding is small beside a step."
+COARSE = "check the step in float32, parameters and batch included, where rounding is small."
 REPORT = "this is a fault of the check: report it, with the step."
 RUN = "make `step(state, rows)` run on the full batch and on each microbatch."
 REMEDIES = {

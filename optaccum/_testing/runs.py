@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 MEANS = re.compile(r"\b(mu|trace)\b")  # where optimizers of Optax keep means of gradients
+NARROW = re.compile(r"\b(bf16|f16|f8_\w+)\[")  # as a program prints its types
 OWN = re.compile(r"(\.|\[')(noise|arg_sums|grad_sum|weight)\b")  # of a window: AccumulateState
 
 
@@ -103,6 +104,24 @@ def _run(program: Program, batch: Any, every_k: int, windows: int) -> Run:
             keep(state)
     holders = find_holders(states[0], named(_trained(find_params(program, state))))
     return Run(params, states, len(rows), holders)
+
+
+def coarsest(tree: Any) -> float:
+    """Returns the eps of the narrowest floating-point type of a tree, at least that of float32."""
+    dtypes = [x.dtype for x in jax.tree.leaves(tree) if hasattr(x, "dtype")]
+    floats = [dtype for dtype in dtypes if jnp.issubdtype(dtype, jnp.floating)]
+    return max(float(jnp.finfo(dtype).eps) for dtype in (jnp.float32, *floats))
+
+
+def low_precision(program: Program, batch: Any) -> bool:
+    """Returns whether a step computes with less than float32, as far as it can be traced."""
+    state, step = program.make_step(_fresh(program.params), 1)
+    try:
+        text = str(jax.make_jaxpr(lambda rows: step(state, rows))(batch))
+    except Exception:  # a step that changes what it is given, or looks at numbers
+        text = ""
+    given = coarsest((program.params, batch))
+    return given > float(jnp.finfo(jnp.float32).eps) or NARROW.search(text) is not None
 
 
 def take(batch: Any, i: int, n: int) -> Any:

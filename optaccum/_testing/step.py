@@ -67,6 +67,9 @@ def _check(program: Program, batch: Any, tolerance: float | None) -> Report:
     if not np.linalg.norm(full.change(WINDOWS)):
         finding = Finding("unknown", None, "no parameter moves in a step on the full batch")
         return Report(None, findings=(finding,), remedy=probes.RUN)
+    if not np.isfinite(full.params[-1]).all():
+        finding = Finding("unknown", None, "a step on the full batch is not finite")
+        return Report(None, findings=(finding,), remedy=probes.RUN)
     used = _determined(full, turned)
     noise = distance(turned, full, used)
     rounding = _rounding(full, used)
@@ -83,6 +86,13 @@ def _check(program: Program, batch: Any, tolerance: float | None) -> Report:
         return Report(
             None, error, findings=(finding,), remedy=probes.LEARNING_RATE, tolerance=bound
         )
+    low = tolerance is None and error > bound and runs.low_precision(program, batch)
+    if low and error <= max(
+        2 * LARGEST_TOLERANCE, _stored(full, used, runs.coarsest(program.params))
+    ):
+        detail = "a step in low precision may be off by as much without a mistake"
+        finding = Finding("unknown", None, detail)
+        return Report(None, error, findings=(finding,), remedy=probes.COARSE, tolerance=bound)
     if not error <= bound:
         return probes.Probe(program, batch, full, window, used, bound).report(error, ordered)
     average = _average_that_differs(full, window, bound)
@@ -105,9 +115,12 @@ def _rounding(full: Run, used: np.ndarray) -> float:
     is rounded by u p, which is u p / d of its move, in each of the two computations per window.
     """
     eps = float(np.finfo(np.float32).eps)
-    moved = np.linalg.norm(full.change()[used]) or np.linalg.norm(full.change(WINDOWS)[used])
-    stored = 2 * WINDOWS * eps * np.linalg.norm(full.params[0][used]) / max(moved, 1e-300)
-    return 8 * eps * math.sqrt(MANY) + float(stored)
+    return 8 * eps * math.sqrt(MANY) + _stored(full, used, eps)
+
+
+def _stored(full: Run, used: np.ndarray, eps: float) -> float:
+    moved = max(np.linalg.norm(full.change(n)[used]) for n in range(1, WINDOWS + 1))
+    return float(2 * WINDOWS * eps * np.linalg.norm(full.params[0][used]) / max(moved, 1e-300))
 
 
 def _determined(full: Run, turned: Run) -> np.ndarray:
