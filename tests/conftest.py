@@ -8,7 +8,7 @@ import tempfile
 FLAGS = [
     "--xla_force_host_platform_device_count=8",
     # Cheap machine code, which takes two thirds of the time to compile: how code is optimised for a
-    # CPU changes no semantics and no buffer. The other passes of the compiler are those of users.
+    # CPU changes no semantics and no buffer.
     "--xla_backend_optimization_level=0",
 ]
 if [int(x) for x in importlib.metadata.version("jaxlib").split(".")[:2]] <= [0, 10]:

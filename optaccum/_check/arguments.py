@@ -20,6 +20,8 @@ INT32_MAX = np.iinfo(np.int32).max
 class Options(NamedTuple):
     """The checked arguments of `accumulate` that decide what a microbatch has to look like.
 
+    The fields are named as its arguments are, but for these.
+
     Attributes:
         inner_args: names of arguments that `inner` shows.
         keeps_sums: whether a state has an accumulator.

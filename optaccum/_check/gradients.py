@@ -51,7 +51,8 @@ def check_fits(grads: Any, like: Any) -> None:
 def check_trained(params: Any, sums: Any, *, applied: bool) -> None:
     """Raises if `params` are not those that the sums were opened for; a None fits anything.
 
-    Without `applied` a tree of another structure passes: only `inner` sees it, and may not read it.
+    Without `applied` a tree of another structure passes: only `inner` could read it, and some
+    optimizers do not.
     """
     remedy = "pass the parameters that `init` was given; the order is (grads, state, params)"
     leaves, treedef = jax.tree_util.tree_flatten_with_path(sums, is_leaf=lambda x: x is None)

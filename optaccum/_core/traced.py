@@ -45,7 +45,8 @@ def strongly_typed(x: Any) -> Any:
 def own_arrays(state: Any, params: Any) -> Any:
     """Returns a fresh state whose arrays are strongly typed, each its own, and none a parameter.
 
-    Some optimizers begin with the parameters, or with one array in two places. All can be donated.
+    Some optimizers begin with the parameters, or with one array in two places. Copies can be
+    donated.
     """
     taken = {id(x) for x in jax.tree.leaves(params)}
 
