@@ -5,9 +5,10 @@ stands in a branch, the largest of a conditional, or in a loop whose trips the c
 know, taken to have one. Other loops run as often as they have trips.
 """
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 import dataclasses
 import functools
+from itertools import permutations
 import math
 import re
 
@@ -34,6 +35,9 @@ _FREE = re.compile(
     r"parameter|constant|tuple|get-tuple-element|bitcast|after-all|domain|add-dependency"
     r"|partition-id|replica-id|opt-barrier|.*-(done|update)"
 )
+
+_ANY = re.compile(r".*")
+_MOVES = re.compile(r"bitcast|reshape|transpose|copy|convert|broadcast|copy-start|copy-done")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,6 +88,27 @@ def moved(text: str) -> Moved:
     return Moved(hold, both, kernels, kernels + more)
 
 
+def forgotten(text: str) -> list[str]:
+    """Returns the arrays that a loop carries and that all devices but one set to zero in each trip.
+
+    That is openxla/xla issue 49143: for a sum of scatters, the partitioner of XLA lets one device
+    go on with the sum and all others begin with zeros, and reduces. If the reduction is then moved
+    behind the loop, `select(partition_id == 0, carry, 0)` stays in it, and loses what these devices
+    had summed. Each array is named by its shape. The text is that of `compiled.as_text()`.
+    """
+    program = _Program(text)
+    return [
+        program.root(body).body[result].shape
+        for instructions in program.computations.values()
+        for loop in instructions.values()
+        if loop.opcode == "while"
+        for body in loop.callees("body")
+        for i, result in enumerate(program.root(body).names)
+        for one, within, _ in program.behind(program.root(body).body[result], (loop,), stop=KINDS)
+        if one.opcode == "select" and program.forgets(one, within, i)
+    ]
+
+
 @dataclasses.dataclass(eq=False)
 class _Instruction:
     computation: str
@@ -103,9 +128,14 @@ class _Instruction:
             if not attributes or attribute in attributes
         ]
 
+    @property
+    def names(self) -> list[str]:
+        """The names of its operands."""
+        return _NAMES.findall(self.operands)
+
     def reads(self, on_chip: bool = False) -> list[int]:
         """Returns the bytes of each operand."""
-        return [_size(self.body[name].shape, on_chip) for name in _NAMES.findall(self.operands)]
+        return [_size(self.body[name].shape, on_chip) for name in self.names]
 
     @functools.cached_property
     def bytes(self) -> int:
@@ -162,6 +192,69 @@ class _Program:
             else:
                 always.append((instruction, 1))
         return always, step
+
+    def root(self, name: str) -> _Instruction:
+        """Returns the last instruction of a computation."""
+        return list(self.computations[name].values())[-1]
+
+    def behind(
+        self,
+        start: _Instruction,
+        within: tuple[_Instruction, ...],
+        *,
+        only: re.Pattern = _ANY,
+        stop: Collection[str] = (),
+    ) -> Iterator[tuple[_Instruction, tuple[_Instruction, ...], int | None]]:
+        """Yields what an instruction is made of: those behind it, in fusions and before loops too.
+
+        Args:
+            start: where to begin.
+            within: the loops and fusions that it stands in, outermost first.
+            only: the operations to go through.
+            stop: those not to go through, and then no loop is left either.
+
+        Yields:
+            Each instruction, what it stands in, and which element of it was taken, if one was.
+        """
+        ahead, seen = [(start, within, None)], set()
+        while ahead:
+            found = one, within, index = ahead.pop()
+            if found in seen:
+                continue
+            seen.add(found)
+            yield found
+            kind = one.opcode.removesuffix("-start")
+            if one.opcode == "parameter" and within:
+                *outer, caller = within
+                name = caller.names[0 if caller.opcode == "while" else int(one.operands)]
+                if not (stop and caller.opcode == "while"):
+                    ahead.append((caller.body[name], tuple(outer), index))
+            elif one.opcode == "get-tuple-element":
+                (index,) = re.findall(r"index=(\d+)", one.attributes)
+                ahead.append((one.body[one.names[0]], within, int(index)))
+            elif index is not None and one.opcode in ("tuple", "while"):
+                name = one.names[index if one.opcode == "tuple" else 0]
+                ahead.append((one.body[name], within, None if one.opcode == "tuple" else index))
+            elif one.opcode in ("fusion", "call"):
+                (callee,) = one.callees("calls", "to_apply")
+                ahead.append((self.root(callee), (*within, one), index))
+            elif kind not in stop and only.fullmatch(one.opcode):
+                ahead += [(one.body[name], within, None) for name in one.names]
+
+    def forgets(self, select: _Instruction, within: tuple[_Instruction, ...], i: int) -> bool:
+        """Returns whether each device chooses for itself between carry `i` of a loop and zero."""
+        predicate, *branches = (
+            list(self.behind(select.body[name], within, only=only))
+            for name, only in zip(select.names, (_ANY, _MOVES, _MOVES), strict=True)
+        )
+        ends = {(self._is_carry(a, within, i), self._is_zero(b)) for a, b in permutations(branches)}
+        return (True, True) in ends and any(one.opcode == "partition-id" for one, *_ in predicate)
+
+    def _is_carry(self, branch: list, within: tuple[_Instruction, ...], i: int) -> bool:
+        return any((one.opcode, w, at) == ("parameter", within[:1], i) for one, w, at in branch)
+
+    def _is_zero(self, branch: list) -> bool:
+        return any(re.fullmatch("constant -?0", f"{x.opcode} {x.operands}") for x, *_ in branch)
 
     def _both(self, name: str) -> _Runs:
         always, step = self.runs(name)

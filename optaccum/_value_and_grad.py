@@ -9,7 +9,7 @@ from jax import lax
 import jax.numpy as jnp
 
 from optaccum._check import arguments, batch as check_batch, devices as check_devices, extra_args
-from optaccum._core import batch, window
+from optaccum._core import batch, scatters, window
 from optaccum._core.devices import vary, varying
 from optaccum._core.traced import cast_like, strongly_typed, where
 from optaccum._core.window import Sums
@@ -213,8 +213,14 @@ def value_and_grad(
         def run(i, carry, before):
             """Returns loss, aux, carry, gradients, weight and whether it counts."""
             own = pick(i, carry)
-            value, grads = differentiate(*own, **kwargs)
-            loss, aux = value if has_aux else (value, None)
+
+            def differentiated():
+                value, grads = differentiate(*own, **kwargs)
+                loss, aux = value if has_aux else (value, None)
+                check_batch.check_aux(aux)
+                return (loss, aux), grads
+
+            ((loss, aux), grads), holds = scatters.trace(differentiated)
             weight = valid = None
             if weight_fn is not None:
                 weight = weigh(own)
@@ -223,9 +229,10 @@ def value_and_grad(
             if carries:
                 new, aux = arguments.as_carry_and_aux(aux)
                 check_batch.check_carry(new, carry)
-                new = over.share(cast_like(new, carry))
+                new = scatters.fence(over.share(cast_like(new, carry)))
                 carry = new if valid is None else where(valid, new, carry)
-            check_batch.check_aux(aux)
+            if valid is None:  # else it is selected when it is added
+                grads = scatters.apart(grads, holds and holds[1], before)
             return loss, aux, carry, grads, weight, valid
 
         carry = jax.tree.map(strongly_typed, args[carries[0]]) if carries else None
@@ -245,8 +252,7 @@ def value_and_grad(
                 loss, aux, carry, grads, weight, valid = run(i, carry, before)
                 # The sums begin as zeros in this program, so nothing is there to overwrite.
                 sums = window.add(sums, grads, weight, valid=valid, summed=summed)
-                if valid is not None:
-                    before += jnp.where(valid, jnp.asarray(weight), 0)
+                before += 1 if valid is None else jnp.where(valid, jnp.asarray(weight), 0)
                 return (sums, before, carry), (loss, aux, weight, valid)
 
             # Zeros of the gradients' type: where it is `unreduced`, that of `params` is not.

@@ -28,7 +28,8 @@ def check_loss(
     """Say whether microbatches give the gradient that `fun` has on the full batch, and why not.
 
     The verdict is that of the numbers. The gradient g of the full batch is compared with the mean
-    of the microbatches' gradients g_i that :func:`optaccum.value_and_grad` takes. If it differs,
+    of the microbatches' gradients g_i, and with what :func:`optaccum.value_and_grad` makes of them
+    in one compiled loop. If the mean differs,
     the factors a_i in g = sum_i a_i g_i are found, one set of them at several values of the
     parameters: they are the right weights, and are looked for in the leaves of the batch. The
     structure explains. `fun` is traced for B and for 2 B rows, and what grows is followed through
@@ -50,6 +51,8 @@ def check_loss(
     Guarantees:
         * `fun` is traced twice for the structure; nothing is compiled without `num_microbatches`.
         * Only bad arguments raise. A program that cannot be followed or run is "unknown".
+        * Arrays stay where they are: with arguments that are sharded as in training, on the chips
+          that train, it sees what their compilers do.
         * With `exact` True, `findings` are lines that may couple rows which differ more.
         * Microbatch i holds the rows i, i + n, ..., as in :func:`optaccum.value_and_grad`.
 
@@ -62,6 +65,7 @@ def check_loss(
     "terms"             it adds terms that are divided by different counts
     "stochastic"        rows draw random numbers; `exact` is None
     "not_finite"        gradients of microbatches are not finite; `exact` is None
+    "compiler"          it is right, but the compiled loop over the microbatches is not
     "unknown"           what was not understood, or may be rounding; `exact` is None
     "pairwise"          (a line) a value for every pair of rows
     "batch_statistic"   (a line) a sum over rows flows back into the rows

@@ -14,7 +14,7 @@ from jax.custom_derivatives import SymbolicZero
 import jax.numpy as jnp
 import numpy as np
 
-from optaccum._core import batch, window
+from optaccum._core import batch, scatters, window
 
 
 def outputs(fun: Callable[[jax.Array], Any], n: int) -> Any:
@@ -25,7 +25,7 @@ def outputs(fun: Callable[[jax.Array], Any], n: int) -> Any:
     """
 
     def body(found, i):
-        return batch.put(found, fun(i), i), None
+        return batch.put(found, scatters.trace(lambda: fun(i))[0], i), None
 
     return lax.scan(body, _room(jax.eval_shape(fun, jnp.int32(0)), n), jnp.arange(n))[0]
 
@@ -49,14 +49,15 @@ def cotangents(
     """
 
     def body(found, i):
-        sums, of_rows = found
-        of_whole, of_own = pull(i)
-        return (window.add(sums, of_whole), batch.put(of_rows, of_own, i)), None
+        sums, of_rows, seen = found
+        (of_whole, of_own), holds = scatters.trace(lambda: pull(i))
+        of_whole = scatters.apart(of_whole, holds and holds[0], seen)
+        return (window.add(sums, of_whole), batch.put(of_rows, of_own, i), seen + 1), None
 
     # Zeros of the cotangents' type: where it is `unreduced`, that of the arguments is not.
     zeros_of_whole, zeros_of_rows = jax.grad(lambda _: 0.0)((whole, rows))
     start = window.open_sums(zeros_of_whole, accumulator_dtype), zeros_of_rows
-    return lax.scan(body, start, jnp.arange(n))[0]
+    return lax.scan(body, (*start, jnp.float32(0)), jnp.arange(n))[0][:2]
 
 
 def own_cotangents(found: Any, of_all: Any, i: jax.Array) -> Any:

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from optaccum._core import batch
+from optaccum._value_and_grad import value_and_grad
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,9 +37,12 @@ class Loss:
 
     def weight(self, arrays: dict[int, Any]) -> float:
         """Returns how much a microbatch counts."""
-        if self.weight_fn is None:
-            return 1.0
-        return float(self.weight_fn(*[arrays.get(j, x) for j, x in enumerate(self.args)]))
+        return 1.0 if self.weight_fn is None else float(self.counted(arrays))
+
+    def counted(self, arrays: dict[int, Any]) -> Any:
+        """Returns what `weight_fn` does."""
+        assert self.weight_fn is not None
+        return self.weight_fn(*[arrays.get(j, x) for j, x in enumerate(self.args)])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,6 +100,22 @@ def measure(loss: Loss, n: int, points: int = 3) -> tuple[list[Point], np.ndarra
     return found, weights
 
 
+def of_loop(loss: Loss, n: int) -> np.ndarray:
+    """Returns the gradient that the compiled loop over all microbatches takes, f64[P].
+
+    The arrays lie where the caller put them, so that compilers do here what they do in training.
+    """
+    trained = {j: loss.args[j] for j in loss.argnums}
+    rows = {j: jax.tree.map(jnp.asarray, loss.args[j]) for j in loss.rows}
+    keys = {j: loss.args[j] for j in loss.rngs}
+    weight_fn = loss.weight_fn and (lambda t, r: loss.counted({**keys, **t, **r}))
+    loop = value_and_grad(
+        lambda t, r: loss({**keys, **t, **r}), num_microbatches=n, weight_fn=weight_fn
+    )
+    with jax.default_matmul_precision("highest"):
+        return flat(jax.jit(loop)(trained, rows)[1])
+
+
 def depends_on_keys(loss: Loss, tolerance: float) -> bool:
     """Returns whether other keys in `rng_argnums` give another gradient."""
     if not loss.rngs:
@@ -133,7 +153,7 @@ def nearby(tree: Any, number: int) -> Any:
         size = float(np.sqrt(np.mean(np.abs(wide) ** 2))) if x.size else 0.0
         # Zeros are moved too: at a last layer of zeros most gradients vanish.
         step = 0.1 * (size or 0.3) * random.standard_normal(x.shape)
-        return jnp.asarray(wide + step, x.dtype)
+        return jax.device_put((wide + step).astype(x.dtype), x.sharding)
 
     return jax.tree.map(move, tree)
 

@@ -133,6 +133,13 @@ def _by_numbers(loss: Loss, n: int, read: Structure, tolerance: float | None) ->
         told = weighted and numbers.off(points, np.ones(n)) > bound
         if low and bound > numbers.COARSE and not (told or structural.exact):
             return _coarse(verdict, read, bound)
+        compiled = numbers.off_first(points, gradients.of_loop(loss, n))
+        if not compiled <= bound:
+            detail = "microbatches add up to the full batch, but not in the compiled loop over them"
+            finding = Finding("compiler", None, detail)
+            return Report(
+                False, compiled, findings=(finding,), remedy=_remedy("compiler"), tolerance=bound
+            )
         remedy = _remedy("doubt") if doubts else None
         return Report(True, verdict.error, 1.0, verdict.weights, doubts, remedy, bound)
     random = any(finding.kind == "stochastic" for finding in read.findings)
@@ -253,6 +260,8 @@ def _remedy(
         "of the batch.",
         "not_finite": "divide by `jnp.maximum(count, 1)`, and pass the count as `weight=` or "
         "`weight_fn`, with which an empty microbatch adds nothing.",
+        "compiler": "another version of jaxlib; 'Sharp edges' has the known ones "
+        "(openxla/xla issue 49143). Report it if yours is none of them.",
         "coarse": "check it in float32, parameters and batch included, where rounding is small.",
         "doubt": "these rows do not show what the lines above do: take rows that differ more.",
         "failed": "make `fun` run on each microbatch: `batch_argnums` names all arguments that "

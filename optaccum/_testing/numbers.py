@@ -93,6 +93,11 @@ def off(points: list[Point], weights: np.ndarray) -> float:
     return max(_error(point, weights) for point in points)
 
 
+def off_first(points: list[Point], gradient: np.ndarray) -> float:
+    """Returns how far a gradient at the caller's parameters is from the full batch's."""
+    return float(np.linalg.norm(gradient - points[0].full)) / points[0].size
+
+
 def _shares(weights: np.ndarray) -> np.ndarray | None:
     counts = np.where(np.isfinite(weights) & (weights >= 0), weights, 0)
     total = counts.sum()

@@ -1,0 +1,168 @@
+"""Scatters: keeps the gradients of lookups right on compilers that lose them.
+
+The gradient of `table[ids]` is a scatter. When a loop adds scatters up, XLA for GPUs and TPUs moves
+their reduction over devices behind the loop. The versions of `AFFECTED` then forget, in each trip,
+what all devices but the first have summed (openxla/xla issue 49143). Two forms prevent that:
+
+* a select between scatter and sum: one reduction behind the loop, and a temporary of the scatter's
+  size. Our own loops use it.
+* a fence around the sum: one reduction per trip, in place. The loops of a loss get it.
+
+Programs for CPUs, for one device and for `jax.shard_map` are not changed.
+"""
+
+from collections.abc import Callable
+import math
+from typing import Any
+
+import jax
+from jax import lax
+from jax.extend import core
+from jax.interpreters import ad, batching, mlir
+import jax.numpy as jnp
+import jaxlib
+
+# The first version of jaxlib with the fault, and the first without it.
+AFFECTED = (0, 10, 1), (0, 12, 0)
+VERSION = tuple(int(x) for x in jaxlib.__version__.split(".")[:3])
+
+# A scatter stays one through these.
+_PASSING = {
+    *("add", "add_any", "broadcast_in_dim", "concatenate", "convert_element_type", "copy", "div"),
+    *("dynamic_update_slice", "expand_dims", "mul", "neg", "pad", "reduce_precision", "reshape"),
+    *("reshard", "select_n", "sharding_constraint", "slice", "squeeze", "sub", "transpose"),
+}
+
+
+def trace(fun: Callable[[], Any]) -> tuple[Any, Any]:
+    """Returns `fun()`, with fences in its loops, and which of its leaves hold a scatter.
+
+    With a version that is right it returns `fun()` and None.
+    """
+    if not _affected():
+        return fun(), None
+    closed, shapes = jax.make_jaxpr(fun, return_shape=True)()
+    jaxpr, holds = _fenced(closed.jaxpr, [])
+    results = core.jaxpr_as_fun(core.ClosedJaxpr(jaxpr, closed.consts))()
+    unflatten = jax.tree.structure(shapes).unflatten
+    return unflatten(results), unflatten(holds)
+
+
+def apart(tree: Any, holds: Any, seen: jax.Array) -> Any:
+    """Returns a tree that is about to be summed, with a select behind each scatter in it.
+
+    Args:
+        tree: a tree of arrays.
+        holds: which of them hold a scatter, or None.
+        seen: f32[] >= 0 that changes from trip to trip: no compiler knows that it is not negative.
+    """
+    if holds is None or not any(jax.tree.leaves(holds)):
+        return tree
+    always = _unknown_p.bind(seen >= 0)
+
+    def leaf(x, held):
+        return lax.select(always, x, jnp.full_like(x, -0.0)) if held else x
+
+    return jax.tree.map(leaf, tree, holds)
+
+
+def fence(tree: Any) -> Any:
+    """Returns a tree that a loop carries, behind a fence."""
+    return jax.tree.map(_fence_p.bind, tree) if _affected() else tree
+
+
+def _affected() -> bool:
+    return AFFECTED[0] <= VERSION < AFFECTED[1]
+
+
+def _fenced(jaxpr: core.Jaxpr, holds: list[bool]) -> tuple[core.Jaxpr, list[bool]]:
+    """Returns a jaxpr with fences in its loops, and which of its results hold a scatter.
+
+    Args:
+        jaxpr: a jaxpr.
+        holds: which of its arguments hold a scatter.
+    """
+    held = {v for v, holds_one in zip(jaxpr.invars, holds, strict=True) if holds_one}
+    eqns = []
+    for eqn in jaxpr.eqns:
+        inputs = [isinstance(v, core.Var) and v in held for v in eqn.invars]
+        name = eqn.primitive.name.replace("-", "_")
+        passes = name == "scatter_add" or (name in _PASSING and any(inputs))
+        found = {i for i in range(len(eqn.outvars)) if passes}
+        params = dict(eqn.params)
+        for key, value in params.items():
+            leaves, structure = jax.tree.flatten(value)  # the branches of a conditional are several
+            if any(isinstance(x, core.Jaxpr | core.ClosedJaxpr) for x in leaves):
+                inner = [_inside(x, eqn, inputs) for x in leaves]
+                params[key] = structure.unflatten(x for x, _ in inner)
+                found |= {i for _, out in inner for i, held_one in enumerate(out) if held_one}
+        eqns.append(eqn.replace(params=params))
+        held |= {v for i, v in enumerate(eqn.outvars) if i in found}
+    results = [isinstance(v, core.Var) and v in held for v in jaxpr.outvars]
+    return jaxpr.replace(eqns=eqns), results
+
+
+def _inside(inner: Any, eqn: core.JaxprEqn, inputs: list[bool]) -> tuple[Any, list[bool]]:
+    """Returns a jaxpr of an equation with fences, and which of its results hold a scatter."""
+    jaxpr = inner.jaxpr if isinstance(inner, core.ClosedJaxpr) else inner
+    holds = inputs[len(inputs) - len(jaxpr.invars) :]  # first is what another jaxpr is given
+    loop = eqn.primitive.name in ("scan", "while") and len(jaxpr.outvars) == len(eqn.outvars)
+    carries = eqn.params.get("num_carry", len(jaxpr.outvars)) if loop else 0
+    first = eqn.params.get("num_consts", eqn.params.get("body_nconsts", 0))
+    while True:  # what a trip carries, the next one is given
+        fenced, results = _fenced(jaxpr, holds)
+        carried = {first + i for i in range(carries) if results[i]}
+        if all(holds[i] for i in carried):
+            break
+        holds = [one or i in carried for i, one in enumerate(holds)]
+    eqns, outvars = list(fenced.eqns), list(fenced.outvars)
+    made = {v: one for one in eqns for v in one.outvars}
+    for i in range(carries):
+        if results[i] and outvars[i] in made:
+            carry, outvars[i] = outvars[i], core.Var(outvars[i].aval)
+            fence = {"primitive": _fence_p, "params": {}, "effects": frozenset()}
+            eqns.append(made[carry].replace(invars=[carry], outvars=[outvars[i]], **fence))
+    fenced = fenced.replace(eqns=eqns, outvars=outvars)
+    closed = isinstance(inner, core.ClosedJaxpr)
+    return core.ClosedJaxpr(fenced, inner.consts) if closed else fenced, results
+
+
+def _partitioned(context: mlir.LoweringRuleContext) -> bool:
+    """Returns whether XLA will divide this program among devices."""
+    where: Any = context.module_context.axis_context
+    if mesh := getattr(where, "mesh", None):  # in `jax.shard_map`, by the axes that it leaves
+        automatic = set(mesh.axis_names) - set(where.manual_axes)
+        return math.prod(mesh.shape[name] for name in automatic) > 1
+    return getattr(where, "num_devices", 1) != 1
+
+
+def _lower(
+    when_partitioned: Callable[..., Any], otherwise: Callable[..., Any]
+) -> Callable[..., Any]:
+    def rule(context, x):
+        fun = when_partitioned if _partitioned(context) else otherwise
+        return mlir.lower_fun(fun, multiple_results=False)(context, x)
+
+    return rule
+
+
+def _identity(x: Any) -> Any:
+    return x
+
+
+def _primitive(name: str, when_partitioned: Callable, otherwise: Callable) -> core.Primitive:
+    """Returns an identity that chips lower in one way, if devices share the program, or another."""
+    primitive = core.Primitive(name)
+    primitive.def_impl(_identity)
+    primitive.def_abstract_eval(_identity)
+    batching.defvectorized(primitive)
+    ad.deflinear2(primitive, lambda cotangent, _: [cotangent])
+    mlir.register_lowering(primitive, mlir.lower_fun(otherwise, multiple_results=False))
+    for platform in ("cuda", "rocm", "tpu"):
+        rule = _lower(when_partitioned, otherwise)
+        mlir.register_lowering(primitive, rule, platform=platform)
+    return primitive
+
+
+_fence_p = _primitive("scatters_fence", lax.optimization_barrier, _identity)
+_unknown_p = _primitive("scatters_unknown", _identity, jnp.ones_like)  # or it is known: True
