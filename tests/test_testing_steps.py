@@ -434,6 +434,25 @@ def test_low_precision_is_not_taken_for_a_mistake(store, inner):
         assert report.remedy == probes.COARSE
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", [None, "weights"])
+@pytest.mark.parametrize("optimizer", ["adam", "lion", "rmsprop", "sign_sgd"])
+def test_the_sign_of_rounding_is_no_mistake(optimizer, kind):
+    """A gradient that is zero but for rounding, as of a bias in front of BatchNorm or of keys."""
+    inner = getattr(optax, optimizer)(0.01)
+
+    def loss(params, rows):
+        rounding = 1e-9 if len(rows["x"]) == ROWS else -1e-9
+        right = (mean_loss if kind is None else masked_loss)(params, rows)
+        return right + rounding * params["flat"].sum()
+
+    params = {**PARAMS, "flat": jnp.full(4, 0.1)}
+    report = check_step(plain(inside(inner), loss), params, BATCH, every_k=K)
+    # Without means of gradients, nothing tells which mistake it is.
+    hidden = optimizer in ("rmsprop", "sign_sgd") and kind is not None
+    assert report.kind == ("unknown" if hidden else kind), report
+
+
 def test_a_step_that_is_not_finite_says_so():
     def loss(params, rows):
         return mean_loss(params, rows) * jnp.nan

@@ -5,7 +5,6 @@ import re
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from optaccum._testing import counts, numbers, runs
@@ -140,7 +139,8 @@ class Probe:
             return None, None
         k, scale = self.program.every_k, float(a @ b / (a @ a))
         if np.linalg.norm(a - b) <= self.bound * np.linalg.norm(b):
-            a, b = (run.change(2)[self.used] for run in (alike, full))
+            used = self.used & full.shown()
+            a, b = (run.change(2)[used] for run in (alike, full))
             if np.linalg.norm(a - b) <= 8 * self.bound * np.linalg.norm(b):
                 return None, None
             detail = (
@@ -168,7 +168,7 @@ class Probe:
         averaged = np.linalg.norm(parts.mean(0) - mean) <= 8 * self.bound * np.linalg.norm(mean)
         largest = sizes >= (1 - 1e-4) * sizes.max()
         stats = self._has_statistics()
-        if self.full.mean() is None and _constant(whole):
+        if self.full.hides():
             detail = "windows of different rows differ; the optimizer hides their gradients"
             return Finding("unknown", None, detail), None, None
         if averaged and largest.sum() > 1 and np.linalg.norm(mean) < 0.9999 * sizes.max():
@@ -235,9 +235,3 @@ def _decays(before: dict[str, np.ndarray], after: dict[str, np.ndarray]) -> str 
         if 0.01 < factor < 1 - 1e-6 and np.allclose(x, factor * y, rtol=1e-5, atol=0):
             return path
     return None
-
-
-def _constant(x: np.ndarray) -> bool:
-    """Returns whether all that moves moves as far: a first step that is divided by its size."""
-    moved = np.abs(x[np.abs(x) > 1e-12])
-    return len(moved) > 2 and bool(jnp.ptp(moved) <= 1e-2 * moved.mean())

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterable
 import copy
 import dataclasses
+import math
 import re
 import sys
 from typing import Any
@@ -11,6 +12,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from optaccum._testing.structure import EPS, MANY
+
+ROUNDING = 8 * EPS * math.sqrt(MANY)  # what it explains of a gradient, relative to its size
 MEANS = re.compile(r"\b(mu|trace)\b")  # where optimizers of Optax keep means of gradients
 NARROW = re.compile(r"\b(bf16|f16|f8_\w+)\[")  # as a program prints its types
 OWN = re.compile(r"(\.|\[')(noise|arg_sums|grad_sum|weight)\b")  # of a window: AccumulateState
@@ -48,12 +52,14 @@ class Run:
         states: {path: array} after 0, 1, ... calls.
         per_window: calls per window.
         holders: {path: what holds the leaf}; see `find_holders`.
+        trained: {path: size} of the leaves of `params`, in their order.
     """
 
     params: list[np.ndarray]
     states: list[dict[str, np.ndarray]]
     per_window: int
     holders: dict[str, str]
+    trained: dict[str, int]
 
     def change(self, window: int = 1) -> np.ndarray:
         """Returns by how much the windows so far moved the parameters."""
@@ -77,6 +83,37 @@ class Run:
         """Returns the first window's gradient, up to a factor, as far as the optimizer shows it."""
         mean = self.mean()
         return self.change() if mean is None else mean
+
+    def hides(self) -> bool:
+        """Returns whether all that moves moves as far, and no mean tells what the gradient was."""
+        moved = np.abs(self.change()[self.shown()])
+        moved = moved[moved > 1e-12]
+        alike = len(moved) > 2 and np.ptp(moved) <= 1e-2 * moved.mean()
+        return bool(alike) and self.mean() is None
+
+    def shown(self) -> np.ndarray:
+        """Returns which numbers have a gradient that is more than rounding, bool[P].
+
+        Rounding has either sign, and an optimizer that divides by the size of a gradient steps as
+        far by it as by any other: a bias in front of BatchNorm moves, and differently in each run.
+        What begins at zero and is kept for each number shows the gradients: sums, means, or, if
+        nowhere negative, means of squares.
+        """
+        shown = np.ones(len(self.params[0]), bool)
+        for holder in {_holder(path, self.trained) for path in self.states[0]}:
+            kept = np.stack([self._kept(state, holder) for state in self.states])
+            if not kept[0].any():
+                size = np.abs(kept if (kept < 0).any() else np.sqrt(kept)).max(0)
+                shown &= ~((size > 0) & (size <= ROUNDING * size.max()))
+        return shown
+
+    def _kept(self, state: dict[str, np.ndarray], holder: str) -> np.ndarray:
+        """Returns what is held for each number of the parameters, and 0 for the others, f64[P]."""
+        found = []
+        for own, size in self.trained.items():
+            x = state.get(holder + own)
+            found.append(x.ravel() if x is not None and x.size == size else np.zeros(size))
+        return np.concatenate(found).astype(np.float64)
 
 
 def run(program: Program, batch: Any, every_k: int, windows: int) -> Run:
@@ -102,8 +139,14 @@ def _run(program: Program, batch: Any, every_k: int, windows: int) -> Run:
         for each in rows:
             state = _next(state, step(state, jax.tree.map(jnp.array, each)))
             keep(state)
-    holders = find_holders(states[0], named(_trained(find_params(program, state))))
-    return Run(params, states, len(rows), holders)
+    trained = _floats(find_params(program, state))
+    return Run(
+        params,
+        states,
+        len(rows),
+        find_holders(states[0], trained),
+        {path: x.size for path, x in trained.items()},
+    )
 
 
 def coarsest(tree: Any) -> float:
@@ -138,12 +181,15 @@ def find_holders(state: Iterable[str], params: Iterable[str]) -> dict[str, str]:
     paths, own = {*state}, {*params}
     found = {}
     for path in paths:
-        ends = [end for end in own if end and path.endswith(end)]
-        holder = path[: len(path) - max(map(len, ends), default=0)]
+        holder = _holder(path, own)
         before = [holder[: match.start()] for match in OWN.finditer(holder)]
         if not any({f"{at}.mini_step", f"{at}['mini_step']"} & paths for at in before):
             found[path] = holder
     return found
+
+
+def _holder(path: str, own: Iterable[str]) -> str:
+    return path[: len(path) - max((len(end) for end in own if path.endswith(end)), default=0)]
 
 
 def find_params(program: Program, state: Any) -> Any:
@@ -223,13 +269,13 @@ def named(tree: Any) -> dict[str, np.ndarray]:
 
 def flat(tree: Any) -> np.ndarray:
     """Returns the trained numbers of a tree, f64[P]: those of `nnx.Param` of a module."""
-    numbers = [x.ravel() for x in named(_trained(tree)).values() if x.dtype.kind == "f"]
+    numbers = [x.ravel() for x in _floats(tree).values()]
     return np.concatenate(numbers) if numbers else np.zeros(0)
 
 
-def _trained(tree: Any) -> Any:
-    """Returns a tree of arrays: of a module of `flax.nnx`, its `nnx.Param`."""
+def _floats(tree: Any) -> dict[str, np.ndarray]:
+    """Returns {path: array} of what is trained: of a module of `flax.nnx`, its `nnx.Param`."""
     nnx = _nnx()
     if nnx is not None and isinstance(tree, nnx.Module):
-        return nnx.to_pure_dict(nnx.state(tree, nnx.Param))
-    return tree
+        tree = nnx.to_pure_dict(nnx.state(tree, nnx.Param))
+    return {path: x for path, x in named(tree).items() if x.dtype.kind == "f"}

@@ -1,7 +1,6 @@
 """Judge a whole training step: one step on the full batch against a window of microbatches."""
 
 from collections.abc import Callable
-import math
 import re
 from typing import Any
 
@@ -13,7 +12,7 @@ from optaccum._testing import numbers, probes, runs
 from optaccum._testing.numbers import LARGEST_TOLERANCE
 from optaccum._testing.report import Finding, Report
 from optaccum._testing.runs import Program, Run
-from optaccum._testing.structure import MANY
+from optaccum._testing.structure import EPS
 
 WINDOWS = 2
 AVERAGES = re.compile(r"ema|averag|avg|shadow|polyak", re.IGNORECASE)
@@ -70,7 +69,7 @@ def _check(program: Program, batch: Any, tolerance: float | None) -> Report:
     if not np.isfinite(full.params[-1]).all():
         finding = Finding("unknown", None, "a step on the full batch is not finite")
         return Report(None, findings=(finding,), remedy=probes.RUN)
-    used = _determined(full, turned)
+    used = _determined(full, turned) & (window if full.hides() else full).shown()
     noise = distance(turned, full, used)
     rounding = _rounding(full, used)
     bound = min(rounding, LARGEST_TOLERANCE)
@@ -114,8 +113,7 @@ def _rounding(full: Run, used: np.ndarray) -> float:
     Gradients are off by 8 u sqrt(roundings), as those of a loss. A parameter p that moves by d
     is rounded by u p, which is u p / d of its move, in each of the two computations per window.
     """
-    eps = float(np.finfo(np.float32).eps)
-    return 8 * eps * math.sqrt(MANY) + _stored(full, used, eps)
+    return runs.ROUNDING + _stored(full, used, EPS)
 
 
 def _stored(full: Run, used: np.ndarray, eps: float) -> float:
