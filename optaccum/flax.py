@@ -7,7 +7,7 @@ each microbatch. What changes from call to call and what changes from window to 
   steps)` spans `steps * k` calls.
 * **Hyperparameters** that `optax.inject_hyperparams` keeps are those of the last release:
   `optaccum.get_state(state.opt_state).inner_state.hyperparams["learning_rate"]`.
-* **Averages of parameters** move once per window, where nothing but a release changes parameters::
+* **Averages of parameters** must move once per window, as only a release changes parameters::
 
       ema = jax.lax.cond(
           state.has_released,
@@ -15,7 +15,10 @@ each microbatch. What changes from call to call and what changes from window to 
           lambda: ema,
       )
 
-  A link like `optax.ema` that stands inside `inner` does so by itself.
+  An average that is kept inside `inner` moves by itself and costs a hold nothing. `optax.ema` is
+  none: it averages updates.
+* **Keys** are folded from `step`, which counts calls. A count of the optimizer's stands still
+  within a window, so that its microbatches would share their noise.
 * **BatchNorm** computes with, and averages, the statistics of each microbatch. Its averages move
   with every call, `state.apply_gradients(grads=grads, batch_stats=updates["batch_stats"])` in
   linen and by themselves in nnx: for a momentum of m a window pass m ** (1 / k).

@@ -4,7 +4,6 @@ import pathlib
 import re
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
@@ -56,18 +55,46 @@ def test_coupled_losses_give_what_the_full_batch_gives():
     params, batch, encode = (names[name] for name in ("params", "batch", "encode"))
     expected = jax.value_and_grad(lambda params: names["info_nce"](encode(params, batch)))(params)
 
-    def balance(params):
-        gate, loads = names["route"](params, batch["image"])
-        return 8 * jnp.sum(loads[0] / len(gate) * gate.mean(axis=0))
-
     def assert_close(a, e):
         # Sums over 64 rows and 8 features, in another order.
         np.testing.assert_allclose(a, e, rtol=1e-5, atol=1e-5)
 
     for way in ("", "tiled_", "sharded_"):
         jax.tree.map(assert_close, (names[f"{way}loss"], names[f"{way}grads"]), expected)
-    found = names["balance_loss"], names["balance_grads"]
-    jax.tree.map(assert_close, found, jax.value_and_grad(balance)(params))
+
+
+def test_a_mixture_of_experts_is_balanced_over_the_whole_batch_as_the_page_says():
+    text = (ROOT / "docs" / "coupled_losses.md").read_text()
+    names = {}
+    for code in re.findall(r"```python\n(.*?)```", text, re.DOTALL):
+        if "experts" in code or code.startswith("import"):
+            exec(compile(code, "coupled_losses.md", "exec"), names)
+    params, batch = names["moe_params"], names["text"]
+
+    def loss_fn(params, batch):
+        return names["moe_loss"](names["experts"](params, batch))
+
+    def balance(params, batch):
+        out = names["experts"](params, batch)
+        return names["moe_loss"](out) - out["losses"].sum() / out["tokens"].sum()
+
+    def off(actual, expected):
+        actual, expected = (
+            np.concatenate([np.ravel(x) for x in jax.tree.leaves(tree)])
+            for tree in (actual, expected)
+        )
+        return np.linalg.norm(actual - expected) / np.linalg.norm(expected)
+
+    def accumulated(fun):
+        tokens = {"weight_fn": lambda params, batch: batch["real"].sum()}
+        step = optaccum.value_and_grad(fun, num_microbatches=16, **tokens)
+        return off(jax.jit(step)(params, batch)[1], jax.grad(fun)(params, batch))
+
+    value, grads = jax.value_and_grad(loss_fn)(params, batch)
+    np.testing.assert_allclose(names["moe_value"], value, rtol=1e-5)
+    assert off(names["moe_grads"], grads) < 2e-6  # "4e-7", of which rounding decides
+    assert f"{accumulated(balance):.2f}" == "0.22"
+    assert f"{accumulated(loss_fn):.0e}" == "2e-04"
 
 
 def test_each_command_sets_up_all_that_it_needs():

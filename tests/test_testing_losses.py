@@ -1,9 +1,13 @@
 """`check_loss` says of losses from public bugs and papers whether they accumulate, and why not."""
 
 from helpers import losses
-from helpers.losses import CASES, N
+from helpers.losses import BATCH, CASES, PARAMS, N
+import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
 
+from optaccum import microbatched, value_and_grad
 from optaccum.testing import check_loss
 
 # Every loss that is right, and the first one of each kind of mistake, which it is to keep.
@@ -52,3 +56,30 @@ def test_one_more_mistake_is_found(how, name):
     assert case is not None
     report = check(case, N)
     assert report.kind == case.kind, report
+
+
+def test_both_remedies_for_terms_with_counts_of_their_own_are_exact():
+    """Dividing both by one count would be another loss."""
+    assert "`optaccum.microbatched`" in (check(CASES["tokens_and_rows"], N).remedy or "")
+
+    def sums(p, b):
+        each = losses.cross_entropy(p, b) * b["mask"]
+        return {"loss": each.sum(1), "tokens": b["mask"].sum(1), "square": losses.scores(p, b) ** 2}
+
+    def loss_fn(p):
+        out = microbatched(sums, num_microbatches=N)(p, BATCH)
+        return out["loss"].sum() / out["tokens"].sum() + 0.5 * jnp.mean(out["square"])
+
+    apart = (
+        (losses.token_mean, lambda p, b: b["mask"].sum()),
+        (lambda p, b: 0.5 * jnp.mean(losses.scores(p, b) ** 2), None),
+    )
+    terms = [
+        value_and_grad(fun, num_microbatches=N, weight_fn=weight_fn)(PARAMS, BATCH)
+        for fun, weight_fn in apart
+    ]
+    expected = jax.value_and_grad(losses.tokens_and_rows)(PARAMS, BATCH)
+    for found in (jax.value_and_grad(loss_fn)(PARAMS), jax.tree.map(jnp.add, *terms)):
+        jax.tree.map(
+            lambda a, e: np.testing.assert_allclose(a, e, rtol=1e-5, atol=1e-6), found, expected
+        )

@@ -254,8 +254,9 @@ def _remedy(
         "microbatches; or accept statistics of microbatches.",
         "factor": "sum against mean: divide the loss by its number of rows (`jnp.mean`), or add "
         "up gradients with `use_grad_mean=False`.",
-        "terms": "give each term its own sum: divide all terms by one count and pass it as "
-        "`weight=` or `weight_fn`, or accumulate the terms apart.",
+        "terms": "return the sum and the count of each term from the model in "
+        "`optaccum.microbatched` and divide outside, or accumulate each term apart, with its own "
+        "weight.",
         "stochastic": "check in a deterministic mode: without dropout, or with noise that is part "
         "of the batch.",
         "not_finite": "divide by `jnp.maximum(count, 1)`, and pass the count as `weight=` or "
