@@ -32,7 +32,11 @@ def compile_and_run(lowered: Any, *args: Any) -> tuple[Any, Any]:
         *args: its arguments, NumPy arrays, all of which the program reads.
     """
     with tempfile.TemporaryDirectory() as folder:
-        options = {"xla_dump_to": folder, "xla_dump_hlo_pass_re": PASS}
+        options = {
+            "xla_dump_to": folder,
+            "xla_dump_hlo_pass_re": PASS,
+            "xla_dump_large_constants": True,
+        }
         compiled = lowered.compile(compiler_options=options)
         *_, last = sorted(pathlib.Path(folder).glob(f"*after_{PASS}*"))
         text = re.sub(r", sharding=\{[^\n]*?\}(?=,|\n)", "", last.read_text())
