@@ -169,7 +169,7 @@ def print_table(job: Job, results: dict[str, State]) -> None:
     *_, exact = results.values()
     for name, (params, opt_state) in results.items():
         window = optaccum.get_state(opt_state)
-        loss = float(window.arg_sums["value"]) / float(window.weight)
+        loss = float(window.arg_sums["sum_of_value"]) / float(window.weight)
         accuracy = int(job.count_correct(params, images, labels)) / len(labels)
         leaves = zip(jax.tree.leaves(params), jax.tree.leaves(exact.params), strict=True)
         distance = max(np.abs(np.asarray(a) - np.asarray(b)).max() for a, b in leaves)

@@ -1,6 +1,6 @@
 """Hold gradients back for a window of microbatches, then let the optimizer step once."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 import functools
 from typing import Any
 
@@ -22,7 +22,7 @@ from optaccum._core.traced import (
     shapes_of_updates,
 )
 from optaccum._core.window import Sums
-from optaccum._state import AccumulateState
+from optaccum._state import AccumulateState, key_of
 
 
 @explain_order
@@ -34,8 +34,9 @@ def accumulate(
     loss_reduction: str = "mean",
     should_skip_update_fn: Callable[[Any, jax.Array, Any], tuple[Any, Any]] | None = None,
     accumulator_dtype: jax.typing.DTypeLike | None = None,
-    average_args: tuple[str, ...] = (),
+    average_args: tuple[str, ...] | Mapping[str, Any] = (),
     metrics: tuple[str, ...] = (),
+    window_args: tuple[str, ...] = (),
     measure_noise: str | None = None,
     noise_decay: float | jax.Array = 0.99,
     reduce_axes: str | tuple[str, ...] = (),
@@ -50,8 +51,8 @@ def accumulate(
 
     which is the gradient of the whole window as one batch, if g_i is that of a mean over w_i
     examples or tokens. The microbatch that makes `mini_step >= every_k` closes the window. It is
-    then *released*: `inner` steps once, on G, with that microbatch's `params` and extra arguments.
-    All other calls *hold*.
+    then *released*: `inner` steps once, on G, with that microbatch's `params` and extra arguments,
+    but with G for `grad`. All other calls *hold*.
 
     >>> import jax.numpy as jnp, optax
     >>> from optaccum import accumulate, apply_gradients, has_released
@@ -67,6 +68,8 @@ def accumulate(
 
     Guarantees:
         * A hold does not run `inner` and does not touch its state. Its updates are exact zeros.
+        * `inner` calls no function of one microbatch, such as a line search's `value_fn`, in place
+          of the window's: where it would, the trace of `update` raises.
         * Nothing of one window, a NaN included, reaches the next.
         * The sums are at least float32, and no leaf of the state ever changes its dtype.
         * One fused addition per microbatch. With :func:`optaccum.apply_gradients` and donated
@@ -86,7 +89,8 @@ def accumulate(
         every_k: microbatches per window: an integer >= 1, an integer array of shape [] (traced
             too), or a function of `gradient_step`, i32[], that returns one of these.
         inner: the optimizer that steps once per window; None for `optax.identity()`. It gets every
-            extra argument but `weight` and `release`. Schedules inside it count releases.
+            extra argument but `weight`, `release` and `metrics`. Schedules inside it count
+            releases.
         use_grad_mean: whether G is the weighted mean or the weighted sum.
         loss_reduction: "mean" where g_i is the gradient of a mean over w_i examples or tokens;
             "sum" where it is that of a sum, and G = (sum_i g_i) / (sum_i w_i). `average_args` are
@@ -96,10 +100,15 @@ def accumulate(
             max_squared_norm=...)`. The report is kept in `skip_state`.
         accumulator_dtype: dtype of the sums; None for the parameter's dtype promoted to at least
             float32. A narrower one saves memory and loses bits.
-        average_args: names of scalar extra arguments of which `inner` should see the window's
-            weighted mean, and not the last microbatch's value: `("value",)` for a loss.
+        average_args: names of extra arguments of which `inner` should see the window's weighted
+            mean, and not the last microbatch's: `("value",)` for a loss. They are scalars, but
+            `grad`, which is like the parameters: name it where it is not what `update` is given
+            (behind a link that clips), at the price of one more accumulator. For other trees pass
+            a dict from each name to a tree of arrays or `jax.ShapeDtypeStruct`s like it.
         metrics: names of scalar extra arguments that are averaged in the same way for
             :func:`optaccum.window_metrics` alone: `inner` does not get them.
+        window_args: names of extra arguments that stand for the whole window as they are:
+            `("value_fn",)` for a loss of its whole data, as a line search needs one.
         measure_noise: None; "first" to measure the gradient noise scale with the first microbatch
             of each window, "all" with every one: more precise, and on CPUs one more reading of
             the gradients in every call. :func:`optaccum.noise_scale` returns it.
@@ -132,7 +141,7 @@ def accumulate(
     summed = arguments.check_loss_reduction(loss_reduction) == "sum"
     options = arguments.Options(
         every_k,
-        *check_args.check_averages(average_args, metrics),
+        *check_args.check_named(average_args, metrics, window_args),
         axes,
         check_args.named_by(inner.update),
         arguments.check_measure_noise(measure_noise),
@@ -156,8 +165,10 @@ def accumulate(
             jnp.zeros([], jnp.float32),
             window.open_sums(trained, accumulator_dtype) if options.keeps_sums else (),
             {
-                name: jnp.zeros([], jnp.float32)
-                for name in (*options.average_args, *options.metrics)
+                key_of(name): window.open_sums(trained, accumulator_dtype)
+                if like is None
+                else window.open_sums(like)
+                for name, like in options.averages.items()
             },
         )
         weight, grad_sum, arg_sums = over.open(zeros)
@@ -179,7 +190,7 @@ def accumulate(
         trained = None if params is None else _trained(params)
         given = check_microbatch(options, grads, state, trained, weight, release, extra_args, apply)
         weight, over, alone = given.weight, given.devices, given.alone
-        extra_args = {name: x for name, x in extra_args.items() if name not in options.metrics}
+        extra_args = given.inner_args
 
         # Does it count?
         accept, skip_state = True, state.skip_state
@@ -233,7 +244,9 @@ def accumulate(
             mean, args = window.mean(Sums(total, grad_sum, args), values, of_grads=use_grad_mean)
             if alone:
                 mean = window.alone(grads, factor, summed=summed, of_mean=use_grad_mean)
-            args = extra_args | {name: args[name] for name in options.average_args}
+            args = extra_args | {name: args[key_of(name)] for name in options.average_args}
+            if check_args.replaces_grad(options, args):
+                args["grad"] = mean
             updates, new = inner.update(mean, inner_state, params, **args)
             result = apply_updates(params, updates) if apply else updates
             return result, cast_like(new, inner_state), averages

@@ -10,7 +10,7 @@ from optaccum._check.metrics import KEYS, check_own_names, check_readable
 from optaccum._core import devices, noise
 from optaccum._core.traced import where
 from optaccum._core.window import Sums
-from optaccum._state import get_state
+from optaccum._state import by_name, get_state
 
 
 def window_metrics(
@@ -45,7 +45,7 @@ def window_metrics(
     `grad_norm`                                f32[], norm of the window's mean gradient (with
                                                `use_grad_mean=False`, too, where `inner` gets
                                                the sum)
-    the names in `average_args` and `metrics`  f32[], the window's weighted means
+    the names in `average_args` and `metrics`  f32[], the window's weighted means of scalars
     =========================================  ==================================================
 
     Guarantees:
@@ -78,7 +78,8 @@ def window_metrics(
     # Containers of arrays, such as the variables of flax.nnx, are leaves here that hold a leaf.
     counters = {name: jax.tree.leaves(getattr(state, name))[0] for name in KEYS[:4]}
     weight = jax.tree.leaves(state.weight)[0]
-    scalars = {name: jax.tree.leaves(x)[0] for name, x in state.arg_sums.items()}
+    sums = {name: jax.tree.leaves(x) for name, x in by_name(state.arg_sums).items()}
+    scalars = {name: x[0] for name, x in sums.items() if [*map(jnp.ndim, x)] == [jnp.ndim(weight)]}
     check_own_names(scalars)
     has_sums = check_readable(counters["mini_step"], state.grad_sum, grads)
     weight, grad_sum, scalars = devices.of_all(Sums(weight, state.grad_sum, scalars))

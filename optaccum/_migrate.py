@@ -11,7 +11,7 @@ import optax
 from optaccum._check.arguments import check_count, leaf_name
 from optaccum._core import devices, window
 from optaccum._core.traced import cast_like
-from optaccum._state import AccumulateState
+from optaccum._state import AccumulateState, by_name
 
 
 def from_multi_steps(
@@ -76,8 +76,8 @@ def from_multi_steps(
         if held and new.arg_sums:
             raise ValueError(
                 "optax.MultiSteps has not summed what `average_args` and `metrics` name, "
-                f"{tuple(new.arg_sums)}, of the {held} microbatches in the open window; go on "
-                "with it until `mini_step` is 0"
+                f"{tuple(by_name(new.arg_sums))}, of the {held} microbatches in the open window; "
+                "go on with it until `mini_step` is 0"
             )
         grad_sum = new.grad_sum
         if held:
@@ -195,7 +195,8 @@ def _inexpressible(
     if jnp.ndim(state.weight) or any(map(devices.unreduced, sums)):
         return "its sums are parts, one on each device"
     if state.arg_sums:
-        return f"it holds sums of what `average_args` and `metrics` name, {tuple(state.arg_sums)}"
+        names = tuple(by_name(state.arg_sums))
+        return f"it holds sums of what `average_args` and `metrics` name, {names}"
     if use_grad_mean and state.weight != held:
         return f"its weights sum to {float(state.weight):g} and not to their number"
     if held >= length:

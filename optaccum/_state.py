@@ -23,7 +23,8 @@ class AccumulateState(NamedTuple):
         weight: f32[], sum of the weights of the window's microbatches.
         grad_sum: weighted sums of the window's gradients, a tree like the parameters in the
             accumulator dtype; () where `every_k` is the constant 1.
-        arg_sums: {name: f32[]}, weighted sums of the `average_args` and `metrics`.
+        arg_sums: weighted sums of the `average_args` and `metrics`, that of `value` as
+            `{"sum_of_value": f32[]}`; those of a tree are a tree.
         skip_state: what `should_skip_update_fn` last reported; () without one.
         inner_state: state of the inner optimizer; only a release changes it.
         noise: what `measure_noise` has measured, of the open window in `noise.samples` and of
@@ -36,13 +37,26 @@ class AccumulateState(NamedTuple):
     skipped: jax.Array
     weight: jax.Array
     grad_sum: Any
-    arg_sums: dict[str, jax.Array]
+    arg_sums: dict[str, Any]
     skip_state: Any
     inner_state: Any
     noise: Any = ()
 
     def __getattr__(self, name: str) -> Any:
         raise renamed("AccumulateState", name)
+
+
+def key_of(name: str) -> str:
+    """Returns the key in `arg_sums` of an argument.
+
+    Not its name: `optax.value_and_grad_from_state` looks for the one "value" of a line search.
+    """
+    return f"sum_of_{name}"
+
+
+def by_name(arg_sums: dict[str, Any]) -> dict[str, Any]:
+    """Returns the sums of arguments by the names of these."""
+    return {key.removeprefix(key_of("")): x for key, x in arg_sums.items()}
 
 
 def get_state(opt_state: Any) -> AccumulateState:

@@ -184,28 +184,6 @@ def test_reduce_on_plateau_sees_the_mean_value_of_the_window(step):
 
 
 @every_step
-def test_lbfgs_line_search_gets_its_arguments_on_release(step):
-    def loss(params):
-        return jnp.sum((params["w"] - 1) ** 2) + jnp.sum(params["b"] ** 4)
-
-    def train(tx, steps):
-        @jax.jit
-        def run(params, state):
-            value, grads = jax.value_and_grad(loss)(params)
-            return step(tx, grads, state, params, value=value, grad=grads, value_fn=loss)
-
-        params, state = PARAMS, tx.init(PARAMS)
-        for _ in range(steps):
-            params, state = run(params, state)
-        return params
-
-    params = train(accumulate(K, optax.lbfgs()), K * WINDOWS)
-    expected = train(optax.lbfgs(), WINDOWS)
-    assert loss(expected) < 0.1 * loss(PARAMS)
-    _assert_equal(params, expected)
-
-
-@every_step
 @pytest.mark.parametrize("outside", [True, False])
 def test_hyperparameters_can_change_in_mid_window(step, outside):
     """The release uses the value of its own moment; the sums know nothing of it."""

@@ -99,7 +99,7 @@ def test_a_derivative_reaches_a_function_among_the_extra_arguments(form, step):
         return carry[0]
 
     inner = optax.GradientTransformationExtraArgs(optax.init_empty_state, inner_update)
-    tx = accumulate(K, inner)
+    tx = accumulate(K, inner, window_args=("value_fn",))
     np.testing.assert_array_equal(jax.jit(jax.jacrev(train))(2.0), [-1, -1])
 
 

@@ -131,7 +131,7 @@ def test_one_trace_over_ten_steps_and_donation_without_warnings(factory, step):
     ],
 )
 def test_an_optimizer_that_begins_with_the_parameters_can_be_donated_beside_them(inner):
-    tx = accumulate(2, inner)
+    tx = accumulate(2, inner, average_args=("value",), window_args=("value_fn",))
 
     @functools.partial(jax.jit, donate_argnums=(0, 1))
     def train_step(params, state, x):

@@ -141,12 +141,12 @@ def test_a_state_has_arrays_of_its_own():
     tx = accumulate(1, optax.sgd(1.0), average_args=("value",), loss_reduction="sum")
     loss, weight = jnp.float32(3), jnp.float32(2)
     _, state = tx.update(GRADS, tx.init(PARAMS), PARAMS, value=loss, weight=weight)
-    assert state.arg_sums["value"] is not loss
+    assert state.arg_sums["sum_of_value"] is not loss
     assert state.weight is not weight
     tx = accumulate(1, optax.sgd(1.0), average_args=("value",))
     _, state = tx.update(GRADS, tx.init(PARAMS), PARAMS, value=loss)
-    assert state.arg_sums["value"] is not loss
-    assert (float(state.arg_sums["value"]), float(loss)) == (3, 3)
+    assert state.arg_sums["sum_of_value"] is not loss
+    assert (float(state.arg_sums["sum_of_value"]), float(loss)) == (3, 3)
 
 
 @pytest.mark.parametrize(

@@ -59,12 +59,32 @@ def _objective(params: Tree) -> jax.Array:
     return sum((jnp.sum(jnp.cosh(x)) for x in jax.tree.leaves(params)), jnp.zeros([]))
 
 
+def _loss_around(params: Tree, grads: Tree, value: jax.Array) -> Callable[[Tree], jax.Array]:
+    """Returns a loss with this value and gradient at `params`, for line searches."""
+
+    def loss(p, obj_fn=None):
+        del obj_fn  # a line search hands on whatever else it is given
+        gap = optax.tree.sub(p, params)
+        return value + optax.tree.vdot(grads, gap) + 4 * optax.tree.vdot(gap, gap)
+
+    return loss
+
+
 def _run(step: Callable[..., Any], tx: Any, params: Tree, *calls: Any) -> list[Tree]:
-    """Returns the parameters after each call."""
-    jitted = jax.jit(lambda p, s, g, kw: step(tx, g, s, p, obj_fn=_objective, **kw))
+    """Returns the parameters after each call; functions are of the whole window."""
+
+    @jax.jit
+    def jitted(p, s, g, window, kw):
+        functions = {"obj_fn": _objective, "value_fn": _loss_around(p, *window)}
+        return step(tx, g, s, p, grad=g, **functions, **kw)
+
+    grads, values = _full_batches()
+    windows = [(g, v["value"]) for g, v in zip(grads, values, strict=True)]
     trajectory, opt_state = [], tx.init(params)
-    for grads, kwargs in zip(*calls, strict=True):
-        params, opt_state = jitted(params, opt_state, grads, kwargs)
+    per_window = len(calls[0]) // WINDOWS
+    for i, (grads, kwargs) in enumerate(zip(*calls, strict=True)):
+        window = windows[i // per_window]
+        params, opt_state = jitted(params, opt_state, grads, window, kwargs)
         trajectory.append(params)
     return trajectory
 
@@ -101,6 +121,8 @@ def test_unweighted_mean_is_another_gradient():
         assert np.all(np.max(gap.reshape(WINDOWS, -1), axis=1) > 1e-2)
 
 
+# What is averaged, and the functions that are of the whole window.
+NAMED: Any = {"average_args": ("value",), "window_args": ("obj_fn", "value_fn")}
 # These run on every version that is supported, the others on one.
 FEW = ("sgd", "adamw", "adafactor", "lbfgs", "muon", "polyak_sgd", "schedule_free_adamw")
 
@@ -113,7 +135,7 @@ def test_window_matches_full_batch(name):
     """Three windows of four unequal microbatches are three full batches, for every optimizer."""
     params = _params()
     inner = build(name)
-    tx = optaccum.accumulate(K, inner, average_args=("value",))
+    tx = optaccum.accumulate(K, inner, **NAMED)
     full = _run(update_and_apply, inner, params, *_full_batches())
     assert _distance(full[-1], params) > 100 * TOLERANCE, "nothing moves: nothing is compared"
     # The two forms give an optimizer the same gradients: it runs in both for a few.
@@ -130,7 +152,7 @@ def test_window_matches_full_batch(name):
 def test_without_weights_the_result_is_another(name):
     params = _params()
     inner = build(name)
-    tx = optaccum.accumulate(K, inner, average_args=("value",))
+    tx = optaccum.accumulate(K, inner, **NAMED)
     full = _run(update_and_apply, inner, params, *_full_batches())
     means = _run(update_and_apply, tx, params, *_microbatches(weighted=False))
     assert _distance(means[-1], full[-1]) > 100 * TOLERANCE

@@ -262,7 +262,7 @@ def test_fields_are_replaced_as_in_flax():
         grads={"w": jnp.ones(2)}, batch_stats={"mean": jnp.ones(2)}, value=3.0, weight=2
     )
     np.testing.assert_array_equal(state.batch_stats["mean"], np.ones(2))
-    assert state.opt_state.arg_sums["value"] == 6.0
+    assert state.opt_state.arg_sums["sum_of_value"] == 6.0
     assert isinstance(state, WithStatistics)
 
 

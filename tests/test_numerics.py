@@ -171,7 +171,7 @@ def test_average_args_are_summed_in_float32():
         _, state = tx.update(jnp.ones(1), state, value=values[1], weight=3.0)
         assert seen[-1] == expected
         assert jnp.result_type(seen[-1]) == dtype
-        assert state.arg_sums["value"].dtype == jnp.float32
+        assert state.arg_sums["sum_of_value"].dtype == jnp.float32
 
 
 def test_counters_saturate():

@@ -63,7 +63,9 @@ def test_shard_map_equals_the_full_batch(mesh, step):
     assert state.grad_sum["w"].sharding.spec == P("data")
     np.testing.assert_allclose(state.weight, MASK[K:].reshape(K, DEVICES, -1).sum(axis=(0, 2)))
     value = loss_fn(full_batches(windows=((0, K),)), X[K:].reshape(-1, 40), MASK[K:].reshape(-1))
-    np.testing.assert_allclose(state.arg_sums["value"].sum() / state.weight.sum(), value, rtol=1e-5)
+    np.testing.assert_allclose(
+        state.arg_sums["sum_of_value"].sum() / state.weight.sum(), value, rtol=1e-5
+    )
 
 
 def test_the_mean_over_devices_is_not_the_mean_over_tokens(mesh):
@@ -297,7 +299,7 @@ def test_specs_over_two_axes_with_parameters_on_a_third():
         "b": P(("a", "b")),
         "scale": P(("a", "b")),
     }
-    assert (specs.weight, specs.arg_sums) == (P(("a", "b")), {"value": P(("a", "b"))})
+    assert (specs.weight, specs.arg_sums) == (P(("a", "b")), {"sum_of_value": P(("a", "b"))})
     assert specs.inner_state[0].mu == rows
 
 

@@ -32,7 +32,7 @@ ADAM = """
 .inner_state[0].nu['w'] float32[2,3]
 """
 AVERAGED = """
-.arg_sums['value'] float32[]
+.arg_sums['sum_of_value'] float32[]
 """
 REPORT = """
 .skip_state['num_not_finite'] int32[]

@@ -23,6 +23,8 @@ class Options(NamedTuple):
     The fields are named as its arguments are, but for these.
 
     Attributes:
+        averages: for each of `average_args` and `metrics` a tree like it; None for one like the
+            parameters.
         inner_args: names of arguments that `inner` shows.
         keeps_sums: whether a state has an accumulator.
         needs_weight: whether a weight must be given.
@@ -31,6 +33,8 @@ class Options(NamedTuple):
     every_k: int | jax.Array | Callable[[jax.Array], Any]
     average_args: tuple[str, ...]
     metrics: tuple[str, ...]
+    window_args: tuple[str, ...]
+    averages: dict[str, Any]
     reduce_axes: tuple[str, ...]
     inner_args: frozenset[str]
     measure_noise: str | None
@@ -45,7 +49,7 @@ def leaf_name(path: Any) -> str:
 
 def describe(value: Any) -> str:
     """Returns what an error says of a value: dtype and shape, or the value and its type."""
-    if isinstance(value, jax.Array | np.ndarray | np.generic):
+    if isinstance(value, jax.Array | np.ndarray | np.generic | jax.ShapeDtypeStruct):
         return f"{value.dtype}{list(value.shape)}"
     return f"{value!r} of type {type(value).__name__}"
 

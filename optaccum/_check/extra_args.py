@@ -4,7 +4,7 @@ They are checked when the update is traced. What is known then stays a Python va
 program need not ask.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 import difflib
 import functools
 import inspect
@@ -16,9 +16,18 @@ from jax import export
 import jax.numpy as jnp
 import numpy as np
 
-from optaccum._check.arguments import Options, check_denominator, check_names, check_scalar
+from optaccum._check.arguments import (
+    Options,
+    check_denominator,
+    check_names,
+    check_scalar,
+    describe,
+    leaf_name,
+)
 from optaccum._check.metrics import check_own_names
+from optaccum._core.traced import unreduced
 from optaccum._core.window import SMALLEST
+from optaccum._state import key_of
 
 OURS = "weight", "release"
 POSITIONAL = "updates", "grads", "state", "params"
@@ -38,14 +47,12 @@ def nearest(name: str, names: Iterable[str]) -> str | None:
 
 def check_extra_args(
     options: Options, weight: Any, release: Any, extra_args: dict[str, Any], *, alone: bool
-) -> tuple[float | jax.Array | None, bool | jax.Array | None, dict[str, jax.Array]]:
-    """Returns `weight`, `release` and the arguments to average, each in one form."""
-    known = *options.inner_args, *options.average_args, *options.metrics
-    check_spelling(extra_args, known)
+) -> tuple[float | jax.Array | None, bool | jax.Array | None]:
+    """Returns `weight` and `release`, each in one form."""
+    check_spelling(extra_args, {*options.inner_args, *options.averages, *options.window_args})
     check_denominator("`weight`", options.needs_weight and weight is None)
     weight = None if weight is None else as_weight("`weight`", weight)
-    release = as_release(release, alone=alone)
-    return weight, release, averaged(options.average_args, options.metrics, extra_args)
+    return weight, as_release(release, alone=alone)
 
 
 def check_spelling(extra_args: Iterable[str], others: Iterable[str]) -> None:
@@ -62,23 +69,49 @@ def check_spelling(extra_args: Iterable[str], others: Iterable[str]) -> None:
             )
 
 
-def check_averages(average_args: Any, metrics: Any) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Returns the names of the averaged extra arguments, those for `inner` and the others."""
-    found = []
-    for owner, names in (("average_args", average_args), ("metrics", metrics)):
+def check_named(
+    average_args: Any, metrics: Any, window_args: Any
+) -> tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...], dict[str, Any]]:
+    """Returns the names in each, and a tree like each argument that is to be averaged."""
+    found: dict[str, tuple[str, ...]] = {}
+    named = {"average_args": average_args, "metrics": metrics, "window_args": window_args}
+    for owner, names in named.items():
+        if owner == "average_args" and isinstance(names, Mapping):
+            names = tuple(names)
         names = check_names(f"`{owner}`", names, "a tuple of names like ('value',)")
         if reserved := {*OURS, *POSITIONAL}.intersection(names):
             raise ValueError(
                 f"`{owner}` cannot name {min(reserved)!r}: `accumulate` uses that argument itself"
             )
-        found.append(names)
-    if both := set(found[0]).intersection(found[1]):
-        raise ValueError(
-            f"{min(both)!r} is named by `average_args` and by `metrics`; `inner` gets the first, "
-            "and not the second: name it in one"
-        )
-    check_own_names(found[1])
-    return found[0], found[1]
+        for other, others in found.items():
+            if both := set(names).intersection(others):
+                raise ValueError(
+                    f"{min(both)!r} is named by `{other}` and by `{owner}`; name it in one: "
+                    "`inner` gets means of `average_args`, `window_args` as they are, and no "
+                    "`metrics`"
+                )
+        found[owner] = names
+    check_own_names(found["metrics"])
+    scalar = jax.ShapeDtypeStruct((), jnp.float32)
+    averages: dict[str, Any] = dict.fromkeys((*found["average_args"], *found["metrics"]), scalar)
+    if isinstance(average_args, Mapping):
+        averages |= average_args
+        for name, like in average_args.items():
+            _check_floating(f"`average_args[{name!r}]`", like)
+    elif "grad" in found["average_args"]:
+        averages["grad"] = None
+    return found["average_args"], found["metrics"], found["window_args"], averages
+
+
+def _check_floating(name: str, tree: Any) -> None:
+    """Raises unless all leaves of a tree are floating, so that they have a mean."""
+    for path, x in jax.tree_util.tree_leaves_with_path(tree):
+        known = isinstance(x, jax.ShapeDtypeStruct) or _is_data(x)
+        if not (known and jnp.issubdtype(jnp.result_type(x), jnp.inexact)):
+            raise TypeError(
+                f"leaf {leaf_name(path)} of {name} must be floating-point, an array or a "
+                f"jax.ShapeDtypeStruct like those to average, got {describe(x)}"
+            )
 
 
 def check_read(
@@ -134,24 +167,118 @@ def _is_data(value: Any) -> bool:
     return bool(leaves) and all(isinstance(x, kinds) for x in leaves)
 
 
-def averaged(
-    average_args: Iterable[str], metrics: Iterable[str], extra_args: dict[str, Any]
-) -> dict[str, jax.Array]:
-    """Returns the extra arguments to average, as floating scalars."""
-    owners = dict.fromkeys(metrics, "metrics") | dict.fromkeys(average_args, "average_args")
+def averaged(options: Options, extra_args: dict[str, Any], sums: Any) -> dict[str, Any]:
+    """Returns the extra arguments to average, trees of floating arrays like their `sums`."""
     values = {}
-    for name, owner in owners.items():
+    for name in options.averages:
+        owner = "metrics" if name in options.metrics else "average_args"
         if name not in extra_args:
             raise ValueError(
                 f"`{owner}` names {name!r}, but the update was called without it; pass `{name}=` "
                 "with every microbatch"
             )
-        value = extra_args[name]
-        check_scalar(f"`{name}` (one of `{owner}`)", value, jnp.floating, jnp.integer)
+        key, value = key_of(name), extra_args[name]
+        title = f"`{name}` (one of `{owner}`)"
+        if getattr(sums[key], "shape", None) != ():
+            values[key] = _as_terms(title, value, sums[key])
+            continue
+        check_scalar(title, value, jnp.floating, jnp.integer)
         dtype = jnp.result_type(value)
         floating = jnp.issubdtype(dtype, jnp.floating)
-        values[name] = jnp.asarray(value, dtype if floating else jnp.float32)
+        values[key] = jnp.asarray(value, dtype if floating else jnp.float32)
     return values
+
+
+def _as_terms(name: str, tree: Any, sums: Any) -> Any:
+    """Returns a tree of arrays to add to `sums`; a None adds nothing."""
+
+    def term(path, x, s):
+        if x is None:
+            return None
+        dtype = jnp.result_type(x) if _is_data(x) and jnp.shape(x) == s.shape else None
+        floating = jnp.floating if jnp.issubdtype(s.dtype, jnp.floating) else jnp.inexact
+        if dtype is None or not jnp.issubdtype(dtype, floating):
+            raise ValueError(
+                f"leaf {leaf_name(path)} of {name} must fit {describe(s)}, got {describe(x)}"
+            )
+        if waiting := unreduced(x):
+            raise TypeError(
+                f"leaf {leaf_name(path)} of {name} waits to be reduced over {sorted(waiting)}; "
+                "reduce it, or, if it is the gradient, do not name it: `inner` is given the "
+                "window's"
+            )
+        return jnp.asarray(x)
+
+    leaves, structure = jax.tree_util.tree_flatten_with_path(tree, is_leaf=lambda x: x is None)
+    try:
+        expected = structure.flatten_up_to(sums)
+    except ValueError as error:
+        raise ValueError(
+            f"{name} must have the tree structure {jax.tree.structure(sums)}, got "
+            f"{jax.tree.structure(tree)}"
+        ) from error
+    return structure.unflatten(
+        term(path, x, s) for (path, x), s in zip(leaves, expected, strict=True)
+    )
+
+
+def for_inner(
+    options: Options, extra_args: dict[str, Any], grads: Any, *, alone: bool
+) -> dict[str, Any]:
+    """Returns the extra arguments that `inner` gets, but for the means of a window.
+
+    Args:
+        options: of the transformation.
+        extra_args: all that were passed.
+        grads: of the microbatch; those of the window, for which they stand, have their shapes.
+        alone: whether every window has one microbatch, for which all of them stand.
+    """
+    args = {name: x for name, x in extra_args.items() if name not in options.metrics}
+    if alone:
+        return args
+    named = {*options.average_args, *options.window_args}
+    if replaces_grad(options, args):
+        args["grad"] = grads
+        named.add("grad")
+    others = sorted(set(args) - named)
+    if others and "value_fn" in options.window_args:
+        raise ValueError(
+            f"`{others[0]}` is that of one microbatch, but a line search compares it with the "
+            "`value_fn` of the window (`window_args`), or calls that with it; name it too, in "
+            "`average_args`, or in `window_args` if it is the window's"
+        )
+    for name in others:
+        if _is_function(args[name]):
+            args[name] = _of_one_microbatch(name, args[name])
+    return args
+
+
+def replaces_grad(options: Options, args: Mapping[str, Any]) -> bool:
+    """Returns whether `grad` is the gradient that `inner` gets as updates, by Optax's protocol."""
+    named = "grad" in (*options.average_args, *options.window_args)
+    return args.get("grad") is not None and not named and not _is_function(args["grad"])
+
+
+def _is_function(value: Any) -> bool:
+    """Returns whether a value is there to be called: gradients can be modules with a `__call__`."""
+    is_tree = _is_data(value) and not isinstance(value, jax.tree_util.Partial)
+    return callable(value) and not is_tree and not isinstance(value, type)
+
+
+def _of_one_microbatch(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+    """Returns a function that raises, but only where `inner` calls it: most optimizers do not."""
+
+    @functools.wraps(function)  # a line search reads its signature
+    def refuse(*args, **kwargs):
+        raise TypeError(
+            f"`inner` calls `{name}`, but steps for a window, for which a function of one "
+            "microbatch cannot stand; take the gradient of the whole batch with "
+            "optaccum.value_and_grad and step without `accumulate`, or pass a function of the "
+            "whole window's data (or of no data) and say so: "
+            f"`accumulate(..., window_args=({name!r},))`"
+        )
+
+    return refuse
 
 
 def as_weight(name: str, weight: Any, dtype: Any = jnp.float32) -> float | jax.Array:

@@ -11,7 +11,7 @@ from optaccum._check import devices as check_devices, extra_args as check_args
 from optaccum._check.arguments import INT32_MAX, Options, check_count, check_scalar
 from optaccum._check.gradients import check_fits, check_trained
 from optaccum._core.devices import Whole
-from optaccum._state import AccumulateState
+from optaccum._state import AccumulateState, key_of
 
 
 class Checked(NamedTuple):
@@ -20,7 +20,8 @@ class Checked(NamedTuple):
     Attributes:
         weight: None for 1, a Python float (known now, and allowed), or an f32[].
         due: None to count, or whether the window closes, as far as the caller decides.
-        args: the extra arguments to average, floating scalars by name.
+        args: the extra arguments to average, by the keys of their sums.
+        inner_args: the extra arguments that `inner` gets, as far as they are known now.
         length: i32[], the length of the window.
         alone: whether every window has one microbatch, and the state no sums.
         devices: where the sums are.
@@ -29,7 +30,8 @@ class Checked(NamedTuple):
 
     weight: float | jax.Array | None
     due: bool | jax.Array | None
-    args: dict[str, jax.Array]
+    args: dict[str, Any]
+    inner_args: dict[str, Any]
     length: jax.Array
     alone: bool
     devices: Whole
@@ -72,12 +74,14 @@ def check_microbatch(
     if trained is not None and not alone:
         check_trained(trained, sums, applied=applied)
     parts = check_devices.check_placed(grads, sums, over)
-    weight, due, args = check_args.check_extra_args(
-        options, weight, release, extra_args, alone=alone
-    )
+    weight, due = check_args.check_extra_args(options, weight, release, extra_args, alone=alone)
+    sums_of_args = jax.eval_shape(over.load, state.arg_sums)
+    args = check_args.averaged(options, extra_args, sums_of_args)
+    inner_args = check_args.for_inner(options, extra_args, grads, alone=alone)
     length = window_length(options.every_k, state.gradient_step)
     check_devices.check_agreed(length if due is None else due, over)
-    return Checked(weight, True if alone else due, args, length, alone, over, parts)
+    due = True if alone else due
+    return Checked(weight, due, args, inner_args, length, alone, over, parts)
 
 
 def window_length(
@@ -112,8 +116,8 @@ def _check_state(state: Any, grads: Any, options: Options) -> None:
             "the optimizer state has no accumulator: it was made with `every_k=1`; give it one "
             "with `state._replace(grad_sum=tx.init(params).grad_sum)`"
         )
-    names, wanted = tuple(state.arg_sums), (*options.average_args, *options.metrics)
-    if sorted(names) != sorted(wanted):
+    names, wanted = tuple(state.arg_sums), tuple(options.averages)
+    if sorted(names) != sorted(map(key_of, wanted)):
         raise ValueError(
             f"the optimizer state has averages of {names}, but `average_args` and `metrics` name "
             f"{wanted}; between two windows, go on with "

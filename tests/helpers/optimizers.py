@@ -33,14 +33,13 @@ def _optimizers() -> Iterator[tuple[str, Callable[..., Any], str]]:
 
 OPTIMIZERS = {name: (factory, rate) for name, factory, rate in _optimizers()}
 
-# Beyond the learning rate: sizes that suit small parameters, a seed, first steps that are not
-# lost in rounding, and no line search, which would evaluate the loss.
+# Beyond the learning rate: sizes that suit small parameters, a seed, and first steps that are not
+# lost in rounding.
 OPTIONS = {
     "adafactor": {"min_dim_size_to_factor": 2},
     "dadapt_adamw": {"estim_lr0": 0.1},
     "dog": {"init_step": ("distance", 0.1)},
     "galore": {"rank": 2},
-    "lbfgs": {"linesearch": None},
     "noisy_sgd": {"key": 0},
     "prodigy": {"estim_lr0": 0.1},
 }
