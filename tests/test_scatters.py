@@ -137,13 +137,28 @@ def test_only_programs_of_several_chips_have_fences(affected, platform, devices)
     assert fences == (1 if platform != "cpu" and devices > 1 else 0)
 
 
-@pytest.mark.parametrize(("platform", "selects"), [("cpu", 0), ("tpu", 1)])
-def test_only_lookups_are_selected(affected, platform, selects):
-    """One select for a table; where none is wanted, its predicate is a constant."""
+def test_only_lookups_are_selected(affected):
+    """By a predicate that no compiler knows."""
     mesh = meshes.make_mesh(AxisType.Auto)
-    texts = [_lowered(platform, mesh, loss) for loss in (lookup, dense)]
-    found = [bool(re.search(r"compare +GE, %\w+, %\w+, FLOAT", text)) for text in texts]
-    assert found == [bool(selects), False]
+    found = [
+        bool(re.search(r"compare +GE, %\w+, %\w+, FLOAT", _lowered("tpu", mesh, loss)))
+        for loss in (lookup, dense)
+    ]
+    assert found == [True, False]
+
+
+@losses
+@pytest.mark.parametrize("devices", [1, 8])
+def test_cpus_run_the_program_that_they_ran(monkeypatch, loss, devices):
+    """There the predicate is a constant, and the count of trips is not needed."""
+    places = meshes.named(meshes.make_mesh(AxisType.Auto, devices), (P(), P("data")))
+    found = []
+    for version in scatters.AFFECTED:
+        monkeypatch.setattr(scatters, "VERSION", version)
+        run = jax.jit(value_and_grad(loss, num_microbatches=2), in_shardings=places)
+        text = run.lower(PARAMS, ROWS).compile().as_text()
+        found.append(sorted(re.findall(r" = (\S+) ([a-z][\w\-]*)\(", text)))
+    assert found[0] == found[1]
 
 
 def test_a_shard_map_is_left_alone(affected):

@@ -11,7 +11,7 @@ what all devices but the first have summed (openxla/xla issue 49143). Two forms 
 Programs for CPUs, for one device and for `jax.shard_map` are not changed.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 import math
 from typing import Any
 
@@ -105,10 +105,13 @@ def _fenced(jaxpr: core.Jaxpr, holds: list[bool]) -> tuple[core.Jaxpr, list[bool
 def _inside(inner: Any, eqn: core.JaxprEqn, inputs: list[bool]) -> tuple[Any, list[bool]]:
     """Returns a jaxpr of an equation with fences, and which of its results hold a scatter."""
     jaxpr = inner.jaxpr if isinstance(inner, core.ClosedJaxpr) else inner
-    holds = inputs[len(inputs) - len(jaxpr.invars) :]  # first is what another jaxpr is given
-    loop = eqn.primitive.name in ("scan", "while") and len(jaxpr.outvars) == len(eqn.outvars)
-    carries = eqn.params.get("num_carry", len(jaxpr.outvars)) if loop else 0
-    first = eqn.params.get("num_consts", eqn.params.get("body_nconsts", 0))
+    count = len(jaxpr.invars)  # the last inputs; those before them are for another jaxpr
+    holds = ([False] * count + inputs)[len(inputs) :]
+    # Consts and carries come into a loop in the shape that they have outside, slices do not.
+    carries = first = 0
+    if eqn.primitive.name in ("scan", "while") and len(jaxpr.outvars) == len(eqn.outvars):
+        carries = _alike(jaxpr.outvars, eqn.outvars)
+        first = _alike(jaxpr.invars, eqn.invars[len(inputs) - count :]) - carries
     while True:  # what a trip carries, the next one is given
         fenced, results = _fenced(jaxpr, holds)
         carried = {first + i for i in range(carries) if results[i]}
@@ -125,6 +128,11 @@ def _inside(inner: Any, eqn: core.JaxprEqn, inputs: list[bool]) -> tuple[Any, li
     fenced = fenced.replace(eqns=eqns, outvars=outvars)
     closed = isinstance(inner, core.ClosedJaxpr)
     return core.ClosedJaxpr(fenced, inner.consts) if closed else fenced, results
+
+
+def _alike(inside: Sequence[Any], outside: Sequence[Any]) -> int:
+    """Returns how many values have the same shape inside of a loop and outside."""
+    return sum(jnp.shape(a.aval) == jnp.shape(b.aval) for a, b in zip(inside, outside, strict=True))
 
 
 def _partitioned(context: mlir.LoweringRuleContext) -> bool:

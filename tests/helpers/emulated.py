@@ -39,7 +39,7 @@ def compile_and_run(lowered: Any, *args: Any) -> tuple[Any, Any]:
         }
         compiled = lowered.compile(compiler_options=options)
         *_, last = sorted(pathlib.Path(folder).glob(f"*after_{PASS}*"))
-        text = re.sub(r", sharding=\{[^\n]*?\}(?=,|\n)", "", last.read_text())
+        text = re.sub(r", sharding=\{(?:[^{}]|\{[^{}]*\})*\}", "", last.read_text())
     text = re.sub(
         r"replica_groups=mesh\[(.*?)\](?:, device_ids=\(.*?\))? ?\{(.*?)\}", _groups, text
     )
