@@ -8,7 +8,14 @@ import jax
 from jax import lax
 import jax.numpy as jnp
 
-from optaccum._check import arguments, batch as check_batch, devices as check_devices, extra_args
+from optaccum._check import (
+    arguments,
+    batch as check_batch,
+    devices as check_devices,
+    extra_args,
+    roles as check_roles,
+)
+from optaccum._check.objects import unchanged
 from optaccum._core import batch, window
 from optaccum._core.devices import vary, varying
 from optaccum._core.traced import cast_like, strongly_typed, where
@@ -26,6 +33,7 @@ def value_and_grad(
     *,
     num_microbatches: int,
     batch_argnums: int | Sequence[int] | None = None,
+    batch_argnames: str | Sequence[str] | None = None,
     weight_fn: Callable[..., Any] | None = None,
     loss_reduction: str = "mean",
     rng_argnums: int | Sequence[int] = (),
@@ -43,6 +51,7 @@ def value_and_grad(
     *,
     num_microbatches: int,
     batch_argnums: int | Sequence[int] | None = None,
+    batch_argnames: str | Sequence[str] | None = None,
     weight_fn: Callable[..., Any] | None = None,
     loss_reduction: str = "mean",
     rng_argnums: int | Sequence[int] = (),
@@ -59,6 +68,7 @@ def value_and_grad(
     *,
     num_microbatches: int,
     batch_argnums: int | Sequence[int] | None = None,
+    batch_argnames: str | Sequence[str] | None = None,
     weight_fn: Callable[..., Any] | None = None,
     loss_reduction: str = "mean",
     rng_argnums: int | Sequence[int] = (),
@@ -171,29 +181,30 @@ def value_and_grad(
     n = arguments.check_count("`num_microbatches`", num_microbatches)
     accumulator_dtype = arguments.check_accumulator_dtype(accumulator_dtype)
     axes = check_devices.check_axes(reduce_axes)
-    roles = check_batch.check_roles(
+    roles = check_roles.check_roles(
         {
             "`argnums`": argnums,
-            "`batch_argnums`": 1 if batch_argnums is None else batch_argnums,
+            "`batch_argnums`": batch_argnums,
             "`rng_argnums`": rng_argnums,
             "`carry_argnum`": () if carry_argnum is None else (carry_argnum,),
         },
+        batch_argnames,
         has_aux,
     )
     dtype = jax.dtypes.canonicalize_dtype(float)  # of weights: float64 with `jax_enable_x64`
 
     @functools.wraps(fun)
     def value_and_grad_fn(*args, **kwargs):
-        trained, rows, rngs, carries = check_batch.check_call(roles, args, kwargs, n)
-        if batch_argnums is None:
-            check_batch.check_no_other_rows(args, rows[0], (*trained, *rngs, *carries))
+        call = check_roles.check_call(fun, roles, args, kwargs, n)
+        trained, rows, rngs, carries = call.roles.values()
         over, *_ = [check_devices.check_sums(args[j], axes) for j in trained]
         # Of parameters that all devices share JAX would sum the gradients, each time.
-        args = [over.share(x) if j in (*trained, *carries) else x for j, x in enumerate(args)]
+        args = [over.share(x) if j in (*trained, *carries) else x for j, x in enumerate(call.args)]
         at = trained if isinstance(argnums, tuple | list) else trained[0]
         params = args[at] if isinstance(at, int) else tuple(args[j] for j in at)
         split = {j: batch.split(args[j], n) for j in rows if n > 1}
-        differentiate = jax.value_and_grad(fun, at, has_aux)
+        loss_fn = unchanged(call.by_position(fun), call.title, carries)
+        differentiate = jax.value_and_grad(loss_fn, at, has_aux)
 
         def pick(i, carry):
             """Returns the arguments of microbatch i, or of them all."""
@@ -207,13 +218,13 @@ def value_and_grad(
             return own
 
         def weigh(own):
-            weight = weight_fn(*own, **kwargs) if weight_fn else 1.0
+            weight = call.by_position(weight_fn)(*own) if weight_fn else 1.0
             return jnp.asarray(extra_args.as_weight("`weight_fn(...)`", weight, dtype), dtype)
 
         def run(i, carry, before):
             """Returns loss, aux, carry, gradients, weight and whether it counts."""
             own = pick(i, carry)
-            value, grads = differentiate(*own, **kwargs)
+            value, grads = differentiate(*own)
             loss, aux = value if has_aux else (value, None)
             weight = valid = None
             if weight_fn is not None:
