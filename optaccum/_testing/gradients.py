@@ -13,10 +13,11 @@ from optaccum._core import batch
 
 @dataclasses.dataclass(frozen=True)
 class Loss:
-    """A loss with the roles of its arguments, none of the positions negative."""
+    """A loss of arguments by position with their roles, no position negative, and their names."""
 
     fun: Callable[..., Any]
-    args: tuple
+    args: list[Any]
+    names: list[str]
     argnums: tuple[int, ...]
     rows: tuple[int, ...]
     rngs: tuple[int, ...]
