@@ -74,13 +74,15 @@ def microbatched(
     case                                          result
     ============================================  ==============================================
     `num_microbatches` 1                          `fun` itself: no loop, the caller's keys
-    an output leaf [m, ...] per microbatch        [n m, ...]: entry j of microbatch i is j n + i.
-                                                  For m = rows / n that is the order of the batch;
-                                                  m = 1 is for sums per microbatch
-    an output of shape ()                         an error; return `x[None]`, one per microbatch
+    an output leaf [rows / n, ...]                [rows, ...], in the order of the batch
+    an output leaf [1, ...], such as a sum        [n, ...], one entry per microbatch
+    an output of shape () or another length       an error; return `x[None]`, one per microbatch
     n does not divide the rows                    an error that names the nearest divisors
     a typed key outside `rng_argnums`             an error: microbatches would share their noise
-    keyword arguments                             go to every microbatch whole
+    keyword arguments                             `batch_argnames` are split, others stay whole;
+                                                  if left out, none may have as many rows
+    an argument that `fun` changes in place       an error, as for BatchNorm of `flax.nnx`: each
+                                                  microbatch has its own. A copy may change
     integer outputs and arguments, None leaves    as in `jax.grad`: no gradient
     forward mode, `jax.hessian`                   an error; gradients of gradients work, in the
                                                   memory of the full batch
@@ -95,13 +97,15 @@ def microbatched(
             return hidden, loads.sum(0)[None]
 
     Args:
-        fun: a function of parameters and rows that returns a pytree of arrays, each with a leading
-            axis.
+        fun: a function of parameters and rows that returns a pytree of arrays, each with an entry
+            for each row, or one.
         num_microbatches: n, an integer >= 1.
         batch_argnums: positions of the pytrees to split. All their leaves have the same leading
             axis, which n divides. They may be differentiated too. None for the argument 1, and
             then no argument after it may have as many rows: pass 1 to give it to every microbatch
             whole.
+        batch_argnames: names of the keyword arguments to split, as in
+            :func:`optaccum.value_and_grad`.
         rng_argnums: positions of keys, or pytrees of them, as in :func:`optaccum.value_and_grad`:
             in microbatch i each key is `jax.random.fold_in(key, i)`.
         accumulator_dtype: dtype of the sums, as in :func:`optaccum.accumulate`.
@@ -114,12 +118,13 @@ def microbatched(
 
     Raises:
         TypeError: (here) for arguments of another kind; (when traced) for a key in the wrong
-            place, none in the right one, an output without a leading axis, a differentiated value
-            that `fun` closes over, forward mode, or `reduce_axes` without `check_vma`.
+            place, none in the right one, an object that `fun` changes in place, an output without
+            a leading axis, a differentiated value that `fun` closes over, forward mode, or
+            `reduce_axes` without `check_vma`.
         ValueError: (here) for `num_microbatches` below 1 or no batch; (when traced) for batch
-            leaves that cannot be split, an argument with two roles or with rows that
-            `batch_argnums` does not name, `reduce_axes` that are not those of a `jax.shard_map`,
-            or an `accumulator_dtype` that drops an imaginary part.
+            leaves that cannot be split, an argument with two roles or with rows that nobody named,
+            an output with neither the rows of its microbatch nor one entry, `reduce_axes` that are
+            not those of a `jax.shard_map`, or an `accumulator_dtype` that drops an imaginary part.
 
     References: Gao et al., "Scaling Deep Contrastive Learning Batch Size under Memory Limited
     Setup" (arXiv:2101.06983), who do it for contrastive losses.

@@ -17,6 +17,7 @@ from optaccum._check import (
 )
 from optaccum._check.objects import unchanged
 from optaccum._core import batch, window
+from optaccum._core.cotangents import drop_unless
 from optaccum._core.devices import vary, varying
 from optaccum._core.traced import cast_like, strongly_typed, where
 from optaccum._core.window import Sums
@@ -111,6 +112,8 @@ def value_and_grad(
           reduced={axis}))` come out reduced; without `reduce_axes` they come out unreduced, for
           one `jax.reshard` to where they are wanted.
         * `fun` is traced once. Keys do not depend on data.
+        * Derivatives of any order, in any mode. A microbatch without weight has none, whatever its
+          rows are: `aux`, which is kept, is a constant there in reverse mode.
 
     Documentation: "Semantics" has a table of all cases.
 
@@ -141,7 +144,10 @@ def value_and_grad(
         num_microbatches: n, an integer >= 1.
         batch_argnums: positions of the pytrees to split. All their leaves have the same leading
             axis, which n divides. None for the argument 1, and then no other positional argument
-            may have as many rows: pass 1 to give it to every microbatch whole.
+            may have as many rows: pass 1 to give it to every microbatch whole. (None for no
+            position, if `batch_argnames` has names and there is no argument 1, or it has a role.)
+        batch_argnames: names of the keyword arguments to split. None for none of them, and then
+            none may have as many rows: pass () to give it to every microbatch whole.
         weight_fn: called as `fun` is, with the arguments of each microbatch; returns how much it
             counts, a scalar >= 0 such as its unpadded tokens. None for 1 each. Weights are summed
             in float32, token counts up to 2**24 exactly, or in float64 with `jax_enable_x64`. Sum
@@ -163,12 +169,13 @@ def value_and_grad(
 
     Raises:
         TypeError: (here) for arguments of another kind; (when traced) for a key in the wrong
-            place, none in the right one, a weight that is no scalar or, in `jax.shard_map`,
-            differs between devices whose gradients are summed, a carry that changes its type, or
-            a loss or gradients that are reduced over `reduce_axes` already.
+            place, none in the right one, an object that `fun` changes in place, a weight that is no
+            scalar or, in `jax.shard_map`, differs between devices whose gradients are summed, a
+            carry that changes its type, or a loss or gradients that are reduced over `reduce_axes`
+            already.
         ValueError: (here) for `num_microbatches` below 1, no batch, or a carry without `has_aux`;
             (when traced) for batch leaves that cannot be split, an argument with two roles or
-            with rows that `batch_argnums` does not name, or `reduce_axes` that the mesh has not,
+            with rows that nobody named, or `reduce_axes` that the mesh has not,
             or not as Manual or Explicit ones.
 
     References: `optax.microbatch`; github.com/google-research/t5x `trainer.py`.
@@ -224,12 +231,13 @@ def value_and_grad(
         def run(i, carry, before):
             """Returns loss, aux, carry, gradients, weight and whether it counts."""
             own = pick(i, carry)
-            value, grads = differentiate(*own)
-            loss, aux = value if has_aux else (value, None)
             weight = valid = None
             if weight_fn is not None:
                 weight = weigh(own)
                 valid = window.counts(weight, before, over.largest)
+                weight, own = drop_unless(valid, (weight, own))
+            value, grads = differentiate(*own)
+            loss, aux = value if has_aux else (value, None)
             check_devices.check_gradients(loss, grads, weight, over)
             if carries:
                 new, aux = arguments.as_carry_and_aux(aux)

@@ -267,8 +267,8 @@ def _remedy(
         "`weight_fn`, with which an empty microbatch adds nothing.",
         "coarse": "check it in float32, parameters and batch included, where rounding is small.",
         "doubt": "these rows do not show what the lines above do: take rows that differ more.",
-        "failed": "make `fun` run on each microbatch: `batch_argnums` and `batch_argnames` name all "
-        "arguments that hold rows, and `weight_fn` takes the arguments of `fun`.",
+        "failed": "make `fun` run on each microbatch: `batch_argnums` and `batch_argnames` name "
+        "all arguments that hold rows, and `weight_fn` takes the arguments of `fun`.",
         "unknown": "pass `num_microbatches`, more parameters or fewer microbatches, so that the "
         "gradients can tell.",
         "divisor": "pass `num_microbatches`.",
