@@ -5,6 +5,7 @@ import functools
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from optaccum._core import batch
@@ -79,7 +80,7 @@ def check_slices(rows: dict[str, Any], n: int) -> None:
                 split = batch.split(leaves, n)
                 try:
                     treedef.unflatten(split)
-                    own = treedef.unflatten(batch.take(split, 0))
+                    own = treedef.unflatten(batch.take(split, jnp.int32(0)))
                 except Exception as error:
                     raise ValueError(
                         f"{name}, {_kind(x)}, cannot be rebuilt with the rows of a microbatch "
@@ -136,7 +137,7 @@ def _as_shape(x: Any) -> tuple[int, ...] | None:
         x = [*x.values()]
     if not isinstance(x, tuple | list):
         return None
-    sizes = [e[1] if isinstance(e, tuple) and len(e) == 2 else e for e in x]
+    sizes: list[Any] = [e[1] if isinstance(e, tuple) and len(e) == 2 else e for e in x]
     sizes = [e if hasattr(e, "shape") else getattr(e, "size", e) for e in sizes]
     known = all(isinstance(e, int | np.integer) and not isinstance(e, bool) for e in sizes)
-    return tuple(map(int, sizes)) if known else None
+    return tuple(int(size) for size in sizes) if known else None
