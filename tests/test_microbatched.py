@@ -129,7 +129,8 @@ def test_outputs_of_a_microbatch_that_are_neither_rows_nor_one_entry():
 def test_several_outputs_of_a_row_have_an_axis_of_their_own():
     crops = _in(4, lambda w, x: jnp.stack([w * x, -w * x], axis=1))(2.0, BATCH["x"])
     np.testing.assert_array_equal(crops, jnp.stack([2 * BATCH["x"], -2 * BATCH["x"]], axis=1))
-    message = rf"of shape \({ROWS // 2}, 6\) for the {ROWS // 4} rows .*`x.reshape\({ROWS // 4}, r, ...\)`"
+    m = ROWS // 4
+    message = rf"of shape \({2 * m}, 6\) for the {m} rows .*`x.reshape\({m}, r, ...\)`"
     with pytest.raises(ValueError, match=message):
         _in(4, lambda w, x: jnp.concatenate([x, x]))(2.0, BATCH["x"])
 
