@@ -7,8 +7,15 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from optaccum._check import arguments, batch as check_batch, devices as check_devices, gradients
+from optaccum._check import (
+    arguments,
+    batch as check_batch,
+    devices as check_devices,
+    gradients,
+    roles as check_roles,
+)
 from optaccum._check.modes import check_closed_over, check_reverse
+from optaccum._check.objects import check_joins, unchanged
 from optaccum._core import batch, devices, passes
 from optaccum._core.traced import cast_like, hoisted
 
@@ -18,6 +25,7 @@ def microbatched(
     *,
     num_microbatches: int,
     batch_argnums: int | Sequence[int] | None = None,
+    batch_argnames: str | Sequence[str] | None = None,
     rng_argnums: int | Sequence[int] = (),
     accumulator_dtype: jax.typing.DTypeLike | None = None,
     reduce_axes: str | tuple[str, ...] = (),
@@ -66,13 +74,15 @@ def microbatched(
     case                                          result
     ============================================  ==============================================
     `num_microbatches` 1                          `fun` itself: no loop, the caller's keys
-    an output leaf [m, ...] per microbatch        [n m, ...]: entry j of microbatch i is j n + i.
-                                                  For m = rows / n that is the order of the batch;
-                                                  m = 1 is for sums per microbatch
-    an output of shape ()                         an error; return `x[None]`, one per microbatch
+    an output leaf [rows / n, ...]                [rows, ...], in the order of the batch
+    an output leaf [1, ...], such as a sum        [n, ...], one entry per microbatch
+    an output of shape () or another length       an error; return `x[None]`, one per microbatch
     n does not divide the rows                    an error that names the nearest divisors
     a typed key outside `rng_argnums`             an error: microbatches would share their noise
-    keyword arguments                             go to every microbatch whole
+    keyword arguments                             `batch_argnames` are split, others stay whole;
+                                                  if left out, none may have as many rows
+    an argument that `fun` changes in place       an error, as for BatchNorm of `flax.nnx`: each
+                                                  microbatch has its own. A copy may change
     integer outputs and arguments, None leaves    as in `jax.grad`: no gradient
     forward mode, `jax.hessian`                   an error; gradients of gradients work, in the
                                                   memory of the full batch
@@ -87,13 +97,15 @@ def microbatched(
             return hidden, loads.sum(0)[None]
 
     Args:
-        fun: a function of parameters and rows that returns a pytree of arrays, each with a leading
-            axis.
+        fun: a function of parameters and rows that returns a pytree of arrays, each with an entry
+            for each row, or one.
         num_microbatches: n, an integer >= 1.
         batch_argnums: positions of the pytrees to split. All their leaves have the same leading
             axis, which n divides. They may be differentiated too. None for the argument 1, and
             then no argument after it may have as many rows: pass 1 to give it to every microbatch
             whole.
+        batch_argnames: names of the keyword arguments to split, as in
+            :func:`optaccum.value_and_grad`.
         rng_argnums: positions of keys, or pytrees of them, as in :func:`optaccum.value_and_grad`:
             in microbatch i each key is `jax.random.fold_in(key, i)`.
         accumulator_dtype: dtype of the sums, as in :func:`optaccum.accumulate`.
@@ -106,12 +118,13 @@ def microbatched(
 
     Raises:
         TypeError: (here) for arguments of another kind; (when traced) for a key in the wrong
-            place, none in the right one, an output without a leading axis, a differentiated value
-            that `fun` closes over, forward mode, or `reduce_axes` without `check_vma`.
+            place, none in the right one, an object that `fun` changes in place, an output without
+            a leading axis, a differentiated value that `fun` closes over, forward mode, or
+            `reduce_axes` without `check_vma`.
         ValueError: (here) for `num_microbatches` below 1 or no batch; (when traced) for batch
-            leaves that cannot be split, an argument with two roles or with rows that
-            `batch_argnums` does not name, `reduce_axes` that are not those of a `jax.shard_map`,
-            or an `accumulator_dtype` that drops an imaginary part.
+            leaves that cannot be split, an argument with two roles or with rows that nobody named,
+            an output with neither the rows of its microbatch nor one entry, `reduce_axes` that are
+            not those of a `jax.shard_map`, or an `accumulator_dtype` that drops an imaginary part.
 
     References: Gao et al., "Scaling Deep Contrastive Learning Batch Size under Memory Limited
     Setup" (arXiv:2101.06983), who do it for contrastive losses.
@@ -120,34 +133,34 @@ def microbatched(
     n = arguments.check_count("`num_microbatches`", num_microbatches)
     accumulator_dtype = arguments.check_accumulator_dtype(accumulator_dtype)
     axes = check_devices.check_axes(reduce_axes)
-    batch_at = 1 if batch_argnums is None else batch_argnums
-    roles = check_batch.check_roles({"`batch_argnums`": batch_at, "`rng_argnums`": rng_argnums})
+    given = {"`batch_argnums`": batch_argnums, "`rng_argnums`": rng_argnums}
+    roles = check_roles.check_roles(given, batch_argnames)
 
     @functools.wraps(fun)
     def microbatched_fn(*args, **kwargs):
         pad = "pad the batch and drop the outputs of the padding"
-        rows, rngs = check_batch.check_call(roles, args, kwargs, n, pad)
-        if batch_argnums is None:
-            check_batch.check_no_other_rows(args, rows[0], (0, *rngs))
+        called = check_roles.check_call(fun, roles, args, kwargs, n, pad)
+        rows, rngs = called.roles.values()
+        of_args = unchanged(called.by_position(fun), called.title, None)
+        count = jax.tree.leaves([called.args[j] for j in rows])[0].shape[0]
         over = check_devices.check_shares(axes)
         if n == 1:
-            args, kwargs = (share(x, over) for x in (list(args), kwargs))
-            outputs = fun(*args, **kwargs)
-            check_batch.check_outputs(outputs)
+            outputs = of_args(*(share(x, over) for x in called.args))
+            check_batch.check_outputs(outputs, count)
             return outputs
-        divided = _divide(args, rows, rngs, n)
-        call = _Call(divided, kwargs, rows, rngs)
-        arrays = check_reverse([x for x in jax.tree.leaves((divided, kwargs)) if _is_array(x)])
+        divided = _divide(called.args, rows, rngs, n)
+        call = _Call(divided, rows, rngs)
+        arrays = check_reverse([x for x in jax.tree.leaves(divided) if _is_array(x)])
 
         def of_arrays(*arrays):
-            args, kwargs = call.fill(arrays)
-            return fun(*args, **kwargs)
+            return of_args(*call.fill(arrays))
 
         # What `fun` closes over becomes an argument of the rule, which can then tell whether it
         # is differentiated.
         example = call.own(call.share(arrays, over), jnp.int32(0))
         of_arrays, closed_over, shapes = hoisted(of_arrays, *example)
-        check_batch.check_outputs(shapes)
+        check_batch.check_outputs(shapes, count // n)
+        check_joins(shapes)
 
         def run(arrays, closed_over):
             shared = call.share(arrays, over)
@@ -158,7 +171,7 @@ def microbatched(
                 check_closed_over(x.value, x.perturbed)
             closed_over, values = ([x.value for x in found] for found in (closed_over, arrays))
             trained = {k: x.value for k, x in enumerate(arrays) if x.perturbed}
-            gradients.check_parameters(call.only(trained)[0], accumulator_dtype)
+            gradients.check_parameters(call.only(trained), accumulator_dtype)
             return run(values, closed_over), (trained, values, closed_over)
 
         def backward(residuals, cotangents):
@@ -191,7 +204,7 @@ def microbatched(
     return microbatched_fn
 
 
-def _divide(args: tuple, rows: tuple, rngs: tuple, n: int) -> list[Any]:
+def _divide(args: list, rows: tuple, rngs: tuple, n: int) -> list[Any]:
     """Returns the arguments with their rows divided, [m, n, ...], and keys as arrays."""
     divided = [
         jax.tree.map(jnp.asarray, x) if j in (*rows, *rngs) else x for j, x in enumerate(args)
@@ -211,24 +224,24 @@ class _Call:
     It keeps none of the arrays: rules of differentiation outlive the trace that these belong to.
     """
 
-    def __init__(self, divided: list, kwargs: dict, rows: tuple, rngs: tuple):
+    def __init__(self, divided: list, rows: tuple, rngs: tuple):
         self.rows, self.rngs = rows, rngs
-        leaves, self.treedef = jax.tree.flatten((divided, kwargs))
+        leaves, self.treedef = jax.tree.flatten(divided)
         self.at = [k for k, x in enumerate(leaves) if _is_array(x)]
         self.leaves = [None if _is_array(x) else x for x in leaves]
         of_rows = [jax.tree.map(lambda _, j=j: j in rows, x) for j, x in enumerate(divided)]
-        is_row = jax.tree.leaves((of_rows, jax.tree.map(lambda _: False, kwargs)))
+        is_row = jax.tree.leaves(of_rows)
         self.is_row = [is_row[k] for k in self.at]
 
-    def fill(self, arrays: Sequence[jax.Array]) -> tuple[list[Any], dict[str, Any]]:
-        """Returns arguments and keyword arguments with these arrays in them."""
+    def fill(self, arrays: Sequence[jax.Array]) -> list[Any]:
+        """Returns the arguments with these arrays in them."""
         leaves = self.leaves.copy()
         for k, x in zip(self.at, arrays, strict=True):
             leaves[k] = x
         return self.treedef.unflatten(leaves)
 
-    def only(self, some: dict[int, jax.Array]) -> tuple[list[Any], dict[str, Any]]:
-        """Returns arguments and keyword arguments that are None but for some arrays."""
+    def only(self, some: dict[int, jax.Array]) -> list[Any]:
+        """Returns arguments that are None but for some arrays."""
         leaves: list[Any] = [None] * len(self.leaves)
         for k, x in some.items():
             leaves[self.at[k]] = x
@@ -236,12 +249,12 @@ class _Call:
 
     def own(self, arrays: Sequence[jax.Array], i: jax.Array) -> list[jax.Array]:
         """Returns the arrays of microbatch i: its rows and keys, and all others whole."""
-        args, kwargs = self.fill(arrays)
+        args = self.fill(arrays)
         for j in self.rows:
             args[j] = batch.take(args[j], i)
         for j in self.rngs:
             args[j] = batch.own_keys(args[j], i)
-        leaves = jax.tree.leaves((args, kwargs))
+        leaves = jax.tree.leaves(args)
         return [leaves[k] for k in self.at]
 
     def share(self, arrays: Sequence[jax.Array], over: devices.Whole) -> list[jax.Array]:

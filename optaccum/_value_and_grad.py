@@ -8,8 +8,16 @@ import jax
 from jax import lax
 import jax.numpy as jnp
 
-from optaccum._check import arguments, batch as check_batch, devices as check_devices, extra_args
+from optaccum._check import (
+    arguments,
+    batch as check_batch,
+    devices as check_devices,
+    extra_args,
+    roles as check_roles,
+)
+from optaccum._check.objects import unchanged
 from optaccum._core import batch, scatters, window
+from optaccum._core.cotangents import drop_unless
 from optaccum._core.devices import vary, varying
 from optaccum._core.traced import cast_like, strongly_typed, where
 from optaccum._core.window import Sums
@@ -26,6 +34,7 @@ def value_and_grad(
     *,
     num_microbatches: int,
     batch_argnums: int | Sequence[int] | None = None,
+    batch_argnames: str | Sequence[str] | None = None,
     weight_fn: Callable[..., Any] | None = None,
     loss_reduction: str = "mean",
     rng_argnums: int | Sequence[int] = (),
@@ -43,6 +52,7 @@ def value_and_grad(
     *,
     num_microbatches: int,
     batch_argnums: int | Sequence[int] | None = None,
+    batch_argnames: str | Sequence[str] | None = None,
     weight_fn: Callable[..., Any] | None = None,
     loss_reduction: str = "mean",
     rng_argnums: int | Sequence[int] = (),
@@ -59,6 +69,7 @@ def value_and_grad(
     *,
     num_microbatches: int,
     batch_argnums: int | Sequence[int] | None = None,
+    batch_argnames: str | Sequence[str] | None = None,
     weight_fn: Callable[..., Any] | None = None,
     loss_reduction: str = "mean",
     rng_argnums: int | Sequence[int] = (),
@@ -101,6 +112,8 @@ def value_and_grad(
           reduced={axis}))` come out reduced; without `reduce_axes` they come out unreduced, for
           one `jax.reshard` to where they are wanted.
         * `fun` is traced once. Keys do not depend on data.
+        * Derivatives of any order, in any mode. A microbatch without weight has none, whatever its
+          rows are: `aux`, which is kept, is a constant there in reverse mode.
 
     Documentation: "Semantics" has a table of all cases.
 
@@ -131,7 +144,10 @@ def value_and_grad(
         num_microbatches: n, an integer >= 1.
         batch_argnums: positions of the pytrees to split. All their leaves have the same leading
             axis, which n divides. None for the argument 1, and then no other positional argument
-            may have as many rows: pass 1 to give it to every microbatch whole.
+            may have as many rows: pass 1 to give it to every microbatch whole. (None for no
+            position, if `batch_argnames` has names and there is no argument 1, or it has a role.)
+        batch_argnames: names of the keyword arguments to split. None for none of them, and then
+            none may have as many rows: pass () to give it to every microbatch whole.
         weight_fn: called as `fun` is, with the arguments of each microbatch; returns how much it
             counts, a scalar >= 0 such as its unpadded tokens. None for 1 each. Weights are summed
             in float32, token counts up to 2**24 exactly, or in float64 with `jax_enable_x64`. Sum
@@ -153,12 +169,13 @@ def value_and_grad(
 
     Raises:
         TypeError: (here) for arguments of another kind; (when traced) for a key in the wrong
-            place, none in the right one, a weight that is no scalar or, in `jax.shard_map`,
-            differs between devices whose gradients are summed, a carry that changes its type, or
-            a loss or gradients that are reduced over `reduce_axes` already.
+            place, none in the right one, an object that `fun` changes in place, a weight that is no
+            scalar or, in `jax.shard_map`, differs between devices whose gradients are summed, a
+            carry that changes its type, or a loss or gradients that are reduced over `reduce_axes`
+            already.
         ValueError: (here) for `num_microbatches` below 1, no batch, or a carry without `has_aux`;
             (when traced) for batch leaves that cannot be split, an argument with two roles or
-            with rows that `batch_argnums` does not name, or `reduce_axes` that the mesh has not,
+            with rows that nobody named, or `reduce_axes` that the mesh has not,
             or not as Manual or Explicit ones.
 
     References: `optax.microbatch`; github.com/google-research/t5x `trainer.py`.
@@ -171,29 +188,30 @@ def value_and_grad(
     n = arguments.check_count("`num_microbatches`", num_microbatches)
     accumulator_dtype = arguments.check_accumulator_dtype(accumulator_dtype)
     axes = check_devices.check_axes(reduce_axes)
-    roles = check_batch.check_roles(
+    roles = check_roles.check_roles(
         {
             "`argnums`": argnums,
-            "`batch_argnums`": 1 if batch_argnums is None else batch_argnums,
+            "`batch_argnums`": batch_argnums,
             "`rng_argnums`": rng_argnums,
             "`carry_argnum`": () if carry_argnum is None else (carry_argnum,),
         },
+        batch_argnames,
         has_aux,
     )
     dtype = jax.dtypes.canonicalize_dtype(float)  # of weights: float64 with `jax_enable_x64`
 
     @functools.wraps(fun)
     def value_and_grad_fn(*args, **kwargs):
-        trained, rows, rngs, carries = check_batch.check_call(roles, args, kwargs, n)
-        if batch_argnums is None:
-            check_batch.check_no_other_rows(args, rows[0], (*trained, *rngs, *carries))
+        call = check_roles.check_call(fun, roles, args, kwargs, n)
+        trained, rows, rngs, carries = call.roles.values()
         over, *_ = [check_devices.check_sums(args[j], axes) for j in trained]
         # Of parameters that all devices share JAX would sum the gradients, each time.
-        args = [over.share(x) if j in (*trained, *carries) else x for j, x in enumerate(args)]
+        args = [over.share(x) if j in (*trained, *carries) else x for j, x in enumerate(call.args)]
         at = trained if isinstance(argnums, tuple | list) else trained[0]
         params = args[at] if isinstance(at, int) else tuple(args[j] for j in at)
         split = {j: batch.split(args[j], n) for j in rows if n > 1}
-        differentiate = jax.value_and_grad(fun, at, has_aux)
+        loss_fn = unchanged(call.by_position(fun), call.title, carries)
+        differentiate = jax.value_and_grad(loss_fn, at, has_aux)
 
         def pick(i, carry):
             """Returns the arguments of microbatch i, or of them all."""
@@ -207,24 +225,25 @@ def value_and_grad(
             return own
 
         def weigh(own):
-            weight = weight_fn(*own, **kwargs) if weight_fn else 1.0
+            weight = call.by_position(weight_fn)(*own) if weight_fn else 1.0
             return jnp.asarray(extra_args.as_weight("`weight_fn(...)`", weight, dtype), dtype)
 
         def run(i, carry, before):
             """Returns loss, aux, carry, gradients, weight and whether it counts."""
             own = pick(i, carry)
+            weight = valid = None
+            if weight_fn is not None:
+                weight = weigh(own)
+                valid = window.counts(weight, before, over.largest)
+                weight, own = drop_unless(valid, (weight, own))
 
             def differentiated():
-                value, grads = differentiate(*own, **kwargs)
+                value, grads = differentiate(*own)
                 loss, aux = value if has_aux else (value, None)
                 check_batch.check_aux(aux)
                 return (loss, aux), grads
 
             ((loss, aux), grads), holds = scatters.trace(differentiated)
-            weight = valid = None
-            if weight_fn is not None:
-                weight = weigh(own)
-                valid = window.counts(weight, before, over.largest)
             check_devices.check_gradients(loss, grads, weight, over)
             if carries:
                 new, aux = arguments.as_carry_and_aux(aux)

@@ -17,9 +17,11 @@ __all__ = ("Finding", "Report", "assert_equivalent", "check_loss", "check_step")
 def check_loss(
     fun: Callable[..., Any],
     *args: Any,
+    kwargs: dict[str, Any] | None = None,
     num_microbatches: int | None = None,
     argnums: int | Sequence[int] = 0,
-    batch_argnums: int | Sequence[int] = 1,
+    batch_argnums: int | Sequence[int] | None = None,
+    batch_argnames: str | Sequence[str] | None = None,
     has_aux: bool = False,
     weight_fn: Callable[..., Any] | None = None,
     rng_argnums: int | Sequence[int] = (),
@@ -78,9 +80,12 @@ def check_loss(
     Args:
         fun: a function that returns a real scalar, or with `has_aux` `(scalar, aux)`.
         *args: its arguments, arrays and not shapes. Take a few rows that differ in what they hold.
+        kwargs: its keyword arguments.
         num_microbatches: n >= 2, which divides the rows; None for the structure alone.
         argnums: what is differentiated.
-        batch_argnums: positions of the pytrees that are split.
+        batch_argnums: positions of the pytrees that are split; None for the argument 1.
+        batch_argnames: names of the keyword arguments that are split. None for none of them, and
+            then none may have as many rows: pass () to give it to every microbatch whole.
         has_aux: whether `fun` returns `(scalar, aux)`.
         weight_fn: the weights that you use, as in :func:`optaccum.value_and_grad`.
         rng_argnums: positions of keys. All microbatches get them as they are.
@@ -96,9 +101,11 @@ def check_loss(
     return _loss.check(
         fun,
         args,
+        {} if kwargs is None else kwargs,
         num_microbatches,
         argnums,
         batch_argnums,
+        batch_argnames,
         has_aux,
         weight_fn,
         rng_argnums,

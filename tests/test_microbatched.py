@@ -108,11 +108,31 @@ def test_outputs_are_in_the_order_of_the_batch(n):
     np.testing.assert_array_equal(loads, jnp.concatenate(each))
 
 
-def test_several_outputs_of_a_microbatch_are_at_j_n_plus_i():
-    halves = _in(3, lambda w, x: w * x.reshape(2, -1).sum(axis=1), batch_argnums=(1,))
-    x = np.arange(12.0, dtype=np.float32)
-    expected = np.stack([x[i::3].reshape(2, -1).sum(axis=1) for i in range(3)], axis=1).reshape(-1)
-    np.testing.assert_array_equal(halves(1.0, x), expected)
+def test_outputs_of_a_microbatch_that_are_neither_rows_nor_one_entry():
+    """Joined, 6 sums of 2 microbatches would be 12 entries beside 24 rows."""
+    x = BATCH["x"]
+
+    def loads(w, x, reshape):
+        return {"y": w * x, "load": reshape(w * x.sum(axis=0))}
+
+    for n in (1, 2):
+        bad = _in(n, lambda w, x: loads(w, x, lambda load: load))
+        message = (
+            rf"output leaf \['load'\] of shape \(6,\) for the {ROWS // n} rows of a .* `x\[None\]`"
+        )
+        with pytest.raises(ValueError, match=message):
+            bad(2.0, x)
+        good = _in(n, lambda w, x: loads(w, x, lambda load: load[None]))(2.0, x)
+        np.testing.assert_allclose(good["load"].sum(axis=0), 2 * x.sum(axis=0), rtol=1e-5)
+
+
+def test_several_outputs_of_a_row_have_an_axis_of_their_own():
+    crops = _in(4, lambda w, x: jnp.stack([w * x, -w * x], axis=1))(2.0, BATCH["x"])
+    np.testing.assert_array_equal(crops, jnp.stack([2 * BATCH["x"], -2 * BATCH["x"]], axis=1))
+    m = ROWS // 4
+    message = rf"of shape \({2 * m}, 6\) for the {m} rows .*`x.reshape\({m}, r, ...\)`"
+    with pytest.raises(ValueError, match=message):
+        _in(4, lambda w, x: jnp.concatenate([x, x]))(2.0, BATCH["x"])
 
 
 def test_rows_have_gradients_in_the_order_of_the_batch():

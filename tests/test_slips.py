@@ -47,7 +47,8 @@ def test_as_many_rows_are_whole_if_somebody_says_so():
     expected, _ = jax.value_and_grad(_loss)(W, X, 0.0, whole)
     named = optaccum.value_and_grad(_loss, num_microbatches=2, batch_argnums=1)
     left_out = optaccum.value_and_grad(_loss, num_microbatches=2)
-    for loss, _ in (named(W, X, 0.0, whole), left_out(W, X, 0.0, scale=whole)):
+    by_name = optaccum.value_and_grad(_loss, num_microbatches=2, batch_argnames=())
+    for loss, _ in (named(W, X, 0.0, whole), by_name(W, X, 0.0, scale=whole)):
         np.testing.assert_allclose(loss, expected, rtol=1e-6)
     with pytest.raises(ValueError, match=r"argument 3 has 4 rows.*`batch_argnums=\(1, 3\)`"):
         left_out(W, X, 0.0, whole)

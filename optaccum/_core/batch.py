@@ -1,11 +1,22 @@
 """Rows and keys: what one microbatch is given of a whole batch."""
 
+from collections.abc import Callable, Sequence
 import functools
 from typing import Any
 
 import jax
 from jax import lax
 import jax.numpy as jnp
+
+
+def by_position(fun: Callable[..., Any], count: int, names: Sequence[str]) -> Callable[..., Any]:
+    """Returns `fun` with all arguments by position: `count` of them, then those with `names`."""
+
+    @functools.wraps(fun)
+    def call(*args):
+        return fun(*args[:count], **dict(zip(names, args[count:], strict=True)))
+
+    return call
 
 
 def split(tree: Any, n: int) -> Any:

@@ -14,10 +14,11 @@ from optaccum._value_and_grad import value_and_grad
 
 @dataclasses.dataclass(frozen=True)
 class Loss:
-    """A loss with the roles of its arguments, none of the positions negative."""
+    """A loss of arguments by position with their roles, no position negative, and their names."""
 
     fun: Callable[..., Any]
-    args: tuple
+    args: list[Any]
+    names: list[str]
     argnums: tuple[int, ...]
     rows: tuple[int, ...]
     rngs: tuple[int, ...]

@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from optaccum._check import arguments, batch as check_batch
+from optaccum._check import arguments, batch as check_batch, roles as check_roles
 from optaccum._testing import counts, gradients, numbers, structure
 from optaccum._testing.gradients import Loss
 from optaccum._testing.report import Finding, Report
@@ -20,9 +20,11 @@ COUPLING = ("pairwise", "batch_statistic", "nonlinear", "order")
 def check(
     fun: Callable[..., Any],
     args: tuple,
+    kwargs: dict[str, Any],
     num_microbatches: int | None,
     argnums: int | Sequence[int],
-    batch_argnums: int | Sequence[int],
+    batch_argnums: int | Sequence[int] | None,
+    batch_argnames: str | Sequence[str] | None,
     has_aux: bool,
     weight_fn: Callable[..., Any] | None,
     rng_argnums: int | Sequence[int],
@@ -38,18 +40,28 @@ def check(
         if n == 1:
             raise ValueError("`num_microbatches` must be >= 2 to compare with one, got 1")
     numbers.check_tolerance(tolerance)
-    roles = check_batch.check_roles(
+    if not isinstance(kwargs, dict) or not all(isinstance(name, str) for name in kwargs):
+        raise TypeError(f"`kwargs` must be the keyword arguments of `fun`, a dict, got {kwargs!r}")
+    roles = check_roles.check_roles(
         {
             "`argnums`": argnums,
             "`batch_argnums`": batch_argnums,
             "`rng_argnums`": rng_argnums,
             "`carry_argnum`": (),
         },
+        batch_argnames,
         has_aux,
     )
-    trained, rows, rngs, _ = check_batch.positions(roles, len(args))
-    check_batch.check_batch({j: jax.tree.map(_array, args[j]) for j in rows}, n)
-    loss = Loss(fun, args, trained, rows, rngs, has_aux, weight_fn)
+    call = check_roles.Call(fun, roles, args, kwargs)
+    trained, rows, rngs, _ = call.roles.values()
+    of_batch = {title: jax.tree.map(_array, x) for title, x in call.some(rows).items()}
+    check_batch.check_batch(of_batch, n)
+    # Rows by position that nobody named are for the report to tell.
+    check_roles.check_no_other_rows(call, roles._replace(by_default=False))
+    names = [structure.argument_name(fun, j) for j in range(call.count)] + call.names
+    if weight_fn is not None:
+        weight_fn = call.by_position(weight_fn)
+    loss = Loss(call.by_position(fun), call.args, names, trained, rows, rngs, has_aux, weight_fn)
     read = structure.read(loss)
     if num_microbatches is None:
         return _by_structure(read, weight_fn is not None)
@@ -117,7 +129,7 @@ def _by_numbers(loss: Loss, n: int, read: Structure, tolerance: float | None) ->
         name: leaf
         for j in loss.rows
         for name, leaf in zip(
-            structure.leaf_names(loss.fun, j, loss.args[j]),
+            structure.leaf_names(loss, j),
             jax.tree.leaves(loss.args[j]),
             strict=True,
         )
@@ -265,8 +277,8 @@ def _remedy(
         "(openxla/xla issue 49143). Report it if yours is none of them.",
         "coarse": "check it in float32, parameters and batch included, where rounding is small.",
         "doubt": "these rows do not show what the lines above do: take rows that differ more.",
-        "failed": "make `fun` run on each microbatch: `batch_argnums` names all arguments that "
-        "hold rows, and `weight_fn` takes the arguments of `fun`.",
+        "failed": "make `fun` run on each microbatch: `batch_argnums` and `batch_argnames` name "
+        "all arguments that hold rows, and `weight_fn` takes the arguments of `fun`.",
         "unknown": "pass `num_microbatches`, more parameters or fewer microbatches, so that the "
         "gradients can tell.",
         "divisor": "pass `num_microbatches`.",

@@ -35,7 +35,7 @@ def check(
     if k == 1:
         raise ValueError("`every_k` must be >= 2 to compare with one step, got 1")
     numbers.check_tolerance(tolerance)
-    check_batch.check_batch({2: jax.tree.map(np.asarray, batch)}, k)
+    check_batch.check_batch({"argument 2": jax.tree.map(np.asarray, batch)}, k)
     program = Program(make_step, params, k, inside_step, get_params)
     try:
         return _check(program, batch, tolerance)

@@ -63,7 +63,7 @@ def read(loss: Loss) -> Structure:
         if j in loss.argnums
         else CONST
         for j, tree in sorted(loss.arrays.items())
-        for name, leaf in zip(leaf_names(loss.fun, j, tree), jax.tree.leaves(tree), strict=True)
+        for name, leaf in zip(leaf_names(loss, j), jax.tree.leaves(tree), strict=True)
     ]
     walk = Walk(_rows(loss))
     try:
@@ -87,11 +87,10 @@ def read(loss: Loss) -> Structure:
     return Structure(value, shown, max(walk.roundings, 1), eps, walk.eps, leaves=[*leaves])
 
 
-def leaf_names(fun: Any, j: int, tree: Any) -> list[str]:
+def leaf_names(loss: Loss, j: int) -> list[str]:
     """Returns the names of the leaves of argument j, as the function would write them."""
-    name = argument_name(fun, j)
-    paths = jax.tree_util.tree_leaves_with_path(tree)
-    return [name + jax.tree_util.keystr(path) for path, _ in paths]
+    paths = jax.tree_util.tree_leaves_with_path(loss.args[j])
+    return [loss.names[j] + jax.tree_util.keystr(path) for path, _ in paths]
 
 
 def argument_name(fun: Any, j: int) -> str:

@@ -1,0 +1,124 @@
+"""Derivatives of what `value_and_grad` returns, beside microbatches that hold NaN and no weight."""
+
+import collections
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import optaccum
+
+W = jnp.array([1.0, -0.5, 0.3])
+MASK = jnp.where(jnp.arange(8) % 4 == 1, 0.0, jnp.arange(8.0) + 1)
+ROWS = np.flatnonzero(MASK)
+X = jnp.where(MASK[:, None] > 0, jax.random.normal(jax.random.key(0), (8, 3)), jnp.nan)
+BATCH = {"x": X, "mask": MASK}
+CLEAN = jax.tree.map(lambda x: x[ROWS], BATCH)
+
+
+def _loss(w, batch):
+    losses = batch["mask"] * w[0] * jnp.tanh(batch["x"] @ w) ** 2
+    return jnp.sum(losses) / jnp.maximum(jnp.sum(batch["mask"]), 1)
+
+
+def _sum(w, batch):
+    return jnp.sum(batch["mask"] * w[0] * jnp.tanh(batch["x"] @ w) ** 2)
+
+
+def _tokens(w, batch):
+    return jnp.sum(batch["mask"])
+
+
+OURS = {
+    "mean": optaccum.value_and_grad(_loss, num_microbatches=4, weight_fn=_tokens),
+    "sum": optaccum.value_and_grad(
+        _sum, num_microbatches=4, weight_fn=_tokens, loss_reduction="sum"
+    ),
+}
+both = pytest.mark.parametrize("ours", OURS.values(), ids=OURS)
+jit_or_not = pytest.mark.parametrize("jit", [lambda f: f, jax.jit], ids=["eager", "jit"])
+
+
+@both
+@jit_or_not
+@pytest.mark.parametrize("mode", [jax.jacrev, jax.jacfwd])
+def test_derivatives_of_the_gradient(ours, jit, mode):
+    found = jit(mode(lambda w: ours(w, BATCH)[1]))(W)
+    np.testing.assert_allclose(found, jax.hessian(_loss)(W, CLEAN), rtol=1e-4, atol=1e-5)
+
+
+@both
+@pytest.mark.parametrize("mode", [jax.jacrev, jax.jacfwd])
+def test_derivatives_of_the_loss(ours, mode):
+    found = mode(lambda w: ours(w, BATCH)[0])(W)
+    np.testing.assert_allclose(found, jax.grad(_loss)(W, CLEAN), rtol=1e-5, atol=1e-6)
+
+
+@both
+def test_derivatives_by_rows_and_weights(ours):
+    def penalty(grad):
+        return lambda batch: jnp.sum(grad(W, batch) ** 2)
+
+    found = jax.jit(jax.grad(penalty(lambda w, batch: ours(w, batch)[1])))(BATCH)
+    expected = jax.grad(penalty(jax.grad(_loss)))(CLEAN)
+    for a, e in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(a[ROWS], e, rtol=1e-4, atol=1e-5)
+        assert not np.any(np.delete(a, ROWS, axis=0))
+
+
+def test_one_microbatch_without_weight():
+    ours = optaccum.value_and_grad(_loss, num_microbatches=1, weight_fn=_tokens)
+    nothing = {"x": jnp.full((4, 3), jnp.nan), "mask": jnp.zeros(4)}
+    np.testing.assert_array_equal(jax.jacrev(lambda w: ours(w, nothing)[1])(W), np.zeros((3, 3)))
+
+
+@pytest.mark.parametrize("axes", [(0, None), (None, 0), (0, 0)], ids=str)
+def test_over_batches(axes):
+    """Which microbatch counts differs between members, or not."""
+    members = jax.tree.map(lambda x: jnp.stack([x, jnp.roll(x, 1, axis=0)]), BATCH)
+    weights = jnp.stack([W, 2 * W])
+
+    def hessian(w, batch):
+        return jax.jacrev(lambda w: OURS["mean"](w, batch)[1])(w)
+
+    def member(k, tree, axis):
+        return tree if axis is None else jax.tree.map(lambda x: x[k], tree)
+
+    args = weights, members
+    args = [x if axis == 0 else member(0, x, 0) for x, axis in zip(args, axes, strict=True)]
+    found = jax.jit(jax.vmap(hessian, axes))(*args)
+    for k in range(2):
+        expected = hessian(*(member(k, x, axis) for x, axis in zip(args, axes, strict=True)))
+        assert np.all(np.isfinite(expected))
+        np.testing.assert_allclose(found[k], expected, rtol=1e-5, atol=1e-6)
+
+
+def test_devices_that_differ_in_what_counts():
+    """Microbatch 1 of every device but the first has weight."""
+    mesh = jax.make_mesh((2,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    more = {"x": jnp.nan_to_num(X, nan=0.5), "mask": jnp.arange(8.0) + 1}
+    batch = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), BATCH, more)
+    step = optaccum.value_and_grad(_loss, num_microbatches=4, weight_fn=_tokens, reduce_axes="data")
+
+    def grads(w, batch):
+        specs = (jax.P(), jax.P("data"))
+        return jax.shard_map(step, mesh=mesh, in_specs=specs, out_specs=jax.P())(w, batch)[1]
+
+    clean = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), CLEAN, more)
+    found = jax.jit(jax.jacrev(lambda w: grads(w, batch)))(W)
+    np.testing.assert_allclose(found, jax.hessian(_loss)(W, clean), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("n", [1, 4])
+def test_the_program_of_the_gradient_has_nothing_of_it(n, monkeypatch):
+    def operations():
+        step = optaccum.value_and_grad(_loss, num_microbatches=n, weight_fn=_tokens)
+        text = jax.jit(step).lower(W, BATCH).compile().as_text()
+        return collections.Counter(re.findall(r" = (\S+ [a-z-]+)\(", text))
+
+    ours = operations()
+    monkeypatch.setattr(optaccum._value_and_grad, "drop_unless", lambda valid, tree: tree)
+    assert ours == operations()
+    assert len(ours) > 10
