@@ -11,6 +11,7 @@ import functools
 from itertools import permutations
 import math
 import re
+from typing import Any
 
 KINDS = {
     *("all-reduce", "reduce-scatter", "all-gather", "all-to-all", "ragged-all-to-all"),
@@ -216,7 +217,8 @@ class _Program:
         Yields:
             Each instruction, what it stands in, and which element of it was taken, if one was.
         """
-        ahead, seen = [(start, within, None)], set()
+        ahead: list[Any] = [(start, within, None)]
+        seen = set()
         while ahead:
             found = one, within, index = ahead.pop()
             if found in seen:

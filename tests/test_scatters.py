@@ -243,5 +243,5 @@ def test_check_loss_names_the_compiler_if_the_loop_forgets(monkeypatch):
     )
     report = check_loss(lookup, *_on_eight_devices(), num_microbatches=2)
     assert (report.exact, report.kind) == (False, "compiler")
-    assert "49143" in report.remedy
-    assert report.error > 0.1
+    assert "49143" in str(report)
+    assert (report.error or 0) > 0.1

@@ -12,7 +12,9 @@ Programs for CPUs, for one device and for `jax.shard_map` are not changed.
 """
 
 from collections.abc import Callable, Sequence
+import importlib.metadata
 import math
+import re
 from typing import Any
 
 import jax
@@ -20,11 +22,10 @@ from jax import lax
 from jax.extend import core
 from jax.interpreters import ad, batching, mlir
 import jax.numpy as jnp
-import jaxlib
 
 # The first version of jaxlib with the fault, and the first without it.
 AFFECTED = (0, 10, 1), (0, 12, 0)
-VERSION = tuple(int(x) for x in jaxlib.__version__.split(".")[:3])
+VERSION = tuple(map(int, re.findall(r"\d+", importlib.metadata.version("jaxlib"))[:3]))
 
 # A scatter stays one through these.
 _PASSING = {
@@ -118,7 +119,8 @@ def _inside(inner: Any, eqn: core.JaxprEqn, inputs: list[bool]) -> tuple[Any, li
         if all(holds[i] for i in carried):
             break
         holds = [one or i in carried for i, one in enumerate(holds)]
-    eqns, outvars = list(fenced.eqns), list(fenced.outvars)
+    eqns: list[Any] = list(fenced.eqns)
+    outvars: list[Any] = list(fenced.outvars)
     made = {v: one for one in eqns for v in one.outvars}
     for i in range(carries):
         if results[i] and outvars[i] in made:

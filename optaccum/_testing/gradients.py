@@ -109,10 +109,15 @@ def of_loop(loss: Loss, n: int) -> np.ndarray:
     trained = {j: loss.args[j] for j in loss.argnums}
     rows = {j: jax.tree.map(jnp.asarray, loss.args[j]) for j in loss.rows}
     keys = {j: loss.args[j] for j in loss.rngs}
-    weight_fn = loss.weight_fn and (lambda t, r: loss.counted({**keys, **t, **r}))
-    loop = value_and_grad(
-        lambda t, r: loss({**keys, **t, **r}), num_microbatches=n, weight_fn=weight_fn
-    )
+
+    def value(trained, rows):
+        return loss({**keys, **trained, **rows})
+
+    def counted(trained, rows):
+        return loss.counted({**keys, **trained, **rows})
+
+    weight_fn = None if loss.weight_fn is None else counted
+    loop = value_and_grad(value, num_microbatches=n, weight_fn=weight_fn)
     with jax.default_matmul_precision("highest"):
         return flat(jax.jit(loop)(trained, rows)[1])
 
