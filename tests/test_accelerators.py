@@ -382,7 +382,10 @@ def _in_one_step(loss):
 
 
 def _weighted(loss):
-    run = value_and_grad(loss, num_microbatches=4, weight_fn=lambda _, batch: len(batch["ids"]))
+    def tokens(_, batch):
+        return jnp.sum(batch["ids"] >= 0)
+
+    run = value_and_grad(loss, num_microbatches=4, weight_fn=tokens)
     return lambda params, batch: run(params, batch)[1]
 
 
