@@ -11,6 +11,7 @@ import pathlib
 import platform
 import random
 import sys
+import tempfile
 import time
 from typing import Any
 
@@ -53,12 +54,15 @@ def parse_args(name: str, doc: str | None, options: Options, argv: Any = None) -
 
 
 def _writable(text: str) -> pathlib.Path:
-    """Returns a path, after an attempt to write there: before anything is measured."""
+    """Returns a path, after an attempt to write beside it: before anything is measured."""
+    path = pathlib.Path(text)
     try:
-        pathlib.Path(text).open("a").close()
+        tempfile.TemporaryFile(dir=path.parent).close()
     except OSError as error:
         raise argparse.ArgumentTypeError(str(error)) from error
-    return pathlib.Path(text)
+    if path.is_dir():
+        raise argparse.ArgumentTypeError(f"{text} is a directory")
+    return path
 
 
 def main(
@@ -90,7 +94,9 @@ def main(
         for several in tables(result).values():
             print(*(table.terminal() for table in several), sep="\n")
         if args.output:
-            args.output.write_text(json.dumps(result, indent=2) + "\n")
+            unfinished = args.output.with_name(args.output.name + ".part")
+            unfinished.write_text(json.dumps(result, indent=2) + "\n")
+            unfinished.replace(args.output)  # so that there is never half a file
     if stopped:
         sys.exit(130)
 
@@ -100,7 +106,6 @@ def load(name: str, folder: pathlib.Path | None = None) -> list[Result]:
     return [
         json.loads(path.read_text()) | {"file": path.stem.rpartition("-")[2]}
         for path in sorted((folder or RESULTS).glob(f"{name}*.json"))
-        if path.stat().st_size  # a run that is to write there makes an empty file first
     ]
 
 

@@ -185,6 +185,22 @@ def test_ctrl_c_saves_what_is_done_and_ends_without_a_traceback(tmp_path, capsys
     ]
 
 
+def test_a_run_that_ends_with_nothing_leaves_the_folder_as_it_was(tmp_path):
+    def measure(args):
+        assert not list(tmp_path.iterdir())
+        raise KeyboardInterrupt
+        yield
+
+    arguments = ["--output", str(tmp_path / "figures.json")]
+    with pytest.raises(SystemExit):
+        harness.main("none", None, {}, measure, lambda result: {}, arguments)
+    assert not list(tmp_path.iterdir())
+    for nowhere in (tmp_path, tmp_path / "missing" / "figures.json"):
+        with pytest.raises(SystemExit) as exit_info:
+            harness.parse_args("none", None, {}, ["--output", str(nowhere)])
+        assert exit_info.value.code == 2
+
+
 def test_a_run_says_how_long_the_committed_one_took_and_that_quick_means_nothing(
     tmp_path, monkeypatch, capsys
 ):
