@@ -279,7 +279,7 @@ def value_and_grad(
             sums = window.open_sums(zeros, accumulator_dtype)
             total = jnp.zeros([], dtype)
             if weight_fn is not None:
-                total = vary(total, tuple(varying(jax.eval_shape(weigh, pick(0, carry)))))
+                total = vary(total, tuple(varying(jax.eval_shape(lambda: weigh(pick(0, carry))))))
             held, each = lax.scan(body, (sums, total, carry), jnp.arange(n))
             (sums, total, carry), (losses, aux, weights, valid) = held, each
             if weights is None:
