@@ -100,8 +100,8 @@ def compiled():
             step | in_step | {"name": "optaccum.value_and_grad"},
         ],
         "traffic": [
-            sent | {"hold": hold, "window": window},
-            sent | {"name": "optaccum.value_and_grad", "hold": [scalar], "window": []},
+            sent | {"hold": hold, "window": window, "forgets": False},
+            sent | {"name": "a scan", "hold": [scalar], "window": [], "forgets": True},
         ],
     }
 
@@ -311,7 +311,8 @@ def test_a_table_says_what_needs_saying(results):
     assert "report by at most: adamw 0.1%, muon 0.1%." in tables["compiled_programs"]
     assert "| optax.apply_every † | 9 / 10 / 72 | - | 0.00 / - |" in tables["compiled"]
     assert "| optaccum.value_and_grad | - | - | +20.0 |" in tables["compiled_training"]
-    assert "| optaccum.value_and_grad | scalars | none |" in tables["compiled_traffic"]
+    assert "| a scan ‡ | scalars | none |" in tables["compiled_traffic"]
+    assert "‡ Its gradient of the embedding is wrong" in tables["compiled_traffic"]
     assert "Left out: TPU v6e; `pip install something`." in tables["compiled"]
     times = tables["overhead_times"]
     dispatch = "; a call that only passes all arrays through 0.3 ms."
