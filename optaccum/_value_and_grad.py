@@ -17,7 +17,7 @@ from optaccum._check import (
 )
 from optaccum._check.objects import unchanged
 from optaccum._core import batch, scatters, window
-from optaccum._core.cotangents import drop_unless
+from optaccum._core.cotangents import call_with_drops, drop_unless
 from optaccum._core.devices import vary, varying
 from optaccum._core.traced import cast_like, strongly_typed, where
 from optaccum._core.window import Sums
@@ -146,8 +146,9 @@ def value_and_grad(
             axis, which n divides. None for the argument 1, and then no other positional argument
             may have as many rows: pass 1 to give it to every microbatch whole. (None for no
             position, if `batch_argnames` has names and there is no argument 1, or it has a role.)
-        batch_argnames: names of the keyword arguments to split. None for none of them, and then
-            none may have as many rows: pass () to give it to every microbatch whole.
+        batch_argnames: names of the keyword arguments to split; one that a call leaves out has
+            its default. None for none of them, and then none may have as many rows: pass () to
+            give it to every microbatch whole.
         weight_fn: called as `fun` is, with the arguments of each microbatch; returns how much it
             counts, a scalar >= 0 such as its unpadded tokens. None for 1 each. Weights are summed
             in float32, token counts up to 2**24 exactly, or in float64 with `jax_enable_x64`. Sum
@@ -235,7 +236,7 @@ def value_and_grad(
             if weight_fn is not None:
                 weight = weigh(own)
                 valid = window.counts(weight, before, over.largest)
-                weight, own = drop_unless(valid, (weight, own))
+                weight = drop_unless(valid, weight)
 
             def differentiated():
                 value, grads = differentiate(*own)
@@ -243,7 +244,8 @@ def value_and_grad(
                 check_batch.check_aux(aux)
                 return (loss, aux), grads
 
-            ((loss, aux), grads), holds = scatters.trace(differentiated)
+            found, holds = scatters.trace(lambda: call_with_drops(valid, differentiated))
+            (loss, aux), grads = found
             check_devices.check_gradients(loss, grads, weight, over)
             if carries:
                 new, aux = arguments.as_carry_and_aux(aux)

@@ -94,6 +94,18 @@ everywhere = pytest.mark.parametrize("make", SPLIT.values(), ids=SPLIT)
 
 @everywhere
 @every_n
+def test_a_name_that_is_left_out_has_its_default(make, n):
+    """Many models have a mask that most calls do not pass."""
+    options = {"batch_argnames": ("mask", "y", "scale")}
+    make(n, **options)(W, X, mask=MASK)
+    with pytest.raises(ValueError, match=r"names 'mask', but the call has the keyword .*\['y'\]"):
+        make(n, **options)(W, X, y=Y)
+    with pytest.raises(ValueError, match=r"names \('y',\), but the call has the keyword .* \[\]"):
+        make(n, batch_argnums=(), batch_argnames="y")(W, X)
+
+
+@everywhere
+@every_n
 def test_a_keyword_with_rows_that_nobody_named(make, n):
     message = r"argument `mask` has 8 rows, as many as the batch in argument 1, but `batch_argn.*"
     remedy = r'pass `batch_argnames=\("mask",\)` to split it, or `batch_argnames=\(\)` to give'

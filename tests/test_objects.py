@@ -5,6 +5,7 @@ from typing import NamedTuple
 
 from flax import nnx
 import jax
+from jax.experimental import sparse
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -298,3 +299,27 @@ def test_other_metadata_is_no_shape():
 
     _, grads = optaccum.value_and_grad(fun, num_microbatches=2)(jnp.ones(3), (X, labels))
     np.testing.assert_allclose(grads, X.mean(axis=0), rtol=1e-5)
+
+
+@every_n
+def test_an_object_that_makes_its_leaves_is_not_changed(n):
+    class Halves:
+        def __init__(self, double):
+            self.double = double
+
+    jax.tree_util.register_pytree_node(
+        Halves,
+        lambda x: ((x.double / 2,), None),
+        lambda _, leaves: Halves(2 * leaves[0]),
+    )
+    grad = optaccum.grad(lambda w, x, h: jnp.mean(x @ w) * h.double, num_microbatches=n)
+    found = grad(jnp.ones(3), X[:, :3], Halves(jnp.float32(4)))
+    np.testing.assert_allclose(found, 4 * X[:, :3].mean(axis=0), rtol=1e-5)
+
+
+def test_a_sparse_matrix_is_not_split_by_its_elements():
+    rows = sparse.BCOO.fromdense(jnp.eye(8, 3) + jnp.eye(8, 3, k=-3))
+    assert rows.nse % 2 == 0
+    grad = optaccum.grad(lambda w, x: jnp.mean((x @ w) ** 2), num_microbatches=2)
+    with pytest.raises(ValueError, match=r"argument 1, an object of type BCOO, .*\(8, 3\)"):
+        grad(jnp.ones(3), rows)

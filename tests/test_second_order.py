@@ -122,3 +122,23 @@ def test_the_program_of_the_gradient_has_nothing_of_it(n, monkeypatch):
     monkeypatch.setattr(optaccum._value_and_grad, "drop_unless", lambda valid, tree: tree)
     assert ours == operations()
     assert len(ours) > 10
+
+
+@both
+@jit_or_not
+def test_derivatives_by_what_the_loss_closes_over(ours, jit):
+    def penalty(scale):
+        loss = _sum if ours is OURS["sum"] else _loss
+        options = {"loss_reduction": "sum"} if ours is OURS["sum"] else {}
+        step = optaccum.grad(
+            lambda w, batch: loss(scale * w, batch),
+            num_microbatches=4,
+            weight_fn=_tokens,
+            **options,
+        )
+        return jnp.sum(step(W, BATCH) ** 2)
+
+    def expected(scale):
+        return jnp.sum(jax.grad(lambda w: _loss(scale * w, CLEAN))(W) ** 2)
+
+    np.testing.assert_allclose(jit(jax.grad(penalty))(1.5), jax.grad(expected)(1.5), rtol=1e-4)

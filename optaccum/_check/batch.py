@@ -33,8 +33,8 @@ def check_keys(keys: dict[str, Any], others: dict[str, Any], *, carries: bool) -
         if is_typed_key(leaf):
             raise TypeError(
                 f"{name} is a PRNG key, with which every microbatch would draw the same numbers; "
-                "pass it by position and name that in `rng_argnums`, and each gets a key of its "
-                f"own ({carry}close over it, if they are to share it)"
+                "pass it apart, by position, and name that in `rng_argnums`, and each gets a key "
+                f"of its own ({carry}close over it, if they are to share it)"
             )
 
 

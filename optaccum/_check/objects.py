@@ -33,16 +33,18 @@ def unchanged(
     def call(*args):
         args = [jax.tree.map(lambda x: x, arg) for arg in args]
         objects = [
-            (title(j) + jax.tree_util.keystr(path), x, _leaves(x))
+            (title(j) + jax.tree_util.keystr(path), x, _leaves(x), _leaves(x))
             for j, arg in enumerate(args)
             if j not in (carries or ())
             for path, x in jax.tree_util.tree_leaves_with_path(arg, is_leaf=_is_object)
         ]
         results = fun(*args)
         returned = {id(x) for x in jax.tree.leaves(results)}
-        for name, x, before in objects:
+        for name, x, before, again in objects:
             for path, leaf in _leaves(x).items():
-                if leaf is not before.get(path) and id(leaf) not in returned:
+                # Some objects make their leaves anew whenever they are asked for them.
+                kept = before.get(path) is again.get(path)
+                if kept and leaf is not before.get(path) and id(leaf) not in returned:
                     raise TypeError(
                         f"`fun` changed {name}{path} in place, in an object of type "
                         f"{type(x).__name__}, but each microbatch is given its own and the change "
@@ -122,10 +124,12 @@ def _stale(before: Any, after: Any) -> tuple[int, ...] | None:
         return None  # a leaf
     arrays = [x.shape for x in old if hasattr(x, "shape") and hasattr(x, "dtype")]
     if _is_object(after):
-        told = [*getattr(after, "__dict__", {}).values()]
-        told += [getattr(after, name, None) for name in getattr(type(after), "__slots__", ())]
-        for shape in map(_as_shape, told):
-            if shape and shape in arrays:
+        names = [*getattr(after, "__dict__", ()), *getattr(type(after), "__slots__", ())]
+        for name in names:
+            shape = _as_shape(getattr(after, name, None))
+            # A sparse matrix has the shape of none of its arrays.
+            sparse = name == "shape" and hasattr(after, "dtype")
+            if shape and (shape in arrays or sparse):
                 return shape
     children = (_stale(a, b) for a, b in zip(old, new, strict=True))
     return next((shape for shape in children if shape is not None), None)

@@ -66,9 +66,12 @@ class Call:
         self.count, self.names = len(args), [*kwargs]
         self.roles = _positions(roles, self.count)
         for name in roles.names or ():
-            if name not in kwargs:
-                raise ValueError(f"{NAMES} names {name!r}, {_passed_as(fun, name, args, kwargs)}")
-            self.roles[ROWS] += (self.count + self.names.index(name),)
+            if name in kwargs:
+                self.roles[ROWS] += (self.count + self.names.index(name),)
+            elif (place := _place(fun, name, args)) is not None:
+                raise ValueError(f"{NAMES} names {name!r}, {place or _keywords(kwargs)}")
+        if not self.roles[ROWS]:
+            raise ValueError(f"{NAMES} names {roles.names}, {_keywords(kwargs)}")
 
     def title(self, j: int) -> str:
         """Returns what an error calls an argument."""
@@ -114,14 +117,24 @@ def _positions(roles: Roles, count: int) -> dict[str, tuple[int, ...]]:
     return {option: tuple(j % count for j in several) for option, several in argnums.items()}
 
 
-def _passed_as(fun: Any, name: str, args: tuple, kwargs: dict[str, Any]) -> str:
-    """Returns where a call has an argument that it does not have by keyword."""
+def _place(fun: Any, name: str, args: tuple) -> str | None:
+    """Returns where a call has an argument that is not among its keywords: "" for nowhere.
+
+    None if it is left out and `fun` has a default for it, as models have for a mask.
+    """
     try:
-        j = [*inspect.signature(fun).parameters].index(name)
+        parameters = inspect.signature(fun).parameters
     except (TypeError, ValueError):
-        j = len(args)
+        return ""
+    if name not in parameters:
+        return ""
+    j = [*parameters].index(name)
     if j < len(args):
         return f"which the call passes by position; name argument {j} in {ROWS}"
+    return "" if parameters[name].default is inspect.Parameter.empty else None
+
+
+def _keywords(kwargs: dict[str, Any]) -> str:
     return f"but the call has the keyword arguments {[*kwargs]}"
 
 

@@ -1,10 +1,11 @@
 """Cotangents: derivatives of results that do not count are zero, whatever led to these results."""
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
 from jax import lax
-from jax.extend.core import Primitive
+from jax.extend import core
 from jax.interpreters import ad, batching, mlir
 import jax.numpy as jnp
 
@@ -33,6 +34,16 @@ def drop_unless(valid: jax.Array, tree: Any) -> Any:
     return jax.tree.map(leaf, tree)
 
 
+def call_with_drops(valid: jax.Array | None, fun: Callable[[], Any]) -> Any:
+    """Returns `fun()`; all that it closes over has no cotangents unless `valid` (None: always)."""
+    if valid is None:
+        return fun()
+    closed, shapes = jax.make_jaxpr(fun, return_shape=True)()
+    consts = drop_unless(valid, closed.consts)
+    results = core.jaxpr_as_fun(core.ClosedJaxpr(closed.jaxpr, consts))()
+    return jax.tree.structure(shapes).unflatten(results)
+
+
 def _jvp(primals: Any, tangents: Any) -> Any:
     (valid, x), (_, tangent) = primals, tangents
     if not isinstance(tangent, ad.Zero):
@@ -57,7 +68,7 @@ def _batch(args: Any, dims: Any) -> Any:
     return _drop_unless_p.bind(valid, x), 0
 
 
-_drop_unless_p = Primitive("drop_unless")
+_drop_unless_p = core.Primitive("drop_unless")
 _drop_unless_p.def_impl(lambda _, x: x)
 _drop_unless_p.def_abstract_eval(lambda _, x: x)
 mlir.register_lowering(_drop_unless_p, lambda _context, _valid, x: [x])
