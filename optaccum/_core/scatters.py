@@ -29,13 +29,14 @@ AFFECTED = (0, 10, 1), (0, 12, 0)
 VERSION = tuple(map(int, re.findall(r"\d+", importlib.metadata.version("jaxlib"))[:3]))
 
 _JAXPRS = core.Jaxpr | core.ClosedJaxpr
+_OF_ELEMENTS = "update_jaxpr"  # a scatter's parameter: how it adds two elements
 
 
 def trace(fun: Callable[[], Any]) -> tuple[Any, Any]:
     """Returns `fun()`, with fences in its loops, and which of its leaves hold a scatter.
 
-    With a version that is right it returns `fun()` and None, and so it does where nothing is traced:
-    with one microbatch outside `jax.jit`, or under `jax.disable_jit`, `fun` may read its arguments.
+    With a version that is right it returns `fun()` and None. So it does where nothing is traced,
+    with one microbatch outside `jax.jit` or under `jax.disable_jit`: `fun` may read its arguments.
     """
     if not (_affected() and isinstance(jnp.zeros([]), Tracer)):
         return fun(), None
@@ -87,7 +88,7 @@ def _fenced(jaxpr: core.Jaxpr, holds: list[bool]) -> tuple[core.Jaxpr, list[bool
         params, within = dict(eqn.params), []
         for key, value in params.items():
             leaves, structure = jax.tree.flatten(value)  # the branches of a conditional are several
-            if key != "update_jaxpr" and any(isinstance(x, _JAXPRS) for x in leaves):
+            if key != _OF_ELEMENTS and any(isinstance(x, _JAXPRS) for x in leaves):
                 inner = [_inside(x, eqn, inputs) for x in leaves]
                 params[key] = structure.unflatten(x for x, _ in inner)
                 within += [out for _, out in inner]
@@ -111,7 +112,8 @@ def _mixes(eqn: core.JaxprEqn) -> bool:
         axes = eqn.params["dimension_numbers"][0][0]
     else:
         return eqn.primitive is lax.conv_general_dilated_p
-    return any(jnp.shape(eqn.invars[0].aval)[axis] != 1 for axis in axes)
+    summed: Any = eqn.invars[0].aval
+    return any(summed.shape[axis] != 1 for axis in axes)
 
 
 def _inside(inner: Any, eqn: core.JaxprEqn, inputs: list[bool]) -> tuple[Any, list[bool]]:
