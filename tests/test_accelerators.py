@@ -368,12 +368,20 @@ def _segments(params, batch):
     return jnp.sum(sums * jnp.arange(8.0)[:, None]) / len(batch["ids"])
 
 
+def _of_length_one(params, batch):
+    """XLA makes a reshape of a sum over one element, and a product of elements of a dot product."""
+    table = jnp.broadcast_to(params["table"], (1, *params["table"].shape))[0]
+    other = jnp.einsum("vd,d->vd", params["other"], jnp.ones(256))
+    return jnp.mean((table[batch["ids"]] + other[batch["ids"]]) * batch["x"])
+
+
 LOOKUPS = {
     _lookup: {"table": TABLE},
     _tied: {"table": TABLE},
     _two_tables: {"table": TABLE, "other": TABLE[:7]},
     _layers: {"table": TABLE, "stack": np.stack([TABLE, 2 * TABLE])},
     _segments: {"table": TABLE},
+    _of_length_one: {"table": TABLE, "other": TABLE},
 }
 
 

@@ -56,6 +56,18 @@ def layers(params, rows):
     return jnp.mean(lax.scan(jax.checkpoint(layer), rows["x"], params["stack"])[0] ** 2)
 
 
+def of_length_one(params, rows):
+    """XLA makes a reshape of a sum over one element, and a product of elements of a dot product."""
+    table = jnp.einsum("vd,d->vd", jnp.sum(params["table"][None], 0), jnp.ones(8))[::-1]
+    return jnp.mean(jnp.squeeze(table[:, None])[rows["ids"]] * rows["x"])
+
+
+def added_up(params, rows):
+    """No parameter's gradient holds a scatter: all elements of a scatter are added up."""
+    hidden = jnp.cumsum(rows["x"] @ params["dense"], axis=1).at[:, rows["ids"][0]].get()
+    return jnp.mean((hidden * params["table"][0])[:, None])
+
+
 def dense(params, rows):
     return jnp.mean((rows["x"] @ params["dense"]) ** 2)
 
@@ -65,14 +77,23 @@ HOLD = {
     tied: {"table"},
     cast: {"table"},
     layers: {"table", "stack"},
+    of_length_one: {"table"},
+    added_up: set(),
     dense: set(),
 }
 losses = pytest.mark.parametrize("loss", HOLD, ids=lambda loss: loss.__name__)
 
 
+def _holds(fun):
+    """Returns which leaves of `fun()` hold a scatter."""
+    found = []
+    jax.eval_shape(lambda: found.append(scatters.trace(fun)[1]))
+    return found[0]
+
+
 @losses
 def test_the_leaves_that_hold_a_scatter_are_found(affected, loss):
-    _, holds = scatters.trace(lambda: jax.grad(loss)(PARAMS, ROWS))
+    holds = _holds(lambda: jax.grad(loss)(PARAMS, ROWS))
     assert {name for name, one in holds.items() if one} == HOLD[loss]
 
 
@@ -91,8 +112,25 @@ def test_so_are_those_in_loops_branches_and_functions(affected):
 
     zeros = jnp.zeros(7)
     for fun in (branch, loop, handed_on, lambda x: lax.while_loop(jnp.all, branch, x)):
-        assert scatters.trace(lambda fun=fun: fun(zeros))[1] is True
-    assert scatters.trace(lambda: jnp.zeros(7).at[IDS[0]].add(1.0) @ jnp.ones((7, 2)))[1] is False
+        assert _holds(lambda fun=fun: fun(zeros)) is True
+    assert _holds(lambda: jnp.zeros(7).at[IDS[0]].add(1.0) @ jnp.ones((7, 2))) is False
+
+
+def test_a_loss_may_read_its_arguments_where_nothing_is_traced(affected):
+    seen = []
+
+    def loss(params, rows):
+        value = lookup(params, rows)
+        seen.append(float(rows["x"][0, 0, 0]))
+        return value if value < 1e9 else 2 * value
+
+    wanted = jax.value_and_grad(lookup)(PARAMS, ROWS)
+    once = value_and_grad(loss, num_microbatches=1)(PARAMS, ROWS)
+    with jax.disable_jit():
+        four = value_and_grad(loss, num_microbatches=4)(PARAMS, ROWS)
+    assert seen == [float(x) for x in ROWS["x"][[0, 0, 1, 2, 3], 0, 0]]
+    for found in (once, four):
+        jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=1e-6), found, wanted)
 
 
 @losses

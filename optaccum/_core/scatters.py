@@ -19,6 +19,7 @@ from typing import Any
 
 import jax
 from jax import lax
+from jax.core import Tracer
 from jax.extend import core
 from jax.interpreters import ad, batching, mlir
 import jax.numpy as jnp
@@ -27,20 +28,17 @@ import jax.numpy as jnp
 AFFECTED = (0, 10, 1), (0, 12, 0)
 VERSION = tuple(map(int, re.findall(r"\d+", importlib.metadata.version("jaxlib"))[:3]))
 
-# A scatter stays one through these.
-_PASSING = {
-    *("add", "add_any", "broadcast_in_dim", "concatenate", "convert_element_type", "copy", "div"),
-    *("dynamic_update_slice", "expand_dims", "mul", "neg", "pad", "reduce_precision", "reshape"),
-    *("reshard", "select_n", "sharding_constraint", "slice", "squeeze", "sub", "transpose"),
-}
+_JAXPRS = core.Jaxpr | core.ClosedJaxpr
+_OF_ELEMENTS = "update_jaxpr"  # a scatter's parameter: how it adds two elements
 
 
 def trace(fun: Callable[[], Any]) -> tuple[Any, Any]:
     """Returns `fun()`, with fences in its loops, and which of its leaves hold a scatter.
 
-    With a version that is right it returns `fun()` and None.
+    With a version that is right it returns `fun()` and None. So it does where nothing is traced,
+    with one microbatch outside `jax.jit` or under `jax.disable_jit`: `fun` may read its arguments.
     """
-    if not _affected():
+    if not (_affected() and isinstance(jnp.zeros([]), Tracer)):
         return fun(), None
     closed, shapes = jax.make_jaxpr(fun, return_shape=True)()
     jaxpr, holds = _fenced(closed.jaxpr, [])
@@ -87,20 +85,35 @@ def _fenced(jaxpr: core.Jaxpr, holds: list[bool]) -> tuple[core.Jaxpr, list[bool
     eqns = []
     for eqn in jaxpr.eqns:
         inputs = [isinstance(v, core.Var) and v in held for v in eqn.invars]
-        name = eqn.primitive.name.replace("-", "_")
-        passes = name == "scatter_add" or (name in _PASSING and any(inputs))
-        found = {i for i in range(len(eqn.outvars)) if passes}
-        params = dict(eqn.params)
+        params, within = dict(eqn.params), []
         for key, value in params.items():
             leaves, structure = jax.tree.flatten(value)  # the branches of a conditional are several
-            if any(isinstance(x, core.Jaxpr | core.ClosedJaxpr) for x in leaves):
+            if key != _OF_ELEMENTS and any(isinstance(x, _JAXPRS) for x in leaves):
                 inner = [_inside(x, eqn, inputs) for x in leaves]
                 params[key] = structure.unflatten(x for x, _ in inner)
-                found |= {i for _, out in inner for i, held_one in enumerate(out) if held_one}
+                within += [out for _, out in inner]
+        if within:
+            held |= {v for out in within for v, one in zip(eqn.outvars, out, strict=False) if one}
+        elif eqn.primitive is lax.scatter_add_p or (any(inputs) and not _mixes(eqn)):
+            held |= set(eqn.outvars)
         eqns.append(eqn.replace(params=params))
-        held |= {v for i, v in enumerate(eqn.outvars) if i in found}
     results = [isinstance(v, core.Var) and v in held for v in jaxpr.outvars]
     return jaxpr.replace(eqns=eqns), results
+
+
+def _mixes(eqn: core.JaxprEqn) -> bool:
+    """Returns whether an equation adds several elements up. XLA sees a scatter through all others.
+
+    It turns a sum over an axis of length 1 into a reshape, and such a product into one of elements.
+    """
+    if eqn.primitive is lax.reduce_sum_p:
+        axes = eqn.params["axes"]
+    elif eqn.primitive is lax.dot_general_p:
+        axes = eqn.params["dimension_numbers"][0][0]
+    else:
+        return eqn.primitive is lax.conv_general_dilated_p
+    summed: Any = eqn.invars[0].aval
+    return any(summed.shape[axis] != 1 for axis in axes)
 
 
 def _inside(inner: Any, eqn: core.JaxprEqn, inputs: list[bool]) -> tuple[Any, list[bool]]:
