@@ -33,7 +33,7 @@ __all__ = (
     "skip_not_finite",
     "state_shardings",
     "to_multi_steps",
-    "value_and_grad",
     "update_noise_scale",
+    "value_and_grad",
     "window_metrics",
 )

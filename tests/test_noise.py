@@ -202,9 +202,10 @@ def test_a_window_measured_in_part():
     params, state, noise = run([])
     _, state = TX.update(first.gradient, state, params, weight=first.weight)
     noise = run([measured], carry=(params, state, noise))[2]
-    squares = [sum(float((g.astype(float) ** 2).sum()) for g in m.gradient) for m in microbatches]
-    mean = [(a + 2 * b + 3 * c) / 6 for a, b, c in zip(*(m.gradient for m in microbatches))]
-    square = sum(float((g.astype(float) ** 2).sum()) for g in mean)
+    gradients = [[g.astype(float) for g in m.gradient] for m in microbatches]
+    squares = [sum((g**2).sum() for g in gradient) for gradient in gradients]
+    mean = [(a + 2 * b + 3 * c) / 6 for a, b, c in zip(*gradients, strict=True)]
+    square = sum((g**2).sum() for g in mean)
     trace = (2 * squares[1] + 3 * squares[2] - 5 * square) / (2 - 5 / 6)
     np.testing.assert_allclose(results(noise)[:2], (trace, square - trace / 6), rtol=1e-5)
     # All but a thousandth of the weight in one microbatch: only rounding would be left.
@@ -276,13 +277,13 @@ def test_every_device_is_a_sample(k, weighted):
     """Also if only one device has rows in a microbatch, and where a weight is refused."""
     mesh = meshes.make_mesh(AxisType.Auto)
     tx = accumulate(k, optax.adam(0.1), reduce_axes="data")
-    specs = state_shardings_in(mesh, tx)
+    with jax.set_mesh(mesh):
+        specs = P(), state_shardings(tx, PARAMS, P()), P()
 
     def device_step(params, state, noise, grads, weight):
         own = [g[0] for g in grads]
         return step(tx, params, state, noise, own, weight[0] if weighted else None)
 
-    specs = P(), specs, P()
     device_step = jax.jit(
         jax.shard_map(
             device_step, mesh=mesh, in_specs=(*specs, P("data"), P("data")), out_specs=specs
@@ -305,11 +306,6 @@ def test_every_device_is_a_sample(k, weighted):
         np.testing.assert_allclose(found, reference.noise_scale(windows), rtol=2e-5)
 
 
-def state_shardings_in(mesh, tx, params=PARAMS, places=P()):
-    with jax.set_mesh(mesh):
-        return state_shardings(tx, params, places)
-
-
 @pytest.mark.parametrize("reduce_axes", [(), "data"], ids=["pieces", "pieces of parts"])
 def test_pieces_of_a_model_have_one_norm(reduce_axes):
     """In `jax.shard_map` over parts of the model the norm is that of all parts."""
@@ -317,7 +313,8 @@ def test_pieces_of_a_model_have_one_norm(reduce_axes):
     tx = accumulate(2, optax.sgd(0.1), reduce_axes=reduce_axes)
     params = [jnp.zeros(16), jnp.zeros(3)]
     places, rows = [P("model"), P()], P(reduce_axes or None)
-    specs = places, state_shardings_in(mesh, tx, params, places), P()
+    with jax.set_mesh(mesh):
+        specs = places, state_shardings(tx, params, places), P()
 
     def device_step(params, state, noise, grads):
         return step(tx, params, state, noise, [g[0] for g in grads], None)
