@@ -4,6 +4,7 @@ import functools
 
 from flax import nnx
 from helpers import meshes
+from helpers.hlo import collectives
 import jax
 import jax.numpy as jnp
 from jax.sharding import AxisType, PartitionSpec as P
@@ -202,7 +203,7 @@ def test_a_window_measured_in_part():
     params, state, noise = run([])
     _, state = TX.update(first.gradient, state, params, weight=first.weight)
     noise = run([measured], carry=(params, state, noise))[2]
-    gradients = [[g.astype(float) for g in m.gradient] for m in microbatches]
+    gradients = [[np.asarray(g, float) for g in m.gradient] for m in microbatches]
     squares = [sum((g**2).sum() for g in gradient) for gradient in gradients]
     mean = [(a + 2 * b + 3 * c) / 6 for a, b, c in zip(*gradients, strict=True)]
     square = sum((g**2).sum() for g in mean)
@@ -274,7 +275,7 @@ def test_the_state_is_found(kind):
 @pytest.mark.parametrize("k", [1, 3])
 @pytest.mark.parametrize("weighted", [True, False])
 def test_every_device_is_a_sample(k, weighted):
-    """Also if only one device has rows in a microbatch, and where a weight is refused."""
+    """Also if only one has rows in a microbatch, or one refuses a weight. See what is sent."""
     mesh = meshes.make_mesh(AxisType.Auto)
     tx = accumulate(k, optax.adam(0.1), reduce_axes="data")
     with jax.set_mesh(mesh):
@@ -304,6 +305,9 @@ def test_every_device_is_a_sample(k, weighted):
             windows[-1] += map(Microbatch, parts, counted)
         found = results(carry[2])
         np.testing.assert_allclose(found, reference.noise_scale(windows), rtol=2e-5)
+    size = sum(p.nbytes for p in PARAMS)
+    compiled = device_step.lower(*carry, grads, jnp.ones(8)).compile()
+    assert collectives(compiled) == ([3 * 4], [4, size, size + 4])  # of the release, and measured
 
 
 @pytest.mark.parametrize("reduce_axes", [(), "data"], ids=["pieces", "pieces of parts"])
