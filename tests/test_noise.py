@@ -161,10 +161,11 @@ def test_nothing_is_known_before_a_window_of_two():
         window(98, 0, 0),
         [*window(98, 1), Microbatch(NAN), *window(99, 1)],
         [Microbatch([np.full_like(g, np.inf) for g in NAN]), *window(99, 1)],
-        window(98, 1e-20, 1e-20),
+        window(98, 1e-14, 1e-14),
+        window(98, 1e12, 1e12),
         window(98, 1e20, 1e20),
     ],
-    ids=["one", "weightless", "nan", "inf", "tiny weights", "huge weights"],
+    ids=["one", "weightless", "nan", "inf", "tiny weights", "huge sum", "huge weights"],
 )
 def test_a_window_that_is_left_out_changes_nothing(other):
     """Not in the middle of others, either: nothing of it reaches the next window."""
