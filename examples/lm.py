@@ -115,11 +115,16 @@ def loss_fn(model: LanguageModel, rows: Any) -> tuple[jax.Array, jax.Array]:
 
 
 @functools.partial(nnx.jit, donate_argnums=(0, 1), static_argnames="weighted")
-def train_step(model: LanguageModel, optimizer: Optimizer, rows: Any, weighted: bool):
-    """Take in one microbatch; return its loss and number of tokens."""
+def train_step(
+    model: LanguageModel, optimizer: Optimizer, rows: Any, weighted: bool, noise: Any = None
+):
+    """Take in one microbatch; return its loss, number of tokens and, if given, the noise scale."""
     (loss, tokens), grads = nnx.value_and_grad(loss_fn, has_aux=True)(model, rows)
     optimizer.update(model, grads, weight=tokens if weighted else None, loss=loss)
-    return loss, tokens
+    if noise is not None:
+        state = optimizer.opt_state
+        noise = optaccum.update_noise_scale(noise, grads, state, weight=tokens)
+    return loss, tokens, noise
 
 
 evaluate = nnx.jit(loss_fn)
@@ -139,7 +144,6 @@ def make_optimizer(model: LanguageModel, args: argparse.Namespace, whole: bool =
         inner,
         should_skip_update_fn=optax.skip_not_finite,
         metrics=("loss",),
-        measure_noise="all" if args.noise else None,
     )
     return Optimizer(model, optax.with_extra_args_support(inner) if whole else tx, wrt=nnx.Param)
 
@@ -165,6 +169,7 @@ def train(model: LanguageModel, rows: np.ndarray, args: argparse.Namespace, caug
     optimizer = make_optimizer(model, args)
     columns = *Progress.get_default_columns(), TextColumn("{task.fields[report]}")
     run = {"model": model, "optimizer": optimizer}
+    noise = optaccum.init_noise_scale() if args.noise else None
     start, last, windows = 0, args.steps * args.every_k, []
     if args.noise:
         steps = np.arange(args.steps)
@@ -172,19 +177,21 @@ def train(model: LanguageModel, rows: np.ndarray, args: argparse.Namespace, caug
     with open_checkpoints(args.checkpoints) as checkpoints, Progress(*columns) as progress:
         if checkpoints.latest is not None:
             start = checkpoints.latest.step
-            nnx.update(run, checkpoints.load(start, nnx.state(run)))
+            state, noise = checkpoints.load(start, (nnx.state(run), noise))
+            nnx.update(run, state)
         task = progress.add_task("Training", total=last, completed=start, report="")
         tokens, since = 0, time.perf_counter()
         for number in range(start, last):
             microbatch = read_microbatch(rows, number, args)
-            tokens += train_step(model, optimizer, microbatch, weighted=True)[1]
+            _, count, noise = train_step(model, optimizer, microbatch, weighted=True, noise=noise)
+            tokens += count
             progress.update(task, advance=1)
             if optimizer.has_released:
                 window = optaccum.window_metrics(optimizer.opt_state)
                 loss, speed = float(window["loss"]), float(tokens) / (time.perf_counter() - since)
                 report = f"loss {loss:.3f}, {speed:,.0f} tokens/s"
-                if args.noise:
-                    scale = float(optaccum.noise_scale(optimizer.opt_state).batch_size)
+                if noise is not None:
+                    scale = float(noise.batch_size)
                     step, weight = int(window["gradient_step"]), float(window["weight"])
                     windows.append(lm_noise.Window(step, loss, weight, scale))
                     report += f", noise scale {scale:,.0f} tokens"
@@ -192,7 +199,8 @@ def train(model: LanguageModel, rows: np.ndarray, args: argparse.Namespace, caug
                 tokens, since = 0, time.perf_counter()
             done = number + 1
             if caught or done % args.save_every == 0 or done == last:
-                checkpoints.save(done, nnx.state(run), force=True, custom_metadata=args.settings)
+                state = nnx.state(run), noise
+                checkpoints.save(done, state, force=True, custom_metadata=args.settings)
             if caught:
                 progress.console.print(f"Saved after microbatch {done}; go on with --resume.")
                 sys.exit(128 + caught[0])
@@ -218,7 +226,7 @@ def compare(rows: np.ndarray, args: argparse.Namespace, caught: list[int]) -> di
             batches = [np.concatenate(window)] if name == FULL_BATCH else window
             weighted = name != UNWEIGHTED
             results = [train_step(model, optimizer, batch, weighted=weighted) for batch in batches]
-            losses, tokens = zip(*jax.device_get(results), strict=True)
+            losses, tokens, _ = zip(*jax.device_get(results), strict=True)
             params, exact = (nnx.state(m, nnx.Param) for m in (model, ways[FULL_BATCH][0]))
             distance = optax.tree.norm(optax.tree.sub(params, exact), ord="inf")
             curves[name][0].append(np.average(losses, weights=tokens))

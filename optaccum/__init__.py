@@ -9,7 +9,7 @@ from optaccum._fit import Fit, fit_num_microbatches
 from optaccum._metrics import window_metrics
 from optaccum._microbatched import microbatched
 from optaccum._migrate import from_multi_steps, to_multi_steps
-from optaccum._noise import NoiseScale, noise_scale
+from optaccum._noise import NoiseScale, init_noise_scale, update_noise_scale
 from optaccum._skip import skip_not_finite
 from optaccum._state import AccumulateState, get_state, has_released
 from optaccum._state_shardings import state_shardings
@@ -28,11 +28,12 @@ __all__ = (
     "get_state",
     "grad",
     "has_released",
+    "init_noise_scale",
     "microbatched",
-    "noise_scale",
     "skip_not_finite",
     "state_shardings",
     "to_multi_steps",
+    "update_noise_scale",
     "value_and_grad",
     "window_metrics",
 )

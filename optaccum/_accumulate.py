@@ -12,7 +12,7 @@ from optaccum._check import arguments, devices as check_devices, extra_args as c
 from optaccum._check.gradients import check_parameters
 from optaccum._check.microbatch import check_microbatch
 from optaccum._check.multi_steps import Accumulate, explain_order
-from optaccum._core import noise, window
+from optaccum._core import window
 from optaccum._core.traced import (
     both,
     branch,
@@ -37,8 +37,6 @@ def accumulate(
     average_args: tuple[str, ...] | Mapping[str, Any] = (),
     metrics: tuple[str, ...] = (),
     window_args: tuple[str, ...] = (),
-    measure_noise: str | None = None,
-    noise_decay: float | jax.Array = 0.99,
     reduce_axes: str | tuple[str, ...] = (),
 ) -> optax.GradientTransformationExtraArgs:
     """Accumulate the gradients of a window of microbatches, then step `inner` once.
@@ -109,10 +107,6 @@ def accumulate(
             :func:`optaccum.window_metrics` alone: `inner` does not get them.
         window_args: names of extra arguments that stand for the whole window as they are:
             `("value_fn",)` for a loss of its whole data, as a line search needs one.
-        measure_noise: None; "first" to measure the gradient noise scale with the first microbatch
-            of each window, "all" with every one: more precise, and on CPUs one more reading of
-            the gradients in every call. :func:`optaccum.noise_scale` returns it.
-        noise_decay: in 0..1 without 1, how much of the noise scale's averages a release keeps.
         reduce_axes: mesh axes over which gradients arrive as one part per device, to be reduced
             once per window.
 
@@ -144,11 +138,9 @@ def accumulate(
         *check_args.check_named(average_args, metrics, window_args),
         axes,
         check_args.named_by(inner.update),
-        arguments.check_measure_noise(measure_noise),
         keeps_sums=bool(axes) or not (isinstance(every_k, int) and every_k == 1),
         needs_weight=summed and use_grad_mean,
     )
-    noise_decay = arguments.check_decay("`noise_decay`", noise_decay)
     inner = arguments.as_inner(inner)
     judge = arguments.as_judge(should_skip_update_fn)
     accumulator_dtype = arguments.check_accumulator_dtype(accumulator_dtype)
@@ -156,7 +148,7 @@ def accumulate(
     def init_fn(params):
         trained, i32 = _trained(params), jnp.int32
         check_parameters(trained, accumulator_dtype)
-        over = check_devices.check_sums(trained, axes, measured=options.measure_noise is not None)
+        over = check_devices.check_sums(trained, axes)
         report = ()
         if judge is not None:
             step = jax.ShapeDtypeStruct((), i32)
@@ -182,7 +174,6 @@ def accumulate(
             arg_sums=arg_sums,
             skip_state=jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), report),
             inner_state=own_arrays(inner.init(params), params),
-            noise=noise.start(over) if options.measure_noise else (),
         )
 
     def advance(grads, state, params, weight, release, extra_args, *, apply):
@@ -223,24 +214,13 @@ def accumulate(
             accept=accept,
             summed=summed,
         )
-        samples, averages = noise.measure(
-            state.noise,
-            grads,
-            factor,
-            None if alone else measure_noise,
-            over,
-            first=first,
-            accept=accept,
-            summed=summed,
-        )
         total = over.total(sums, due, closes)
         steps = closes if certain else both(closes, total > 0)
 
         # Step, or hold.
-        def step(params, inner_state, averages):
-            kept, measured = over.load((sums, samples))
-            grad_sum, (args, measured) = over.reduce(kept.grads, (kept.scalars, measured), trained)
-            averages = noise.update(averages, measured, grad_sum, total, noise_decay)
+        def step(params, inner_state):
+            kept = over.load(sums)
+            grad_sum, args = over.reduce(kept.grads, kept.scalars, trained)
             mean, args = window.mean(Sums(total, grad_sum, args), values, of_grads=use_grad_mean)
             if alone:
                 mean = window.alone(grads, factor, summed=summed, of_mean=use_grad_mean)
@@ -249,19 +229,18 @@ def accumulate(
                 args["grad"] = mean
             updates, new = inner.update(mean, inner_state, params, **args)
             result = apply_updates(params, updates) if apply else updates
-            return result, cast_like(new, inner_state), averages
+            return result, cast_like(new, inner_state)
 
         def known_shapes():
             return (shapes_of_updates(inner.update, grads, state.inner_state, params, extra_args),)
 
-        start = state.inner_state, averages
         if apply:
             with check_devices.explain_unreduced(grads, trained):
-                result, inner_state, averages = branch(due, steps, step, (params, *start))
+                result, inner_state = branch(due, steps, step, (params, state.inner_state))
             result = keep_untrained(params, result, grads)
         else:
             update = functools.partial(step, params)
-            result, inner_state, averages = branch(due, steps, update, start, known_shapes)
+            result, inner_state = branch(due, steps, update, (state.inner_state,), known_shapes)
         return result, AccumulateState(
             mini_step=jnp.where(closes, 0, jnp.where(accept, count, state.mini_step)),
             gradient_step=jnp.where(
@@ -274,7 +253,6 @@ def accumulate(
             arg_sums=sums.scalars,
             skip_state=skip_state,
             inner_state=inner_state,
-            noise=noise.Noise(samples, averages) if state.noise else state.noise,
         )
 
     def update_fn(updates, state, params=None, *, weight=None, release=None, **extra_args):

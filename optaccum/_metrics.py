@@ -6,8 +6,8 @@ import jax
 import jax.numpy as jnp
 
 from optaccum._check.arguments import check_loss_reduction
-from optaccum._check.metrics import KEYS, check_own_names, check_readable
-from optaccum._core import devices, noise
+from optaccum._check.metrics import KEYS, check_one_member, check_own_names, check_readable
+from optaccum._core import devices
 from optaccum._core.traced import where
 from optaccum._core.window import Sums
 from optaccum._state import by_name, get_state
@@ -81,7 +81,8 @@ def window_metrics(
     sums = {name: jax.tree.leaves(x) for name, x in by_name(state.arg_sums).items()}
     scalars = {name: x[0] for name, x in sums.items() if [*map(jnp.ndim, x)] == [jnp.ndim(weight)]}
     check_own_names(scalars)
-    has_sums = check_readable(counters["mini_step"], state.grad_sum, grads)
+    check_one_member("window_metrics", counters["mini_step"])
+    has_sums = check_readable(state.grad_sum, grads)
     weight, grad_sum, scalars = devices.of_all(Sums(weight, state.grad_sum, scalars))
     known = weight > 0
     divisor = where(known, weight, jnp.ones_like(weight))
@@ -89,7 +90,7 @@ def window_metrics(
     def mean(x):
         return jnp.where(known, x / divisor, 0).astype(x.dtype)
 
-    norm = jnp.sqrt(noise.squared_norm(grad_sum if has_sums else grads))
+    norm = jnp.sqrt(devices.squared_norm(grad_sum if has_sums else grads))
     if has_sums or summed:
         norm = mean(norm)
     if not has_sums:

@@ -136,7 +136,7 @@ def to_multi_steps(
             transformation contains it. Needed if a window is open then.
 
     Returns:
-        A state of `tx`. The count of skipped microbatches and the noise measured so far are lost.
+        A state of `tx`. The count of skipped microbatches is lost.
 
     Raises:
         TypeError: if `tx` has no `optax.MultiSteps` where `state` has an `AccumulateState`.

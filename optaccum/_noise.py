@@ -1,85 +1,187 @@
-"""How much the gradients of microbatches differ: the gradient noise scale."""
+"""The gradient noise scale: how much the gradients of microbatches differ."""
 
 from typing import Any, NamedTuple
 
 import jax
+from jax import lax
 import jax.numpy as jnp
 
-from optaccum._core.traced import where
+from optaccum._check.arguments import check_decay, check_loss_reduction, leaf_name
+from optaccum._check.extra_args import as_weight
+from optaccum._check.metrics import check_one_member
+from optaccum._core.devices import of_all, squared_norm, vary, varying
+from optaccum._core.traced import branch, unreduced, where
+from optaccum._core.window import SMALLEST, Sums
 from optaccum._state import get_state
+
+# Sums of weights beyond this, or below its reciprocal, may have no squares in float32.
+LARGEST_SQUARED = 2.0**40
+# With less freedom one sample has nearly all the weight, and only rounding errors are left.
+LEAST_FREEDOM = 2.0**-10
 
 
 class NoiseScale(NamedTuple):
-    """What :func:`noise_scale` returns.
+    """A running estimate of the gradient noise scale, by :func:`update_noise_scale`.
+
+    Its three results are properties, NaN before the first estimate:
+
+    * `trace`: f32[], estimate of tr(Sigma), where Sigma / w is the covariance of the gradient of a
+      microbatch of weight w. It may be negative by chance.
+    * `signal`: f32[], estimate of `|E g|^2`. It may be negative by chance.
+    * `batch_size`: f32[], `trace / signal`, in units of `weight`: the weight of a batch whose
+      gradient has as much noise as signal. It is inf if `signal` is not positive.
 
     Attributes:
-        trace: f32[], estimate of tr(Sigma), where Sigma / w is the covariance of the gradient of a
-            microbatch of weight w. By chance it may be negative.
-        signal: f32[], estimate of `|E g|^2`. By chance it may be negative.
-        batch_size: f32[], `trace / signal`, in units of `weight`: the weight of a batch whose
-            gradient has as much noise as signal.
+        squares: f32[], sum of w_i |g_i|^2 over the measured microbatches of the open window.
+        weight: f32[], sum of their w_i.
+        count: f32[], how many there are.
+        trace_sum: f32[], decayed sum of the estimates of `trace`; only a release changes it.
+        signal_sum: f32[], decayed sum of the estimates of `signal`; only a release changes it.
+        mass: f32[], what both are divided by; 0 before the first estimate.
+        gradient_step: i32[], the optimizer's at the last call.
+        skipped: i32[], the optimizer's at the last call.
     """
 
-    trace: jax.Array
-    signal: jax.Array
-    batch_size: jax.Array
+    squares: jax.Array
+    weight: jax.Array
+    count: jax.Array
+    trace_sum: jax.Array
+    signal_sum: jax.Array
+    mass: jax.Array
+    gradient_step: jax.Array
+    skipped: jax.Array
+
+    @property
+    def trace(self) -> jax.Array:
+        return jnp.divide(self.trace_sum, self.mass)
+
+    @property
+    def signal(self) -> jax.Array:
+        return jnp.divide(self.signal_sum, self.mass)
+
+    @property
+    def batch_size(self) -> jax.Array:
+        return jnp.where(self.signal <= 0, jnp.inf, self.trace / self.signal)
 
 
-def noise_scale(opt_state: Any) -> NoiseScale:
-    """Return the gradient noise scale that an `accumulate(..., measure_noise=)` has measured.
+def init_noise_scale() -> NoiseScale:
+    """Return the :class:`NoiseScale` before the first microbatch: zeros."""
+    return NoiseScale(*jnp.zeros([6], jnp.float32), *jnp.zeros([2], jnp.int32))
 
-    For the measured microbatches M of a window, of weights w_i and gradients g_i, and the window's
-    mean gradient G and weight W, with `S = sum_M w_i |g_i|^2`, `V = sum_M w_i` and `m = |M|`::
+
+def update_noise_scale(
+    noise: NoiseScale,
+    grads: Any,
+    opt_state: Any,
+    *,
+    weight: jax.typing.ArrayLike | None = None,
+    decay: float | jax.Array = 0.99,
+    loss_reduction: str = "mean",
+) -> NoiseScale:
+    """Return the estimate with one more microbatch. Call it after each update.
+
+    It reads the window's sums, which stay in the optimizer's state after a release. The measured
+    microbatches have weights w_i and gradients g_i, the window has the mean gradient G and the
+    weight W. With `S = sum_i w_i |g_i|^2`, `V = sum_i w_i` and their number m::
 
         trace  = (S - V |G|^2) / (m - V / W)
         signal = |G|^2 - trace / W
 
-    are free of bias for any weights, if g_i has the covariance Sigma / w_i. Both are averaged over
-    windows with the factor `noise_decay`; the ratio of the averages is taken here.
+    are free of bias for any weights, if g_i has the covariance Sigma / w_i. A release adds both to
+    their averages. `batch_size` is the ratio of the averages.
 
     >>> import jax.numpy as jnp, optax
-    >>> from optaccum import accumulate, noise_scale
-    >>> tx = accumulate(2, optax.sgd(0.1), measure_noise="all")
+    >>> from optaccum import accumulate, apply_gradients, init_noise_scale, update_noise_scale
+    >>> tx = accumulate(2, optax.sgd(0.1))
     >>> params = jnp.zeros(2)
-    >>> state = tx.init(params)
-    >>> for grads in ([3.0, 0.0], [1.0, 0.0]):
-    ...     _, state = tx.update(jnp.array(grads), state, params)
-    >>> trace, signal, batch_size = noise_scale(state)
-    >>> print(trace.round(4), signal.round(4), batch_size.round(4))
+    >>> opt_state, noise = tx.init(params), init_noise_scale()
+    >>> for grads in (jnp.array([3.0, 0.0]), jnp.array([1.0, 0.0])):
+    ...     params, opt_state = apply_gradients(tx, grads, opt_state, params)
+    ...     noise = update_noise_scale(noise, grads, opt_state)
+    >>> print(noise.trace.round(4), noise.signal.round(4), noise.batch_size.round(4))
     2.0 3.0 0.6667
 
     Guarantees:
         * `batch_size` counts what `weight` counts: tokens, examples, or microbatches without one.
-        * Before the first estimate all three are NaN. Where `signal` is not positive `batch_size`
-          is inf, and where `trace` is negative so is it. Both are signs of too few windows.
-        * Microbatches that are rejected or of weight 0 are not measured. A window tells nothing if
-          m - V / W is at most 2**-10 (one microbatch has all of the weight, or nearly all on one
-          device), if W is outside of 2**-40..2**40, where sums have no squares in float32,
-          or if its estimates are not finite.
-        * With `reduce_axes` in `jax.shard_map` the part of each device is a sample of its own, so
-          that windows of one microbatch tell something too.
-        * The pieces of a model in `jax.shard_map` are known by their types. With `check_vma=False`
-          and in `jax.pmap` there are none, and gradients are taken for whole.
+        * Microbatches that are rejected or of weight 0 are not measured.
+        * A window is left out if m - V / W is at most 2**-10 (one microbatch has all or nearly all
+          of the weight), if W is outside of 2**-40..2**40, where sums have no squares in float32,
+          or if its estimates are not finite. Nothing of it reaches the next window.
+        * A window that is measured in part, since measuring began or paused there, has an estimate
+          of what was measured if its release was, and else none.
+        * In the jitted step of `apply_gradients` a hold on a GPU or TPU moves no more bytes than
+          without, as norm and addition are fused. On a CPU it reads the gradients once more.
+        * With `reduce_axes` in `jax.shard_map` the part of each device is a sample, so that a
+          window of one microbatch has an estimate too. The result is the same on all devices
+          (`PartitionSpec()`). A call reduces three scalars, and a release the sums once more.
+        * The pieces of a model in `jax.shard_map` are known by their types, and have one norm.
+          With `check_vma=False` and in `jax.pmap` gradients are taken for whole.
 
     Args:
-        opt_state: as for :func:`optaccum.get_state`.
+        noise: the estimate so far.
+        grads: the gradients that the update took in, as they came to :func:`optaccum.accumulate`.
+        opt_state: as for :func:`optaccum.get_state`, after that update.
+        weight: scalar, as the update was given it.
+        decay: in 0..1 without 1, how much of the averages a release keeps.
+        loss_reduction: as :func:`optaccum.accumulate` was built, which the state does not show.
 
     Raises:
-        ValueError: if the optimizer does not measure; as :func:`optaccum.get_state` does.
+        TypeError: if `grads` wait to be reduced under explicit sharding: they have no norm.
+        ValueError: if an argument is out of its range; if the state is that of several members of
+            `jax.vmap`; as :func:`optaccum.get_state` does.
 
     References: McCandlish et al., arXiv:1812.06162, appendix A.1, which has equal weights.
     """
-    leaves = jax.tree.leaves(getattr(get_state(opt_state).noise, "averages", ()))
-    if not leaves:
-        raise ValueError(
-            "the optimizer has not measured its noise; build it with "
-            "`accumulate(..., measure_noise='first')`"
-        )
-    trace, signal, mass = leaves
-    known = mass > 0
-    divisor = where(known, mass, 1.0)
-    unknown = jnp.float32(jnp.nan)
-    trace, signal = (where(known, x / divisor, unknown) for x in (trace, signal))
-    positive = signal > 0
-    ratio = where(positive, trace / where(positive, signal, 1.0), jnp.float32(jnp.inf))
-    return NoiseScale(trace, signal, where(known, ratio, unknown))
+    summed = check_loss_reduction(loss_reduction) == "sum"
+    decay = check_decay("`decay`", decay)
+    w = jnp.asarray(1.0 if weight is None else as_weight("`weight`", weight), jnp.float32)
+    _check_reduced(grads)
+    state = get_state(opt_state)
+    # Containers of arrays, such as the variables of flax.nnx, are leaves here that hold a leaf.
+    released, step, skipped, total = jax.tree.leaves(
+        (state.released, state.gradient_step, state.skipped, state.weight)
+    )
+    check_one_member("update_noise_scale", released)
+    # Only where every device has its own weight and sums do they have an axis.
+    axes = tuple(sorted(varying(total))) if jnp.ndim(total) else ()
+
+    # A device's weight beyond the bound is either not accepted, or its window is left out.
+    counts = (skipped == noise.skipped) & (w >= SMALLEST) & (w < LARGEST_SQUARED)
+    w = jnp.where(counts, w, 1)
+    square = squared_norm(grads, axes)
+    sample = square / w if summed else square * w, w, jnp.ones_like(w)
+    sample = jax.tree.map(lambda x: jnp.where(counts, x, 0), sample)
+    if axes:
+        sample = lax.psum(vary(sample, axes), axes)
+    same_window = noise.gradient_step == step - released
+    samples = [x + jnp.where(same_window, y, 0) for x, y in zip(sample, noise[:3], strict=True)]
+
+    def estimate(*averages):
+        squares, measured, count = samples
+        whole, grad_sum, _ = of_all(Sums(total, jax.tree.leaves(state.grad_sum), ()))
+        square = squared_norm(grad_sum) / whole / whole
+        freedom = count - measured / whole
+        # To scale sums before they are squared would cost a CPU a temporary.
+        known = (whole > 1 / LARGEST_SQUARED) & (whole < LARGEST_SQUARED)
+        known &= freedom > LEAST_FREEDOM
+        trace = (squares - measured * square) / jnp.where(known, freedom, 1)
+        signal = square - trace / whole
+        known &= jnp.isfinite(trace) & jnp.isfinite(signal)
+        own = trace, signal, jnp.ones_like(trace)
+        new = jax.tree.map(lambda x, y: decay * x + (1 - decay) * y, averages, own)
+        return where(known, new, averages)
+
+    averages = branch(released, released, estimate, noise[3:6])
+    samples = [jnp.where(released, 0, x) for x in samples]
+    return NoiseScale(*samples, *averages, gradient_step=step, skipped=skipped)
+
+
+def _check_reduced(grads: Any) -> None:
+    """Raises where a gradient waits to be reduced over devices."""
+    for path, g in jax.tree_util.tree_leaves_with_path(grads):
+        if axes := unreduced(g):
+            raise TypeError(
+                f"gradient leaf {leaf_name(path)} waits to be reduced over {sorted(axes)}, and has "
+                "no norm before that; use jax.shard_map, where the part of each device is a "
+                "sample, or leave `reduce_axes` out"
+            )

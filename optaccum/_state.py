@@ -27,8 +27,6 @@ class AccumulateState(NamedTuple):
             `{"sum_of_value": f32[]}`; those of a tree are a tree.
         skip_state: what `should_skip_update_fn` last reported; () without one.
         inner_state: state of the inner optimizer; only a release changes it.
-        noise: what `measure_noise` has measured, of the open window in `noise.samples` and of
-            those before it in `noise.averages`: f32[] all; () without it.
     """
 
     mini_step: jax.Array
@@ -40,7 +38,6 @@ class AccumulateState(NamedTuple):
     arg_sums: dict[str, Any]
     skip_state: Any
     inner_state: Any
-    noise: Any = ()
 
     def __getattr__(self, name: str) -> Any:
         raise renamed("AccumulateState", name)

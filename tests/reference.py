@@ -128,6 +128,32 @@ def simulate(
     return records
 
 
+def noise_scale(
+    windows: Sequence[Sequence[Microbatch]], decay: float = 0.99
+) -> tuple[float, float, float]:
+    """Returns trace, signal and their ratio after windows that were all released.
+
+    Args:
+        windows: their microbatches, or the parts of these on all devices.
+        decay: how much of the averages a window keeps.
+    """
+    trace_sum = signal_sum = mass = 0.0
+    for window in windows:
+        held = [m for m in window if m.weight > 0 and not m.rejected]
+        if len(held) > 1:
+            total = sum(m.weight for m in held)
+            mean = _square(_divided(_weighted_sum(held), total))
+            squares = sum(m.weight * _square(m.gradient) for m in held)
+            trace = (squares - total * mean) / (len(held) - 1)
+            trace_sum = decay * trace_sum + (1 - decay) * trace
+            signal_sum = decay * signal_sum + (1 - decay) * (mean - trace / total)
+            mass = decay * mass + (1 - decay)
+    if not mass:
+        return np.nan, np.nan, np.nan
+    ratio = trace_sum / signal_sum if signal_sum > 0 else np.inf
+    return trace_sum / mass, signal_sum / mass, ratio
+
+
 def weighted_mean(values: Sequence[np.ndarray], weights: Sequence[float]) -> np.ndarray:
     """Returns sum_i w_i x_i / sum_i w_i."""
     total = np.zeros_like(_wide(values[0]))
@@ -145,6 +171,10 @@ def _weighted_sum(window: Sequence[Microbatch], magnitude: bool = False) -> Leav
                 term = microbatch.weight * _wide(g)
                 sums[i] = total + (np.abs(term) if magnitude else term)
     return sums
+
+
+def _square(leaves: Sequence[np.ndarray | None]) -> float:
+    return sum(float(np.sum(np.abs(_wide(x)) ** 2)) for x in leaves if x is not None)
 
 
 def _zeros(gradient: Sequence[np.ndarray | None]) -> Leaves:

@@ -81,7 +81,7 @@ def saved(lm, folder):
     """Returns the numbers of the checkpoints in `folder`, and the variables in the last one."""
     args = make_args(folder)
     model = lm.LanguageModel(args.width, args.layers, nnx.Rngs(1))
-    like = nnx.state({"model": model, "optimizer": lm.make_optimizer(model, args)})
+    like = nnx.state({"model": model, "optimizer": lm.make_optimizer(model, args)}), None
     with lm.open_checkpoints(args.checkpoints) as checkpoints:
         numbers = [checkpoint.step for checkpoint in checkpoints.checkpoints]
         return numbers, checkpoints.load(numbers[-1], like)

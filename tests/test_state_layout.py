@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import optax
 import pytest
 
-from optaccum import AccumulateState, accumulate
+from optaccum import AccumulateState, accumulate, init_noise_scale, update_noise_scale
 import optaccum.flax
 
 PARAMS = {"b": jnp.zeros(2, jnp.bfloat16), "w": jnp.zeros((2, 3))}
@@ -39,12 +39,14 @@ REPORT = """
 .skip_state['should_skip'] bool[]
 """
 NOISE = """
-.noise.samples.squares float32[]
-.noise.samples.weight float32[]
-.noise.samples.count float32[]
-.noise.averages.trace float32[]
-.noise.averages.signal float32[]
-.noise.averages.mass float32[]
+.squares float32[]
+.weight float32[]
+.count float32[]
+.trace_sum float32[]
+.signal_sum float32[]
+.mass float32[]
+.gradient_step int32[]
+.skipped int32[]
 """
 
 
@@ -72,9 +74,8 @@ def _layout(state):
             ),
             SCALARS + SUMS + AVERAGED + REPORT + ADAM,
         ),
-        (accumulate(4, measure_noise="first"), SCALARS + SUMS + NOISE),
     ],
-    ids=["bare", "adam", "function", "array", "one", "all", "noise"],
+    ids=["bare", "adam", "function", "array", "one", "all"],
 )
 def test_layout(tx, expected):
     lines = [line for line in expected.splitlines() if line]
@@ -95,10 +96,16 @@ def test_fields():
         "arg_sums",
         "skip_state",
         "inner_state",
-        "noise",
     )
     state = accumulate(1, optax.sgd(0.1)).init(PARAMS)
-    assert (state.grad_sum, state.arg_sums, state.skip_state, state.noise) == ((), {}, (), ())
+    assert (state.grad_sum, state.arg_sums, state.skip_state) == ((), {}, ())
+
+
+def test_noise_scale():
+    noise, tx = init_noise_scale(), accumulate(1)
+    assert _layout(noise) == NOISE.split("\n")[1:-1]
+    _, state = tx.update(PARAMS, tx.init(PARAMS))
+    assert _layout(jax.jit(update_noise_scale)(noise, PARAMS, state)) == _layout(noise)
 
 
 def test_flax_train_state():

@@ -46,7 +46,7 @@ def renamed_loss(params, rows):
 RENAMED = {"mu": PARAMS["w"], "ema": PARAMS["b"]}
 
 
-def plain(make_tx, loss=mean_loss, weight=None, divide=False, metrics=()):
+def plain(make_tx, loss=mean_loss, weight=None, divide=False, metrics=(), measure=False):
     """A loop with a transformation of Optax, which `make_tx(every_k)` builds."""
 
     def make_step(params, every_k):
@@ -54,16 +54,18 @@ def plain(make_tx, loss=mean_loss, weight=None, divide=False, metrics=()):
 
         @functools.partial(jax.jit, donate_argnums=0)
         def step(state, rows):
-            params, opt_state = state
+            params, opt_state, *noise = state
             value, grads = jax.value_and_grad(loss)(params, rows)
             if divide:
                 grads = jax.tree.map(lambda g: g / every_k, grads)
             extra = {} if weight is None else {"weight": weight(rows)}
             extra |= dict.fromkeys(metrics, value)
             updates, opt_state = tx.update(grads, opt_state, params, **extra)
-            return (optax.apply_updates(params, updates), opt_state), value
+            noise = [optaccum.update_noise_scale(x, grads, opt_state) for x in noise]
+            return (optax.apply_updates(params, updates), opt_state, *noise), value
 
-        return (params, tx.init(params)), step
+        noise = [optaccum.init_noise_scale()] if measure else []
+        return (params, tx.init(params), *noise), step
 
     return make_step
 
@@ -77,9 +79,10 @@ def inside(inner):
 
 
 def measured(inner):
-    """With all that `accumulate` keeps beside the optimizer, under names of means and averages."""
-    options = {"measure_noise": "all", "metrics": ("avg_loss", "mu")}
-    return plain(lambda k: optaccum.accumulate(k, inner, **options), metrics=options["metrics"])
+    """With all that is kept beside the optimizer, under names of means and averages."""
+    names = "avg_loss", "mu"
+    tx_of = functools.partial(optaccum.accumulate, inner=inner, metrics=names)
+    return plain(tx_of, metrics=names, measure=True)
 
 
 def donated_twice(params, every_k):
@@ -310,11 +313,6 @@ STEPS = {
     "linen": (None, linen_loop(Dense(), inside(ADAM)), linen_params(Dense())),
     "linen MultiSteps": (None, linen_loop(Dense(), multi(ADAM)), linen_params(Dense())),
     "nnx": (None, nnx_loop(inside(ADAM)), Network()),
-    "nnx measured": (
-        None,
-        nnx_loop(lambda k: optaccum.accumulate(k, ADAM, measure_noise="all")),
-        Network(),
-    ),
     "nnx MultiSteps": (
         None,
         nnx_loop(lambda k: multi(ADAM)(k).gradient_transformation()),
@@ -399,7 +397,7 @@ def test_a_small_learning_rate_hides_mistakes():
 
 
 def test_holders_are_paths_without_those_of_parameters():
-    window = [".a.mini_step", ".a.weight", ".a.grad_sum['mu']", ".a.noise.averages.trace"]
+    window = [".a.mini_step", ".a.weight", ".a.grad_sum['mu']", ".a.arg_sums['sum_of_mu']"]
     inner = [".a.inner_state.mu['mu']", ".a.inner_state.mu['w']", "['weight']['avg']"]
     holders = runs.find_holders([*window, *inner, "[0]['mu']"], ["['mu']", "['w']"])
     assert holders == {

@@ -37,7 +37,6 @@ class Options(NamedTuple):
     averages: dict[str, Any]
     reduce_axes: tuple[str, ...]
     inner_args: frozenset[str]
-    measure_noise: str | None
     keeps_sums: bool
     needs_weight: bool
 
@@ -132,13 +131,6 @@ def check_loss_reduction(reduction: Any) -> str:
             "is of the examples or tokens that `weight` counts"
         )
     return reduction
-
-
-def check_measure_noise(mode: Any) -> str | None:
-    """Returns `measure_noise`, if it is a way to measure."""
-    if mode is not None and mode not in ("first", "all"):
-        raise ValueError(f"`measure_noise` must be None, 'first' or 'all', got {mode!r}")
-    return mode
 
 
 def check_decay(name: str, decay: Any) -> float | jax.Array:

@@ -54,16 +54,10 @@ def check_mesh(axes: tuple[str, ...]) -> None:
         raise AxisError(f"`reduce_axes` {axes} mix axes of jax.shard_map with Explicit ones")
 
 
-def check_sums(params: Any, axes: tuple[str, ...], *, measured: bool = False) -> Whole:
-    """Returns where sums of gradients are, or raises if they cannot be there, or be `measured`."""
+def check_sums(params: Any, axes: tuple[str, ...]) -> Whole:
+    """Returns where sums of gradients are, or raises if they cannot be there."""
     check_mesh(axes)
     kept = over(axes)
-    if measured and isinstance(kept, Unreduced):
-        raise TypeError(
-            f"`measure_noise` needs the norms of gradients, but those that are unreduced over "
-            f"{axes} have none before they are summed; use jax.shard_map, where each device "
-            "measures its own part, or leave `reduce_axes` out"
-        )
     check_shared(params, kept)
     _check_complex(params, kept)
     return kept

@@ -9,13 +9,17 @@ import jax.numpy as jnp
 KEYS = "gradient_step", "mini_step", "released", "skipped", "weight", "grad_norm"
 
 
-def check_readable(mini_step: jax.Array, grad_sum: Any, grads: Any) -> bool:
-    """Returns whether a state has sums, or raises where the gradient's norm cannot be known."""
-    if jnp.ndim(mini_step):
+def check_one_member(caller: str, counter: jax.Array) -> None:
+    """Raises where a counter of the state shows several members of `jax.vmap`."""
+    if jnp.ndim(counter):
         raise ValueError(
             "`opt_state` is that of several members of jax.vmap, "
-            f"{jnp.shape(mini_step)}; pass that of one: `jax.vmap(window_metrics)(opt_state)`"
+            f"{jnp.shape(counter)}; pass that of one: `jax.vmap({caller})(...)`"
         )
+
+
+def check_readable(grad_sum: Any, grads: Any) -> bool:
+    """Returns whether a state has sums, or raises where the gradient's norm cannot be known."""
     has_sums = jax.tree.structure(grad_sum) != jax.tree.structure(())
     if not has_sums and grads is None:
         raise ValueError(

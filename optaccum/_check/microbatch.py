@@ -123,8 +123,3 @@ def _check_state(state: Any, grads: Any, options: Options) -> None:
             f"{wanted}; between two windows, go on with "
             "`state._replace(arg_sums=tx.init(params).arg_sums)`"
         )
-    if options.measure_noise and not state.noise:
-        raise ValueError(
-            "the optimizer state has no measurement: it was made without `measure_noise`; give it "
-            "one with `state._replace(noise=tx.init(params).noise)`"
-        )

@@ -13,6 +13,7 @@ import jax
 from jax import lax
 import jax.numpy as jnp
 from jax.sharding import AxisType, PartitionSpec
+import optax
 
 from optaccum._core import window
 from optaccum._core.traced import branch, unreduced
@@ -165,6 +166,23 @@ def of_all(sums: Sums) -> Sums:
         return lax.psum(x.sum(0), axes) if axes else x.sum(0)
 
     return jax.tree.map(total, sums)
+
+
+def squared_norm(tree: Any, parts: tuple[str, ...] = ()) -> jax.Array:
+    """Returns |tree|^2, f32[], of the pieces on all devices of a `jax.shard_map`.
+
+    Over the axes `parts` a device has a part of a sum and not a piece: there each has its own norm.
+    """
+    pieces = {}
+    for x in map(jnp.asarray, jax.tree.leaves(tree)):
+        if jnp.issubdtype(x.dtype, jnp.inexact):  # the others are sums of nothing
+            axes = tuple(sorted(varying(x) - set(parts)))
+            pieces.setdefault(axes, []).append(x.astype(window.at_least_float32(x.dtype)))
+    total = jnp.zeros([], jnp.float32)
+    for axes, leaves in pieces.items():
+        square = optax.tree.norm(leaves, squared=True).astype(jnp.float32)
+        total += lax.psum(square, axes) if axes else square
+    return total
 
 
 def reduce_like(total: jax.Array, x: jax.Array, kept: Whole) -> jax.Array:

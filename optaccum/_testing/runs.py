@@ -17,7 +17,7 @@ from optaccum._testing.structure import EPS, MANY
 ROUNDING = 8 * EPS * math.sqrt(MANY)  # what it explains of a gradient, relative to its size
 MEANS = re.compile(r"\b(mu|trace)\b")  # where optimizers of Optax keep means of gradients
 NARROW = re.compile(r"\b(bf16|f16|f8_\w+)\[")  # as a program prints its types
-OWN = re.compile(r"(\.|\[')(noise|arg_sums|grad_sum|weight)\b")  # of a window: AccumulateState
+OWN = re.compile(r"(\.|\[')(arg_sums|grad_sum|weight)\b")  # of a window: AccumulateState
 
 
 class StepError(Exception):
