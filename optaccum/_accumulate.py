@@ -11,7 +11,6 @@ import optax
 from optaccum._check import arguments, devices as check_devices, extra_args as check_args
 from optaccum._check.gradients import check_parameters
 from optaccum._check.microbatch import check_microbatch
-from optaccum._check.multi_steps import Accumulate, explain_order
 from optaccum._core import window
 from optaccum._core.traced import (
     both,
@@ -25,7 +24,6 @@ from optaccum._core.window import Sums
 from optaccum._state import AccumulateState, key_of
 
 
-@explain_order
 def accumulate(
     every_k: int | jax.Array | Callable[[jax.Array], jax.typing.ArrayLike],
     inner: optax.GradientTransformation | None = None,
@@ -127,10 +125,10 @@ def accumulate(
 
     References: `optax.MultiSteps`; github.com/google-deepmind/optax issues 320 and 472.
     """
+    every_k = arguments.check_every_k(every_k)
     inner = optax.identity() if inner is None else inner
     arguments.check_transformation("`inner`", inner)
     arguments.check_flag("`use_grad_mean`", use_grad_mean)
-    every_k = arguments.check_every_k(every_k)
     axes = check_devices.check_axes(reduce_axes)
     summed = arguments.check_loss_reduction(loss_reduction) == "sum"
     options = arguments.Options(
@@ -262,7 +260,7 @@ def accumulate(
         return advance(grads, state, params, weight, release, extra_args, apply=True)
 
     vars(update_fn)["_apply"] = update_fn, apply_fn
-    return Accumulate(init_fn, update_fn)
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
 def find_apply(update: Any) -> Callable[..., tuple[Any, AccumulateState]] | None:

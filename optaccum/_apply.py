@@ -1,12 +1,14 @@
 """From gradients to parameters in one call, with nothing written on a hold."""
 
 from typing import Any, TypeVar
+import warnings
 
+import jax
 import optax
 
 from optaccum._accumulate import apply_updates, find_apply
 from optaccum._check.arguments import check_transformation
-from optaccum._check.misplaced import warn_if_misplaced
+from optaccum._state import AccumulateState
 
 Params = TypeVar("Params")
 
@@ -56,9 +58,8 @@ def apply_gradients(
         `(params, opt_state)`.
 
     Warns:
-        UserWarning: once, if in an `optax.chain` an :func:`accumulate` of a stateless optimizer
-            stands before a link that keeps state, or if one is around or inside of
-            `optax.MultiSteps`.
+        UserWarning: if in an `optax.chain` an :func:`accumulate` of a stateless optimizer stands
+            before a link that keeps state.
 
     Raises:
         TypeError: if `tx` is no transformation.
@@ -66,10 +67,25 @@ def apply_gradients(
     """
     apply = find_apply(getattr(tx, "update", None))
     if apply is not None:
-        warn_if_misplaced(tx.update, opt_state)
         return apply(grads, opt_state, params, **extra_args)
     check_transformation("`tx`", tx)
-    warn_if_misplaced(tx.update, opt_state)
+    _warn_if_misplaced(opt_state)
     tree: Any = params
     updates, opt_state = tx.update(grads, opt_state, tree, **extra_args)
     return apply_updates(tree, updates), opt_state
+
+
+def _warn_if_misplaced(state: Any) -> None:
+    """Warns of a chain in which zeros of an accumulator reach a link that keeps state."""
+    bare = False
+    for link in jax.tree.leaves(state, is_leaf=lambda x: type(x) is not tuple):
+        if isinstance(link, AccumulateState):
+            bare = not jax.tree.leaves(link.inner_state)
+        elif bare and jax.tree.leaves(link):
+            message = (
+                "`accumulate` stands in front of a link that keeps state, "
+                f"{type(link).__name__}, which takes the zeros of every hold for gradients; put "
+                "the links after it inside: `accumulate(k, optax.chain(...))`"
+            )
+            warnings.warn(message, UserWarning, stacklevel=3)
+            return

@@ -14,7 +14,6 @@ from optaccum._check import (
     gradients,
     roles as check_roles,
 )
-from optaccum._check.modes import check_closed_over, check_reverse
 from optaccum._check.objects import check_joins, unchanged
 from optaccum._core import batch, devices, passes
 from optaccum._core.traced import cast_like, hoisted
@@ -84,8 +83,10 @@ def microbatched(
     an argument that `fun` changes in place       an error, as for BatchNorm of `flax.nnx`: each
                                                   microbatch has its own. A copy may change
     integer outputs and arguments, None leaves    as in `jax.grad`: no gradient
-    forward mode, `jax.hessian`                   an error; gradients of gradients work, in the
-                                                  memory of the full batch
+    second derivatives, such as `jax.hessian`     exact; `jax.jvp` of `jax.grad` needs the memory
+                                                  of two microbatches, `jax.grad` of `jax.grad`
+                                                  that of the full batch
+    forward mode alone: `jax.jvp`, `jax.jacfwd`   an error of JAX; differentiate in reverse
     BatchNorm inside `fun`                        sees the rows of its microbatch
     ============================================  ==============================================
 
@@ -119,8 +120,8 @@ def microbatched(
     Raises:
         TypeError: (here) for arguments of another kind; (when traced) for a key in the wrong
             place, none in the right one, an object that `fun` changes in place, an output without
-            a leading axis, a differentiated value that `fun` closes over, forward mode, or
-            `reduce_axes` without `check_vma`.
+            a leading axis, a differentiated value that `fun` closes over, or `reduce_axes` without
+            `check_vma`.
         ValueError: (here) for `num_microbatches` below 1 or no batch; (when traced) for batch
             leaves that cannot be split, an argument with two roles or with rows that nobody named,
             an output with neither the rows of its microbatch nor one entry, `reduce_axes` that are
@@ -150,7 +151,7 @@ def microbatched(
             return outputs
         divided = _divide(called.args, rows, rngs, n)
         call = _Call(divided, rows, rngs)
-        arrays = check_reverse([x for x in jax.tree.leaves(divided) if _is_array(x)])
+        arrays = [x for x in jax.tree.leaves(divided) if _is_array(x)]
 
         def of_arrays(*arrays):
             return of_args(*call.fill(arrays))
@@ -168,7 +169,12 @@ def microbatched(
 
         def forward(arrays, closed_over):
             for x in closed_over:
-                check_closed_over(x.value, x.perturbed)
+                if x.perturbed:
+                    raise TypeError(
+                        f"`fun` closes over a value, {arguments.describe(x.value)}, that is being "
+                        "differentiated, but only its arguments have gradients here; pass it as "
+                        "an argument"
+                    )
             closed_over, values = ([x.value for x in found] for found in (closed_over, arrays))
             trained = {k: x.value for k, x in enumerate(arrays) if x.perturbed}
             gradients.check_parameters(call.only(trained), accumulator_dtype)

@@ -5,8 +5,6 @@ from typing import Any, NamedTuple
 import jax
 import optax
 
-from optaccum._check.multi_steps import renamed
-
 
 class AccumulateState(NamedTuple):
     """State of :func:`optaccum.accumulate`.
@@ -38,9 +36,6 @@ class AccumulateState(NamedTuple):
     arg_sums: dict[str, Any]
     skip_state: Any
     inner_state: Any
-
-    def __getattr__(self, name: str) -> Any:
-        raise renamed("AccumulateState", name)
 
 
 def key_of(name: str) -> str:

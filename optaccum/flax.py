@@ -40,6 +40,7 @@ To go on with another `every_k`, set `state.replace(tx=new)` or `optimizer.tx = 
 """
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -57,7 +58,7 @@ except ModuleNotFoundError as error:
 
 from optaccum import _flax_fp8
 from optaccum._apply import apply_gradients
-from optaccum._check.extra_args import check_read
+from optaccum._check.extra_args import check_fields
 from optaccum._flax_fp8 import OVERWRITE_WITH_GRADIENT, OverwriteState
 from optaccum._state import AccumulateState, get_state, has_released
 
@@ -108,15 +109,15 @@ class TrainState(train_state.TrainState):
             weight: how much the microbatch counts; see :func:`optaccum.accumulate`.
             release: whether to close the window; see :func:`optaccum.accumulate`.
             **kwargs: fields to replace, as in Flax. Others, which Flax does not take, are extra
-                arguments that the transformation reads, such as `value=loss`.
+                arguments for the transformation, such as `value=loss`.
 
         Returns:
             A state with `step` one higher and the parameters, the optimizer's state and the named
             fields replaced.
 
         Raises:
-            TypeError: for an argument that is no field and that nothing in the transformation
-                reads (but Optax's own `value`, `grad` and `value_fn`, which any may be given).
+            TypeError: for an argument that is almost a field or an argument of the transformation,
+                and for `batch_stats` without such a field.
             ValueError: if the parameters hold a collection to be overwritten but the state was
                 not made with `create`.
             Exception: what the `update` of the transformation raises.
@@ -126,10 +127,8 @@ class TrainState(train_state.TrainState):
         extra_args = {name: value for name, value in kwargs.items() if name not in names}
         given = {"weight": weight, "release": release}
         extra_args |= {name: value for name, value in given.items() if value is not None}
-
-        def step(*microbatch):
-            check_read(self.tx, microbatch, extra_args, type(self), names)
-            return apply_gradients(self.tx, *microbatch, **extra_args)
+        check_fields(type(self), names, self.tx.update, extra_args)
+        step = functools.partial(apply_gradients, self.tx, **extra_args)
 
         if not _flax_fp8.holds(grads):
             params, opt_state = step(grads, self.opt_state, self.params)

@@ -4,6 +4,7 @@ import functools
 
 from helpers import coupled
 from helpers.coupled import BATCH, EPS, LOSSES, ROWS, encode, make_params, with_encoder
+from helpers.hlo import temporaries
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -233,3 +234,72 @@ def test_every_microbatch_has_keys_of_its_own():
         own = jax.random.bernoulli(jax.random.fold_in(key, i), 0.7, (ROWS // 4, coupled.FEATURES))
         np.testing.assert_array_equal(keep[i::4], own)
     assert len(np.unique(keep, axis=0)) > ROWS // 2
+
+
+def _scores(w, x, shift=0.0):
+    return w[0] * jnp.tanh(x @ w + shift)
+
+
+def _coupled_by(encoder):
+    def loss(w, x):
+        y = encoder(w, x)
+        return jnp.var(y) * jnp.sum(y**3)
+
+    return loss
+
+
+SECOND = {
+    "hessian": jax.hessian,
+    "reverse over reverse": lambda f: jax.jacrev(jax.jacrev(f)),
+    "forward over reverse": lambda f: (
+        lambda w, x: jax.jvp(lambda w: jax.grad(f)(w, x), (w,), (w[::-1],))[1]
+    ),
+    "rows, then parameters": lambda f: jax.jacrev(jax.grad(f, argnums=1)),
+    "parameters, then rows": lambda f: jax.jacfwd(jax.grad(f), argnums=1),
+    "third": lambda f: jax.jacfwd(jax.jacrev(jax.jacrev(f))),
+}
+W = jnp.array([1.0, -0.5, 0.3])
+X = jax.random.normal(jax.random.key(0), (12, 3))
+
+
+@pytest.mark.parametrize(
+    ("derivative", "n", "jit"),
+    [("hessian", 2, lambda f: f), *((name, 6, jax.jit) for name in SECOND)],
+)
+def test_second_derivatives(derivative, n, jit):
+    derivative = SECOND[derivative]
+    found = jit(derivative(_coupled_by(_in(n, _scores))))(W, X)
+    expected = derivative(_coupled_by(_scores))(W, X)
+    assert np.max(np.abs(expected)) > 0.1
+    np.testing.assert_allclose(found, expected, atol=64 * EPS * np.max(np.abs(expected)))
+
+
+@pytest.mark.parametrize("mode", [jax.jacrev, jax.jacfwd])
+def test_second_derivatives_by_what_is_closed_over(mode):
+    """Only the first derivative is taken by the rule, and it is not by `shift`."""
+
+    def gradient(wrap, shift):
+        encoder = wrap(lambda w, x: _scores(w, x, shift))
+        return jax.grad(_coupled_by(encoder))(W, X)
+
+    found = jax.jit(mode(functools.partial(gradient, functools.partial(_in, 4))))(0.3)
+    expected = mode(functools.partial(gradient, lambda fun: fun))(0.3)
+    assert np.max(np.abs(expected)) > 0.1
+    np.testing.assert_allclose(found, expected, atol=64 * EPS * np.max(np.abs(expected)))
+
+
+def test_a_product_with_the_hessian_needs_two_microbatches_of_memory():
+    weights = [jax.random.normal(jax.random.key(k), (64, 64)) / 8 for k in range(4)]
+
+    def deep(weights, x):
+        for w in weights:
+            x = jnp.tanh(x @ w)
+        return x[:, :1]
+
+    def needed(n):
+        grad = jax.grad(_coupled_by(_in(n, deep)))
+        run = jax.jit(lambda w, x: jax.jvp(lambda w: grad(w, x), (w,), (w,))[1])
+        rows = jax.ShapeDtypeStruct((4096, 64), jnp.float32)
+        return temporaries(run.lower(weights, rows).compile())
+
+    assert needed(16) < needed(1) / 6

@@ -107,6 +107,19 @@ def test_the_loss_in_shard_map_too():
     _assert_close(jax.jit(jax.value_and_grad(loss))(*_place(mesh)), _expected())
 
 
+def test_products_with_the_hessian_in_shard_map():
+    mesh = make_mesh(AxisType.Auto)
+    encoder = optaccum.microbatched(_encode, num_microbatches=4, reduce_axes="data")
+
+    def product(encoder, params, batch):
+        grad = jax.grad(lambda params: _contrast(encoder(params, batch)))
+        return jax.jvp(grad, (params,), (params,))[1]
+
+    mapped = jax.shard_map(encoder, mesh=mesh, in_specs=(P(), P("data")), out_specs=P("data"))
+    found = jax.jit(functools.partial(product, mapped))(*_place(mesh))
+    _assert_close(found, product(_encode, PARAMS, BATCH))
+
+
 def test_sums_of_bfloat16_are_reduced_before_they_are_cast():
     mesh = make_mesh(AxisType.Auto)
     params = jax.tree.map(lambda p: p.astype(jnp.bfloat16), PARAMS)

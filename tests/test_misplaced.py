@@ -1,13 +1,10 @@
-"""The misplaced optimizer: wrong in silence, and so the reason for a warning, once."""
+"""The misplaced optimizer: wrong in silence, and so the reason for a warning."""
 
-import dataclasses
-from typing import NamedTuple
 import warnings
 
 from flax import nnx
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 import pytest
 
@@ -38,7 +35,6 @@ RIGHT = {
     "of groups": lambda: optax.partition(
         {"a": accumulate(4), "b": accumulate(2, optax.adam(0.1))}, {"w": "b"}
     ),
-    "MultiSteps alone": lambda: optax.MultiSteps(optax.adam(0.1), 2),
 }
 
 
@@ -57,27 +53,13 @@ def _nnx(tx):
     optimizer.update(model, nnx.grad(lambda model: model(jnp.ones(2))[0])(model))
 
 
-every_place = pytest.mark.parametrize("step", [_bare, _linen, _nnx])
-
-
-@every_place
+@pytest.mark.parametrize("step", [_bare, _linen, _nnx])
 @pytest.mark.parametrize(("make", "link"), BARE.values(), ids=BARE)
-def test_a_link_that_keeps_state_is_named_once(step, make, link):
-    tx = make()
+def test_a_link_that_keeps_state_is_named(step, make, link):
     with pytest.warns(UserWarning, match=rf"in front of a link that keeps state, {link}") as seen:
-        step(tx)
-    assert [str(w.filename) for w in seen] == [__file__]
-    step(tx)
-
-
-@every_place
-def test_nor_does_it_belong_around_or_inside_of_multi_steps(step):
-    for make in (
-        lambda: accumulate(4, optax.MultiSteps(optax.adam(0.1), 2)),
-        lambda: optax.MultiSteps(accumulate(4, optax.adam(0.1)), 2).gradient_transformation(),
-    ):
-        with pytest.warns(UserWarning, match=r"around each other.*leave one out"):
-            step(make())
+        step(make())
+    assert len(seen) == 1
+    assert step is not _bare or seen[0].filename == __file__
 
 
 @pytest.mark.parametrize("make", RIGHT.values(), ids=RIGHT)
@@ -91,26 +73,3 @@ def test_it_is_said_when_a_program_is_traced():
     tx = optax.chain(accumulate(4), optax.adam(0.1))
     with pytest.warns(UserWarning, match="keeps state"):
         jax.jit(lambda state: apply_gradients(tx, PARAMS, state, PARAMS))(tx.init(PARAMS))
-
-
-def test_transformations_that_cannot_be_remembered_are_taken():
-    """A tuple with methods has no weak references, a dataclass no hash."""
-
-    class Sgd(NamedTuple):
-        rate: float
-
-        def init(self, params):
-            return ()
-
-        def update(self, updates, state, params=None):
-            return jax.tree.map(lambda u: -self.rate * u, updates), state
-
-    @dataclasses.dataclass
-    class Other:
-        rate: float
-        init = Sgd.init
-        update = Sgd.update
-
-    for tx in (Sgd(0.5), Other(0.5)):
-        params, _ = apply_gradients(tx, jnp.ones(2), tx.init(jnp.ones(2)), jnp.ones(2))
-        np.testing.assert_array_equal(params, [0.5, 0.5])

@@ -1,8 +1,5 @@
 """Slips that programs make, each an error that names the remedy, where they were silent before."""
 
-import copy
-import pickle
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -109,7 +106,7 @@ def _train_state(tx, **fields):
 
 @pytest.mark.parametrize("jit", [False, True])
 @pytest.mark.parametrize("every_k", [None, 1, 2])
-def test_a_keyword_that_flax_refuses_is_refused(every_k, jit):
+def test_a_keyword_that_is_almost_a_field_is_refused(every_k, jit):
     tx = optax.adam(0.1) if every_k is None else optaccum.accumulate(every_k, optax.adam(0.1))
     state = _train_state(tx, key=jax.random.key(0))
 
@@ -117,21 +114,21 @@ def test_a_keyword_that_flax_refuses_is_refused(every_k, jit):
         return state.apply_gradients(grads=GRADS, **kwargs)
 
     step = jax.jit(step) if jit else step
-    message = r"`keey` is no field of State, and nothing in `tx` reads it, did you mean `key`\?"
+    message = r"`keey` is no field of State and no argument of its `tx`, did you mean `key`\?"
     with pytest.raises(TypeError, match=message):
         step(state, keey=jax.random.key(1))
-    with pytest.raises(TypeError, match=r"`metrics` is no field .*subclass it"):
-        step(state, metrics={"loss": 1.0})
     with pytest.raises(TypeError, match="did you mean `apply_fn`"):
         state.apply_gradients(grads=GRADS, aply_fn=lambda: None)
+    with pytest.raises(TypeError, match="did you mean `value`"):
+        step(state, vlaue=1.0)
     state = step(state, key=jax.random.key(1), value=1.0)
     assert jax.random.key_data(state.key)[1] == 1
 
 
 @pytest.mark.parametrize("every_k", [None, 1, 2])
 @pytest.mark.parametrize("value", [3.0, {"a": jnp.float32(3), "b": jnp.ones(2)}], ids=type)
-def test_extra_arguments_that_the_transformation_reads_may_be_trees(every_k, value):
-    """A link of a chain does not show in the signature, so what is read is looked for."""
+def test_extra_arguments_of_links_are_passed_on(every_k, value):
+    """A link of a chain does not show in the signature."""
     inner = optax.chain(optax.clip(9.0), _reading("hyper"))
     tx = inner if every_k is None else optaccum.accumulate(every_k, inner)
     state = _train_state(tx)
@@ -140,68 +137,21 @@ def test_extra_arguments_that_the_transformation_reads_may_be_trees(every_k, val
     np.testing.assert_array_equal(state.params["w"], np.full(2, 1 + 6.0))
 
 
-# What users of `optax.MultiSteps` type first.
+# The order of `optax.MultiSteps`.
 
 
 @pytest.mark.parametrize(
-    ("call", "message"),
+    "call",
     [
-        (lambda opt: optaccum.accumulate(opt, 4), r"`every_k` comes first.*: accumulate\(4, opt"),
-        (
-            lambda opt: optaccum.accumulate(opt, every_k_schedule=8),
-            r"`every_k` comes first.*: accumulate\(8, optimizer\)",
-        ),
-        (
-            lambda opt: optaccum.accumulate(opt, every_k=8),
-            r"`every_k` comes first.*: accumulate\(8, optimizer\)",
-        ),
-        (lambda opt: optaccum.accumulate(opt), r"`every_k` comes first.*: accumulate\(4, opt"),
-        (
-            lambda opt: optaccum.accumulate(optax.MultiSteps(opt, 4), 4),
-            r"`every_k` comes first",
-        ),
-        (
-            lambda opt: optaccum.accumulate(inner=opt, every_k_schedule=lambda step: 4),
-            r"`every_k_schedule` of optax.MultiSteps is `every_k` here.*accumulate\(every_k, opt",
-        ),
-        (lambda opt: optaccum.accumulate(), r"missing a required argument: 'every_k'"),
-        (lambda opt: optaccum.accumulate(4, opt, every_j=4), r"unexpected keyword argument"),
+        lambda opt: optaccum.accumulate(opt, 4),
+        lambda opt: optaccum.accumulate(opt),
+        lambda opt: optaccum.accumulate(optax.MultiSteps(opt, 4), 4),
     ],
 )
-def test_the_order_of_multi_steps(call, message):
-    with pytest.raises(TypeError, match=message) as error:
+def test_the_order_of_multi_steps(call):
+    message = r"`every_k` comes first and the optimizer second.*: accumulate\(every_k, optimizer\)"
+    with pytest.raises(TypeError, match=message):
         call(optax.adam(1e-3))
-    assert "\n" not in str(error.value)
-
-
-def test_names_of_multi_steps_point_to_ours():
-    tx = optaccum.accumulate(2, optax.sgd(1.0))
-    state = tx.init(PARAMS)
-    for owner, name, ours in (
-        (tx, "has_updated", "optaccum.has_released"),
-        (tx, "inner_opt", "passed to `accumulate`"),
-        (tx, "gradient_transformation", "as it is"),
-        (state, "inner_opt_state", "`inner_state`"),
-        (state, "acc_grads", "`grad_sum`"),
-    ):
-        with pytest.raises(AttributeError, match=rf"no `{name}`, which is of .* use .*{ours}"):
-            getattr(owner, name)
-        assert not hasattr(owner, name)
-    for owner in (tx, state):
-        with pytest.raises(AttributeError, match="no attribute 'more'"):
-            _ = owner.more
-
-
-def test_it_is_still_a_transformation_and_a_pytree():
-    tx = optaccum.accumulate(2, optax.sgd(1.0))
-    init, update = tx
-    assert isinstance(tx, optax.GradientTransformationExtraArgs)
-    assert (tx.init, tx.update) == (init, update)
-    assert type(tx._replace(update=update)) is type(tx)
-    assert jax.tree.structure(tx).unflatten(jax.tree.leaves(tx)) == tx
-    state = copy.deepcopy(pickle.loads(pickle.dumps(tx.init(PARAMS))))
-    assert jax.tree.structure(state) == jax.tree.structure(tx.init(PARAMS))
-    assert optax.tree.get(optax.chain(optax.clip(1.0), tx).init(PARAMS), "mini_step") == 0
 
 
 def test_a_leaf_is_none_in_the_microbatch_that_releases():

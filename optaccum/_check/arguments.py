@@ -112,6 +112,11 @@ def check_argnums(name: str, argnums: Any) -> tuple[int, ...]:
 
 def check_every_k(every_k: Any) -> int | jax.Array | Callable[[jax.Array], Any]:
     """Returns `every_k` as a Python int >= 1, an integer `jax.Array` of shape [], or a callable."""
+    if is_transformation(every_k):
+        raise TypeError(
+            "`every_k` comes first and the optimizer second, unlike in optax.MultiSteps: "
+            "accumulate(every_k, optimizer)"
+        )
     if callable(every_k):
         return every_k
     if isinstance(every_k, jax.Array):
@@ -141,9 +146,14 @@ def check_decay(name: str, decay: Any) -> float | jax.Array:
     return decay.astype(jnp.float32) if isinstance(decay, jax.Array) else float(decay)
 
 
+def is_transformation(tx: Any) -> bool:
+    """Returns whether `tx` has the `init` and `update` of a transformation."""
+    return callable(getattr(tx, "init", None)) and callable(getattr(tx, "update", None))
+
+
 def check_transformation(name: str, tx: Any) -> None:
-    """Raises unless `tx` has the `init` and `update` of a transformation."""
-    if not (callable(getattr(tx, "init", None)) and callable(getattr(tx, "update", None))):
+    """Raises unless `tx` is a transformation."""
+    if not is_transformation(tx):
         hint = "; call it to build the transformation" if callable(tx) else ""
         raise TypeError(
             f"{name} must be an optax.GradientTransformation such as optax.adam(1e-3), got "

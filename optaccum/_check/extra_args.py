@@ -114,50 +114,24 @@ def _check_floating(name: str, tree: Any) -> None:
             )
 
 
-def check_read(
-    tx: Any,
-    microbatch: tuple,
-    extra_args: dict[str, Any],
-    owner: type,
-    fields: Iterable[str],
-) -> None:
-    """Raises where an extra argument is read by nothing in a transformation, and so is a slip.
+def check_fields(owner: type, fields: Iterable[str], update: Any, names: Iterable[str]) -> None:
+    """Raises where one of `names`, given to a train state, is almost a field or an argument.
 
-    What a transformation reads shows in its program: most of Optax's take any argument, also those
-    that none of their links names. Arguments that are no arrays, such as functions, cannot be seen
-    there; they are refused only where they are almost a field.
-
-    Args:
-        tx: the transformation.
-        microbatch: gradients, state and parameters.
-        extra_args: all extra arguments.
-        owner: the train state that they were passed to.
-        fields: the names of its fields.
+    Other names are for links of `update`, which do not show in its signature. Optax's
+    transformations ignore what they do not know, so one field has to be known by its name:
+    without `batch_stats` BatchNorm would never move.
     """
-    unknown = set(extra_args).difference(OURS, OPTAX, named_by(tx.update))
-    if not unknown:
-        return
-    arrays = {name: x for name, x in extra_args.items() if name != "release" and _is_data(x)}
-    given = {name: extra_args[name] for name in unknown.difference(arrays)}
-    try:
-        program = jax.make_jaxpr(functools.partial(tx.update, **given) if given else tx.update)(
-            *microbatch, **arrays
-        ).jaxpr
-    except jax.errors.ConcretizationTypeError:  # a transformation that cannot be traced
-        return
-    read = {id(x) for x in program.outvars}.union(*(map(id, e.invars) for e in program.eqns))
-    leaves, structure = jax.tree.flatten(arrays)
-    flags = [id(x) in read for x in program.invars[len(program.invars) - len(leaves) :]]
-    for name, found in jax.tree.unflatten(structure, flags).items():
-        if any(jax.tree.leaves(found)):
-            unknown.discard(name)
-    for name in sorted(unknown):
-        meant = nearest(name, [*fields, *OURS])
-        if name in arrays or meant:
-            hint = f", did you mean `{meant}`?" if meant else ""
+    known = {*fields, *OPTAX, *named_by(update)}
+    for name in sorted(set(names).difference(known, OURS)):
+        if name == "batch_stats":
             raise TypeError(
-                f"`{name}` is no field of {owner.__name__}, and nothing in `tx` reads it{hint}; to "
-                f"keep it in the state, subclass it, `class State({owner.__name__}): {name}: Any`"
+                f"`{name}` is no field of {owner.__name__}; to keep it in the state, subclass it, "
+                f"`class State({owner.__name__}): {name}: Any`"
+            )
+        if meant := nearest(name, known.difference(OURS, POSITIONAL)):
+            raise TypeError(
+                f"`{name}` is no field of {owner.__name__} and no argument of its `tx`, did you "
+                f"mean `{meant}`?"
             )
 
 
