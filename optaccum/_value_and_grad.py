@@ -253,7 +253,7 @@ def value_and_grad(
                 new = scatters.fence(over.share(cast_like(new, carry)))
                 carry = new if valid is None else where(valid, new, carry)
             if valid is None:  # else it is selected when it is added
-                grads = scatters.apart(grads, holds and holds[1], before)
+                grads = scatters.apart(grads, holds, before)
             return loss, aux, carry, grads, weight, valid
 
         carry = jax.tree.map(strongly_typed, args[carries[0]]) if carries else None

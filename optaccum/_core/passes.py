@@ -50,8 +50,8 @@ def cotangents(
 
     def body(found, i):
         sums, of_rows, seen = found
-        (of_whole, of_own), holds = scatters.trace(lambda: pull(i))
-        of_whole = scatters.apart(of_whole, holds and holds[0], seen)
+        (of_own, of_whole), holds = scatters.trace(lambda: pull(i)[::-1])
+        of_whole = scatters.apart(of_whole, holds, seen)
         return (window.add(sums, of_whole), batch.put(of_rows, of_own, i), seen + 1), None
 
     # Zeros of the cotangents' type: where it is `unreduced`, that of the arguments is not.

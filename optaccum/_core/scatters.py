@@ -32,37 +32,44 @@ _JAXPRS = core.Jaxpr | core.ClosedJaxpr
 _OF_ELEMENTS = "update_jaxpr"  # a scatter's parameter: how it adds two elements
 
 
-def trace(fun: Callable[[], Any]) -> tuple[Any, Any]:
+def trace(fun: Callable[[], Any]) -> tuple[Any, list[bool]]:
     """Returns `fun()`, with fences in its loops, and which of its leaves hold a scatter.
 
-    With a version that is right it returns `fun()` and None. So it does where nothing is traced,
+    With a version that is right it returns `fun()` and []. So it does where nothing is traced,
     with one microbatch outside `jax.jit` or under `jax.disable_jit`: `fun` may read its arguments.
     """
     if not (_affected() and isinstance(jnp.zeros([]), Tracer)):
-        return fun(), None
-    closed, shapes = jax.make_jaxpr(fun, return_shape=True)()
+        return fun(), []
+    structure: Any = None
+
+    def flat():  # not every class of a pytree can be rebuilt from shapes
+        nonlocal structure
+        leaves, structure = jax.tree.flatten(fun())
+        return leaves
+
+    closed = jax.make_jaxpr(flat)()
     jaxpr, holds = _fenced(closed.jaxpr, [])
     results = core.jaxpr_as_fun(core.ClosedJaxpr(jaxpr, closed.consts))()
-    unflatten = jax.tree.structure(shapes).unflatten
-    return unflatten(results), unflatten(holds)
+    return structure.unflatten(results), holds
 
 
-def apart(tree: Any, holds: Any, seen: jax.Array) -> Any:
+def apart(tree: Any, holds: list[bool], seen: jax.Array) -> Any:
     """Returns a tree that is about to be summed, with a select behind each scatter in it.
 
     Args:
-        tree: a tree of arrays.
-        holds: which of them hold a scatter, or None.
+        tree: a tree of arrays, the last of a result of `trace`.
+        holds: which leaves of that result hold a scatter, or [].
         seen: f32[] >= 0 that changes from trip to trip: no compiler knows that it is not negative.
     """
-    if holds is None or not any(jax.tree.leaves(holds)):
+    leaves, structure = jax.tree.flatten(tree)
+    last = holds[len(holds) - len(leaves) :]
+    if not any(last):
         return tree
     always = _unknown_p.bind(seen >= 0)
-
-    def leaf(x, held):
-        return lax.select(always, x, jnp.full_like(x, -0.0)) if held else x
-
-    return jax.tree.map(leaf, tree, holds)
+    return structure.unflatten(
+        lax.select(always, x, jnp.full_like(x, -0.0)) if held else x
+        for x, held in zip(leaves, last, strict=True)
+    )
 
 
 def fence(tree: Any) -> Any:
