@@ -17,7 +17,6 @@ from jax._src.lib.mlir.dialects import func
 from jax.extend.core import Primitive
 from jax.extend.mlir import ir
 from jax.interpreters import mlir
-from jaxlib import _hlo, _jax
 import numpy as np
 
 # After this pass no reduction is moved any more.
@@ -31,6 +30,8 @@ def compile_and_run(lowered: Any, *args: Any) -> tuple[Any, Any]:
         lowered: of a jitted function, for devices of chips.
         *args: its arguments, NumPy arrays, all of which the program reads.
     """
+    from jaxlib import _hlo, _jax  # the lowest supported version has them elsewhere
+
     with tempfile.TemporaryDirectory() as folder:
         options = {
             "xla_dump_to": folder,
