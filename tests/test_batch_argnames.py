@@ -2,6 +2,7 @@
 
 import equinox as eqx
 from flax import linen, nnx
+from helpers import meshes
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -232,6 +233,7 @@ def test_models_are_called_by_keyword(n):
     check(lambda model, image, text: jax.vmap(model)(image) * text, layer)
 
 
+@meshes.needs_reshard
 def test_rows_by_keyword_stay_on_their_devices():
     mesh = jax.make_mesh((4,), ("data",), axis_types=(jax.sharding.AxisType.Explicit,))
     x = jnp.concatenate([X, -X])
