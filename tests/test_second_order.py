@@ -3,6 +3,7 @@
 import collections
 import re
 
+from helpers import meshes
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -95,6 +96,7 @@ def test_over_batches(axes):
         np.testing.assert_allclose(found[k], expected, rtol=1e-5, atol=1e-6)
 
 
+@meshes.needs_reshard
 def test_devices_that_differ_in_what_counts():
     """Microbatch 1 of every device but the first has weight."""
     mesh = jax.make_mesh((2,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
