@@ -32,7 +32,7 @@ class NoiseScale(NamedTuple):
       gradient has as much noise as signal. It is inf if `signal` is not positive.
 
     Attributes:
-        squares: f32[], sum of w_i |g_i|^2 over the measured microbatches of the open window.
+        squares: f32[], sum of `w_i |g_i|^2` over the measured microbatches of the open window.
         weight: f32[], sum of their w_i.
         count: f32[], how many there are.
         trace_sum: f32[], decayed sum of the estimates of `trace`; only a release changes it.
