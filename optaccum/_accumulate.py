@@ -8,20 +8,13 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optaccum._check import arguments, devices as check_devices, extra_args as check_args
-from optaccum._check.gradients import check_parameters
-from optaccum._check.microbatch import check_microbatch
-from optaccum._core import window
-from optaccum._core.traced import (
-    both,
-    branch,
-    cast_like,
-    keep_untrained,
-    own_arrays,
-    shapes_of_updates,
-)
-from optaccum._core.window import Sums
+from optaccum import _extra_args, _reduce_axes, _validate, _window
+from optaccum._check_microbatch import check_microbatch
+from optaccum._conditional import both, branch, shapes_of_updates
+from optaccum._gradients import check_parameters
 from optaccum._state import AccumulateState, key_of
+from optaccum._trees import cast_like, keep_untrained, own_arrays
+from optaccum._window import Sums
 
 
 def accumulate(
@@ -125,39 +118,39 @@ def accumulate(
 
     References: `optax.MultiSteps`; github.com/google-deepmind/optax issues 320 and 472.
     """
-    every_k = arguments.check_every_k(every_k)
+    every_k = _validate.check_every_k(every_k)
     inner = optax.identity() if inner is None else inner
-    arguments.check_transformation("`inner`", inner)
-    arguments.check_flag("`use_grad_mean`", use_grad_mean)
-    axes = check_devices.check_axes(reduce_axes)
-    summed = arguments.check_loss_reduction(loss_reduction) == "sum"
-    options = arguments.Options(
+    _validate.check_transformation("`inner`", inner)
+    _validate.check_flag("`use_grad_mean`", use_grad_mean)
+    axes = _reduce_axes.check_axes(reduce_axes)
+    summed = _validate.check_loss_reduction(loss_reduction) == "sum"
+    options = _validate.Options(
         every_k,
-        *check_args.check_named(average_args, metrics, window_args),
+        *_extra_args.check_named(average_args, metrics, window_args),
         axes,
-        check_args.named_by(inner.update),
+        _extra_args.named_by(inner.update),
         keeps_sums=bool(axes) or not (isinstance(every_k, int) and every_k == 1),
         needs_weight=summed and use_grad_mean,
     )
-    inner = arguments.as_inner(inner)
-    judge = arguments.as_judge(should_skip_update_fn)
-    accumulator_dtype = arguments.check_accumulator_dtype(accumulator_dtype)
+    inner = _validate.as_inner(inner)
+    judge = _validate.as_judge(should_skip_update_fn)
+    accumulator_dtype = _validate.check_accumulator_dtype(accumulator_dtype)
 
     def init_fn(params):
         trained, i32 = _trained(params), jnp.int32
         check_parameters(trained, accumulator_dtype)
-        over = check_devices.check_sums(trained, axes)
+        over = _reduce_axes.check_sums(trained, axes)
         report = ()
         if judge is not None:
             step = jax.ShapeDtypeStruct((), i32)
             _, report = jax.eval_shape(judge, trained, step, params)
         zeros = Sums(
             jnp.zeros([], jnp.float32),
-            window.open_sums(trained, accumulator_dtype) if options.keeps_sums else (),
+            _window.open_sums(trained, accumulator_dtype) if options.keeps_sums else (),
             {
-                key_of(name): window.open_sums(trained, accumulator_dtype)
+                key_of(name): _window.open_sums(trained, accumulator_dtype)
                 if like is None
-                else window.open_sums(like)
+                else _window.open_sums(like)
                 for name, like in options.averages.items()
             },
         )
@@ -204,7 +197,7 @@ def accumulate(
         factor = None if weight is None else jnp.asarray(weight, jnp.float32)
         one = factor if summed and factor is not None else jnp.float32(1)
         values = Sums(one, () if alone else grads, given.args)
-        sums = window.add(
+        sums = _window.add(
             Sums(state.weight, state.grad_sum, state.arg_sums),
             over.store(values),
             factor,
@@ -219,11 +212,11 @@ def accumulate(
         def step(params, inner_state):
             kept = over.load(sums)
             grad_sum, args = over.reduce(kept.grads, kept.scalars, trained)
-            mean, args = window.mean(Sums(total, grad_sum, args), values, of_grads=use_grad_mean)
+            mean, args = _window.mean(Sums(total, grad_sum, args), values, of_grads=use_grad_mean)
             if alone:
-                mean = window.alone(grads, factor, summed=summed, of_mean=use_grad_mean)
+                mean = _window.alone(grads, factor, summed=summed, of_mean=use_grad_mean)
             args = extra_args | {name: args[key_of(name)] for name in options.average_args}
-            if check_args.replaces_grad(options, args):
+            if _extra_args.replaces_grad(options, args):
                 args["grad"] = mean
             updates, new = inner.update(mean, inner_state, params, **args)
             result = apply_updates(params, updates) if apply else updates
@@ -233,7 +226,7 @@ def accumulate(
             return (shapes_of_updates(inner.update, grads, state.inner_state, params, extra_args),)
 
         if apply:
-            with check_devices.explain_unreduced(grads, trained):
+            with _reduce_axes.explain_unreduced(grads, trained):
                 result, inner_state = branch(due, steps, step, (params, state.inner_state))
             result = keep_untrained(params, result, grads)
         else:

@@ -7,8 +7,8 @@ import jax
 import optax
 
 from optaccum._accumulate import apply_updates, find_apply
-from optaccum._check.arguments import check_transformation
 from optaccum._state import AccumulateState
+from optaccum._validate import check_transformation
 
 Params = TypeVar("Params")
 

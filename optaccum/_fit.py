@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import jax
 
-from optaccum._check.arguments import check_count, check_function
+from optaccum._validate import check_count, check_function
 
 
 class Fit(NamedTuple):

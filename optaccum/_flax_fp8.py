@@ -8,8 +8,8 @@ import jax
 from jax import lax
 import jax.numpy as jnp
 
-from optaccum._core.window import counts as counts_as
 from optaccum._state import get_state
+from optaccum._window import counts as counts_as
 
 
 class OverwriteState(NamedTuple):

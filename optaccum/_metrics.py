@@ -1,16 +1,18 @@
 """What to log of a window: its counters, the means of its losses, the norm of its gradient."""
 
+from collections.abc import Iterable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from optaccum._check.arguments import check_loss_reduction
-from optaccum._check.metrics import KEYS, check_one_member, check_own_names, check_readable
-from optaccum._core import devices
-from optaccum._core.traced import where
-from optaccum._core.window import Sums
+from optaccum import _devices
 from optaccum._state import by_name, get_state
+from optaccum._trees import where
+from optaccum._validate import check_loss_reduction
+from optaccum._window import Sums
+
+KEYS = "gradient_step", "mini_step", "released", "skipped", "weight", "grad_norm"
 
 
 def window_metrics(
@@ -83,14 +85,14 @@ def window_metrics(
     check_own_names(scalars)
     check_one_member("window_metrics", counters["mini_step"])
     has_sums = check_readable(state.grad_sum, grads)
-    weight, grad_sum, scalars = devices.of_all(Sums(weight, state.grad_sum, scalars))
+    weight, grad_sum, scalars = _devices.of_all(Sums(weight, state.grad_sum, scalars))
     known = weight > 0
     divisor = where(known, weight, jnp.ones_like(weight))
 
     def mean(x):
         return jnp.where(known, x / divisor, 0).astype(x.dtype)
 
-    norm = jnp.sqrt(devices.squared_norm(grad_sum if has_sums else grads))
+    norm = jnp.sqrt(_devices.squared_norm(grad_sum if has_sums else grads))
     if has_sums or summed:
         norm = mean(norm)
     if not has_sums:
@@ -101,3 +103,32 @@ def window_metrics(
         "grad_norm": norm,
         **{name: mean(x) for name, x in scalars.items()},
     }
+
+
+def check_one_member(caller: str, counter: jax.Array) -> None:
+    """Raises where a counter of the state shows several members of `jax.vmap`."""
+    if jnp.ndim(counter):
+        raise ValueError(
+            "`opt_state` is that of several members of jax.vmap, "
+            f"{jnp.shape(counter)}; pass that of one: `jax.vmap({caller})(...)`"
+        )
+
+
+def check_readable(grad_sum: Any, grads: Any) -> bool:
+    """Returns whether a state has sums, or raises where the gradient's norm cannot be known."""
+    has_sums = jax.tree.structure(grad_sum) != jax.tree.structure(())
+    if not has_sums and grads is None:
+        raise ValueError(
+            "`opt_state` has no sums of gradients, since `every_k` is the constant 1; pass "
+            "`grads`, those of the update before it, with every k"
+        )
+    return has_sums
+
+
+def check_own_names(averages: Iterable[str]) -> None:
+    """Raises where an average has the name of another number."""
+    if both := sorted(set(averages).intersection(KEYS)):
+        raise ValueError(
+            f"`average_args` or `metrics` name {both[0]!r}, which `window_metrics` returns itself; "
+            "pass it under another name"
+        )

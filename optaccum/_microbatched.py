@@ -7,16 +7,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from optaccum._check import (
-    arguments,
-    batch as check_batch,
-    devices as check_devices,
-    gradients,
-    roles as check_roles,
-)
-from optaccum._check.objects import check_joins, unchanged
-from optaccum._core import batch, devices, passes
-from optaccum._core.traced import cast_like, hoisted
+from optaccum import _batch, _devices, _gradients, _passes, _reduce_axes, _roles, _rows, _validate
+from optaccum._conditional import hoisted
+from optaccum._objects import check_joins, unchanged
+from optaccum._trees import cast_like
 
 
 def microbatched(
@@ -130,24 +124,24 @@ def microbatched(
     References: Gao et al., "Scaling Deep Contrastive Learning Batch Size under Memory Limited
     Setup" (arXiv:2101.06983), who do it for contrastive losses.
     """
-    arguments.check_function("`fun`", fun)
-    n = arguments.check_count("`num_microbatches`", num_microbatches)
-    accumulator_dtype = arguments.check_accumulator_dtype(accumulator_dtype)
-    axes = check_devices.check_axes(reduce_axes)
+    _validate.check_function("`fun`", fun)
+    n = _validate.check_count("`num_microbatches`", num_microbatches)
+    accumulator_dtype = _validate.check_accumulator_dtype(accumulator_dtype)
+    axes = _reduce_axes.check_axes(reduce_axes)
     given = {"`batch_argnums`": batch_argnums, "`rng_argnums`": rng_argnums}
-    roles = check_roles.check_roles(given, batch_argnames)
+    roles = _roles.check_roles(given, batch_argnames)
 
     @functools.wraps(fun)
     def microbatched_fn(*args, **kwargs):
         pad = "pad the batch and drop the outputs of the padding"
-        called = check_roles.check_call(fun, roles, args, kwargs, n, pad)
+        called = _roles.check_call(fun, roles, args, kwargs, n, pad)
         rows, rngs = called.roles.values()
         of_args = unchanged(called.by_position(fun), called.title, None)
         count = jax.tree.leaves([called.args[j] for j in rows])[0].shape[0]
-        over = check_devices.check_shares(axes)
+        over = _reduce_axes.check_shares(axes)
         if n == 1:
             outputs = of_args(*(share(x, over) for x in called.args))
-            check_batch.check_outputs(outputs, count)
+            _rows.check_outputs(outputs, count)
             return outputs
         divided = _divide(called.args, rows, rngs, n)
         call = _Call(divided, rows, rngs)
@@ -160,24 +154,24 @@ def microbatched(
         # is differentiated.
         example = call.own(call.share(arrays, over), jnp.int32(0))
         of_arrays, closed_over, shapes = hoisted(of_arrays, *example)
-        check_batch.check_outputs(shapes, count // n)
+        _rows.check_outputs(shapes, count // n)
         check_joins(shapes)
 
         def run(arrays, closed_over):
             shared = call.share(arrays, over)
-            return passes.outputs(lambda i: of_arrays(closed_over, *call.own(shared, i)), n)
+            return _passes.outputs(lambda i: of_arrays(closed_over, *call.own(shared, i)), n)
 
         def forward(arrays, closed_over):
             for x in closed_over:
                 if x.perturbed:
                     raise TypeError(
-                        f"`fun` closes over a value, {arguments.describe(x.value)}, that is being "
+                        f"`fun` closes over a value, {_validate.describe(x.value)}, that is being "
                         "differentiated, but only its arguments have gradients here; pass it as "
                         "an argument"
                     )
             closed_over, values = ([x.value for x in found] for found in (closed_over, arrays))
             trained = {k: x.value for k, x in enumerate(arrays) if x.perturbed}
-            gradients.check_parameters(call.only(trained), accumulator_dtype)
+            _gradients.check_parameters(call.only(trained), accumulator_dtype)
             return run(values, closed_over), (trained, values, closed_over)
 
         def backward(residuals, cotangents):
@@ -194,18 +188,18 @@ def microbatched(
                 # after the other. Without, XLA:GPU keeps what two towers compute at the same time.
                 of_trained = jax.checkpoint(of_trained)
                 outputs, vjp = jax.vjp(of_trained, {k: own[k] for k in trained})
-                (found,) = vjp(passes.own_cotangents(outputs, cotangents, i))
+                (found,) = vjp(_passes.own_cotangents(outputs, cotangents, i))
                 return call.divide(found)
 
             whole, rows = call.divide({k: shared[k] for k in trained})
-            sums, of_rows = passes.cotangents(pull, whole, rows, n, accumulator_dtype)
-            sums = {k: devices.reduce_like(s, arrays[k], over) for k, s in sums.items()}
+            sums, of_rows = _passes.cotangents(pull, whole, rows, n, accumulator_dtype)
+            sums = {k: _devices.reduce_like(s, arrays[k], over) for k, s in sums.items()}
             found = cast_like(sums, {k: arrays[k] for k in sums}) | of_rows
             return [found.get(k) for k in range(len(arrays))], [None for _ in closed_over]
 
         rule = jax.custom_vjp(run)
         rule.defvjp(forward, backward, symbolic_zeros=True)
-        return batch.join(rule(arrays, closed_over))
+        return _batch.join(rule(arrays, closed_over))
 
     return microbatched_fn
 
@@ -216,7 +210,7 @@ def _divide(args: list, rows: tuple, rngs: tuple, n: int) -> list[Any]:
         jax.tree.map(jnp.asarray, x) if j in (*rows, *rngs) else x for j, x in enumerate(args)
     ]
     for j in rows:
-        divided[j] = batch.split(divided[j], n)
+        divided[j] = _batch.split(divided[j], n)
     return divided
 
 
@@ -257,13 +251,13 @@ class _Call:
         """Returns the arrays of microbatch i: its rows and keys, and all others whole."""
         args = self.fill(arrays)
         for j in self.rows:
-            args[j] = batch.take(args[j], i)
+            args[j] = _batch.take(args[j], i)
         for j in self.rngs:
-            args[j] = batch.own_keys(args[j], i)
+            args[j] = _batch.own_keys(args[j], i)
         leaves = jax.tree.leaves(args)
         return [leaves[k] for k in self.at]
 
-    def share(self, arrays: Sequence[jax.Array], over: devices.Whole) -> list[jax.Array]:
+    def share(self, arrays: Sequence[jax.Array], over: _devices.Replicated) -> list[jax.Array]:
         """Returns arrays of which what has a gradient is each device's own, except for rows."""
         known = zip(arrays, self.is_row, strict=True)
         return [x if is_row else share(x, over) for x, is_row in known]
@@ -274,7 +268,7 @@ class _Call:
         return whole, {k: x for k, x in some.items() if self.is_row[k]}
 
 
-def share(tree: Any, over: devices.Whole) -> Any:
+def share(tree: Any, over: _devices.Replicated) -> Any:
     """Returns a tree of which every array that can have a gradient is each device's own."""
 
     def leaf(x):

@@ -8,10 +8,10 @@ from jax.core import Tracer
 import jax.numpy as jnp
 import optax
 
-from optaccum._check.arguments import check_count, leaf_name
-from optaccum._core import devices, window
-from optaccum._core.traced import cast_like
+from optaccum import _mesh_axes, _window
 from optaccum._state import AccumulateState, by_name
+from optaccum._trees import cast_like
+from optaccum._validate import check_count, leaf_name
 
 
 def from_multi_steps(
@@ -82,12 +82,12 @@ def from_multi_steps(
         grad_sum = new.grad_sum
         if held:
             if not sums:  # `every_k` 1, which closes this window
-                grad_sum = window.open_sums(params if root else old.acc_grads)
+                grad_sum = _window.open_sums(params if root else old.acc_grads)
             count = held if use_grad_mean else 1
 
             def take_over(s, x):
-                waiting = tuple(devices.unreduced(s))
-                return devices.unreduce(jnp.asarray(x, s.dtype) * count, waiting)
+                waiting = tuple(_mesh_axes.unreduced(s))
+                return _mesh_axes.unreduce(jnp.asarray(x, s.dtype) * count, waiting)
 
             grad_sum = jax.tree.map(take_over, grad_sum, old.acc_grads)
         return new._replace(
@@ -192,7 +192,7 @@ def _inexpressible(
 ) -> str:
     """Returns what of an open window `optax.MultiSteps` cannot go on with, or nothing."""
     sums = jax.tree.leaves(state.grad_sum)
-    if jnp.ndim(state.weight) or any(map(devices.unreduced, sums)):
+    if jnp.ndim(state.weight) or any(map(_mesh_axes.unreduced, sums)):
         return "its sums are parts, one on each device"
     if state.arg_sums:
         names = tuple(by_name(state.arg_sums))

@@ -6,13 +6,15 @@ import jax
 from jax import lax
 import jax.numpy as jnp
 
-from optaccum._check.arguments import check_decay, check_loss_reduction, leaf_name
-from optaccum._check.extra_args import as_weight
-from optaccum._check.metrics import check_one_member
-from optaccum._core.devices import of_all, squared_norm, vary, varying
-from optaccum._core.traced import branch, unreduced, where
-from optaccum._core.window import SMALLEST, Sums
+from optaccum._conditional import branch
+from optaccum._devices import of_all, squared_norm
+from optaccum._extra_args import as_weight
+from optaccum._mesh_axes import unreduced, vary, varying
+from optaccum._metrics import check_one_member
 from optaccum._state import get_state
+from optaccum._trees import where
+from optaccum._validate import check_decay, check_loss_reduction, leaf_name
+from optaccum._window import SMALLEST, Sums
 
 # Sums of weights beyond this, or below its reciprocal, may have no squares in float32.
 LARGEST_SQUARED = 2.0**40

@@ -5,7 +5,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from optaccum._core import devices, window
+from optaccum import _devices, _mesh_axes, _window
 
 
 def skip_not_finite(updates: Any, gradient_step: Any, params: Any) -> tuple[jax.Array, Any]:
@@ -41,11 +41,11 @@ def skip_not_finite(updates: Any, gradient_step: Any, params: Any) -> tuple[jax.
             continue
         g = jnp.asarray(g)
         # The dtype of the sum must not matter to it: a float64 may not fit into a float32.
-        zeros = window.times(g, jnp.zeros([], g.dtype))
+        zeros = _window.times(g, jnp.zeros([], g.dtype))
         dtype = jnp.complex64 if jnp.iscomplexobj(g) else jnp.float32
-        sums.setdefault(devices.unreduced(g), []).append(jnp.sum(zeros, dtype=dtype))
+        sums.setdefault(_mesh_axes.unreduced(g), []).append(jnp.sum(zeros, dtype=dtype))
     whole = [
-        devices.over(tuple(axes)).reduce(sum(others, first), ())[0]
+        _devices.over(tuple(axes)).reduce(sum(others, first), ())[0]
         for axes, (first, *others) in sums.items()
     ]
     skip = ~jnp.isfinite(jnp.asarray(sum(whole)))

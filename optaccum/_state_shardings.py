@@ -7,9 +7,9 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 import optax
 
-from optaccum._check.arguments import check_transformation, leaf_name
-from optaccum._check.devices import AxisError
-from optaccum._core.devices import unreduced, varying
+from optaccum._mesh_axes import unreduced, varying
+from optaccum._reduce_axes import AxisError
+from optaccum._validate import check_transformation, leaf_name
 
 
 def state_shardings(tx: optax.GradientTransformation, params: Any, shardings: Any = None) -> Any:

@@ -8,19 +8,12 @@ import jax
 from jax import lax
 import jax.numpy as jnp
 
-from optaccum._check import (
-    arguments,
-    batch as check_batch,
-    devices as check_devices,
-    extra_args,
-    roles as check_roles,
-)
-from optaccum._check.objects import unchanged
-from optaccum._core import batch, scatters, window
-from optaccum._core.cotangents import call_with_drops, drop_unless
-from optaccum._core.devices import vary, varying
-from optaccum._core.traced import cast_like, strongly_typed, where
-from optaccum._core.window import Sums
+from optaccum import _batch, _extra_args, _reduce_axes, _roles, _rows, _scatters, _validate, _window
+from optaccum._cotangents import call_with_drops, drop_unless
+from optaccum._mesh_axes import vary, varying
+from optaccum._objects import unchanged
+from optaccum._trees import cast_like, strongly_typed, where
+from optaccum._window import Sums
 
 Params = TypeVar("Params")
 Rest = ParamSpec("Rest")
@@ -181,15 +174,15 @@ def value_and_grad(
 
     References: `optax.microbatch`; github.com/google-research/t5x `trainer.py`.
     """
-    arguments.check_function("`fun`", fun)
+    _validate.check_function("`fun`", fun)
     if weight_fn is not None:
-        arguments.check_function("`weight_fn`", weight_fn)
-    summed = arguments.check_loss_reduction(loss_reduction) == "sum"
-    arguments.check_denominator("`weight_fn`", summed and weight_fn is None)
-    n = arguments.check_count("`num_microbatches`", num_microbatches)
-    accumulator_dtype = arguments.check_accumulator_dtype(accumulator_dtype)
-    axes = check_devices.check_axes(reduce_axes)
-    roles = check_roles.check_roles(
+        _validate.check_function("`weight_fn`", weight_fn)
+    summed = _validate.check_loss_reduction(loss_reduction) == "sum"
+    _validate.check_denominator("`weight_fn`", summed and weight_fn is None)
+    n = _validate.check_count("`num_microbatches`", num_microbatches)
+    accumulator_dtype = _validate.check_accumulator_dtype(accumulator_dtype)
+    axes = _reduce_axes.check_axes(reduce_axes)
+    roles = _roles.check_roles(
         {
             "`argnums`": argnums,
             "`batch_argnums`": batch_argnums,
@@ -203,14 +196,14 @@ def value_and_grad(
 
     @functools.wraps(fun)
     def value_and_grad_fn(*args, **kwargs):
-        call = check_roles.check_call(fun, roles, args, kwargs, n)
+        call = _roles.check_call(fun, roles, args, kwargs, n)
         trained, rows, rngs, carries = call.roles.values()
-        over, *_ = [check_devices.check_sums(args[j], axes) for j in trained]
+        over, *_ = [_reduce_axes.check_sums(args[j], axes) for j in trained]
         # Of parameters that all devices share JAX would sum the gradients, each time.
         args = [over.share(x) if j in (*trained, *carries) else x for j, x in enumerate(call.args)]
         at = trained if isinstance(argnums, tuple | list) else trained[0]
         params = args[at] if isinstance(at, int) else tuple(args[j] for j in at)
-        split = {j: batch.split(args[j], n) for j in rows if n > 1}
+        split = {j: _batch.split(args[j], n) for j in rows if n > 1}
         loss_fn = unchanged(call.by_position(fun), call.title, carries)
         differentiate = jax.value_and_grad(loss_fn, at, has_aux)
 
@@ -218,16 +211,16 @@ def value_and_grad(
             """Returns the arguments of microbatch i, or of them all."""
             own = list(args)
             for j, leaves in split.items():
-                own[j] = batch.take(leaves, i)
+                own[j] = _batch.take(leaves, i)
             for j in rngs if n > 1 else ():
-                own[j] = batch.own_keys(args[j], i)
+                own[j] = _batch.own_keys(args[j], i)
             for j in carries:
                 own[j] = carry
             return own
 
         def weigh(own):
             weight = call.by_position(weight_fn)(*own) if weight_fn else 1.0
-            return jnp.asarray(extra_args.as_weight("`weight_fn(...)`", weight, dtype), dtype)
+            return jnp.asarray(_extra_args.as_weight("`weight_fn(...)`", weight, dtype), dtype)
 
         def run(i, carry, before):
             """Returns loss, aux, carry, gradients, weight and whether it counts."""
@@ -235,25 +228,25 @@ def value_and_grad(
             weight = valid = None
             if weight_fn is not None:
                 weight = weigh(own)
-                valid = window.counts(weight, before, over.largest)
+                valid = _window.counts(weight, before, over.largest)
                 weight = drop_unless(valid, weight)
 
             def differentiated():
                 value, grads = differentiate(*own)
                 loss, aux = value if has_aux else (value, None)
-                check_batch.check_aux(aux)
+                _rows.check_aux(aux)
                 return (loss, aux), grads
 
-            found, holds = scatters.trace(lambda: call_with_drops(valid, differentiated))
+            found, holds = _scatters.trace(lambda: call_with_drops(valid, differentiated))
             (loss, aux), grads = found
-            check_devices.check_gradients(loss, grads, weight, over)
+            _reduce_axes.check_gradients(loss, grads, weight, over)
             if carries:
-                new, aux = arguments.as_carry_and_aux(aux)
-                check_batch.check_carry(new, carry)
-                new = scatters.fence(over.share(cast_like(new, carry)))
+                new, aux = _validate.as_carry_and_aux(aux)
+                _rows.check_carry(new, carry)
+                new = _scatters.fence(over.share(cast_like(new, carry)))
                 carry = new if valid is None else where(valid, new, carry)
             if valid is None:  # else it is selected when it is added
-                grads = scatters.apart(grads, holds, before)
+                grads = _scatters.apart(grads, holds, before)
             return loss, aux, carry, grads, weight, valid
 
         carry = jax.tree.map(strongly_typed, args[carries[0]]) if carries else None
@@ -262,7 +255,7 @@ def value_and_grad(
             if valid is not None:
                 if summed:
                     each = Sums(weight, grads, loss)
-                    grads, loss = window.mean(each, each)
+                    grads, loss = _window.mean(each, each)
                 zeros = jax.tree.map(jnp.zeros_like, (loss, grads))
                 loss, grads = where(valid, (loss, grads), zeros)
             aux = jax.tree.map(lambda x: jnp.asarray(x)[None], aux)
@@ -272,13 +265,13 @@ def value_and_grad(
                 sums, before, carry = held
                 loss, aux, carry, grads, weight, valid = run(i, carry, before)
                 # The sums begin as zeros in this program, so nothing is there to overwrite.
-                sums = window.add(sums, grads, weight, valid=valid, summed=summed)
+                sums = _window.add(sums, grads, weight, valid=valid, summed=summed)
                 before += 1 if valid is None else jnp.where(valid, jnp.asarray(weight), 0)
                 return (sums, before, carry), (loss, aux, weight, valid)
 
             # Zeros of the gradients' type: where it is `unreduced`, that of `params` is not.
             zeros = jax.grad(lambda _: 0.0)(params)
-            sums = window.open_sums(zeros, accumulator_dtype)
+            sums = _window.open_sums(zeros, accumulator_dtype)
             total = jnp.zeros([], dtype)
             if weight_fn is not None:
                 total = vary(total, tuple(varying(jax.eval_shape(lambda: weigh(pick(0, carry))))))
@@ -286,10 +279,11 @@ def value_and_grad(
             (sums, total, carry), (losses, aux, weights, valid) = held, each
             if weights is None:
                 total = jnp.asarray(n, dtype)
-            terms = window.open_sums(losses)
-            terms = window.add(terms, losses, weights, first=True, valid=valid, summed=summed).sum()
+            terms = _window.add(
+                _window.open_sums(losses), losses, weights, first=True, valid=valid, summed=summed
+            ).sum()
             sums, (total, terms) = over.reduce(sums, (total, terms))
-            grads, loss = window.mean(Sums(total, sums, terms), Sums(None, params, losses))
+            grads, loss = _window.mean(Sums(total, sums, terms), Sums(None, params, losses))
         aux = (carry, aux) if carries else aux
         return ((loss, aux) if has_aux else loss), grads
 

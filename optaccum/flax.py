@@ -58,7 +58,7 @@ except ModuleNotFoundError as error:
 
 from optaccum import _flax_fp8
 from optaccum._apply import apply_gradients
-from optaccum._check.extra_args import check_fields
+from optaccum._extra_args import check_fields
 from optaccum._flax_fp8 import OVERWRITE_WITH_GRADIENT, OverwriteState
 from optaccum._state import AccumulateState, get_state, has_released
 

@@ -21,6 +21,7 @@ import pytest
 
 from benchmarks import hlo, targets
 from optaccum import (
+    _scatters as scatters,
     accumulate,
     apply_gradients,
     init_noise_scale,
@@ -31,7 +32,6 @@ from optaccum import (
     value_and_grad,
     window_metrics,
 )
-from optaccum._core import scatters
 from optaccum.flax import Optimizer, TrainState
 
 # Leaves of 128 MB: TPUs stage smaller ones through the chip's own memory.

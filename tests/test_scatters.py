@@ -13,8 +13,7 @@ from jax.sharding import AxisType, PartitionSpec as P
 import numpy as np
 import pytest
 
-from optaccum import microbatched, value_and_grad
-from optaccum._core import scatters
+from optaccum import _scatters as scatters, microbatched, value_and_grad
 from optaccum.testing import check_loss
 
 IDS = jnp.arange(64).reshape(16, 4) % 7
@@ -297,7 +296,7 @@ def test_check_loss_runs_the_loop_where_the_arrays_lie():
 
 def test_check_loss_names_the_compiler_if_the_loop_forgets(monkeypatch):
     """Emulated: the sums of all but the last microbatch are lost."""
-    from optaccum._core import window
+    from optaccum import _window as window
 
     add = window.add
     monkeypatch.setattr(

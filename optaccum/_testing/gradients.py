@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from optaccum._core import batch
+from optaccum import _batch
 from optaccum._value_and_grad import value_and_grad
 
 
@@ -74,7 +74,7 @@ def measure(loss: Loss, n: int, points: int = 3) -> tuple[list[Point], np.ndarra
     Points where the full batch's gradient is not finite are left out, but for the first.
     """
     differentiate = jax.jit(jax.grad(lambda trained, rest: loss({**rest, **trained})))
-    split = {j: batch.split(jax.tree.map(jnp.asarray, loss.args[j]), n) for j in loss.rows}
+    split = {j: _batch.split(jax.tree.map(jnp.asarray, loss.args[j]), n) for j in loss.rows}
 
     def gradient(trained: Any, rest: Any) -> np.ndarray:
         with jax.default_matmul_precision("highest"):
@@ -83,7 +83,7 @@ def measure(loss: Loss, n: int, points: int = 3) -> tuple[list[Point], np.ndarra
     trained = {j: loss.args[j] for j in loss.argnums}
     whole = {j: x for j, x in loss.arrays.items() if j not in trained}
     own = [
-        {**whole, **{j: batch.take(x, jnp.asarray(i)) for j, x in split.items()}} for i in range(n)
+        {**whole, **{j: _batch.take(x, jnp.asarray(i)) for j, x in split.items()}} for i in range(n)
     ]
     # The same rows, those of the last microbatch first: sums in another order.
     turned = {j: jax.tree.map(_reverse, x) for j, x in whole.items() if j in split}
@@ -129,7 +129,7 @@ def depends_on_keys(loss: Loss, tolerance: float) -> bool:
     differentiate = jax.jit(jax.grad(lambda trained, rest: loss({**rest, **trained})))
     trained = {j: loss.args[j] for j in loss.argnums}
     rest = {j: x for j, x in loss.arrays.items() if j not in trained}
-    others = {j: batch.own_keys(loss.args[j], jnp.asarray(1)) for j in loss.rngs}
+    others = {j: _batch.own_keys(loss.args[j], jnp.asarray(1)) for j in loss.rngs}
     a, b = (flat(differentiate(trained, x)) for x in (rest, {**rest, **others}))
     return not float(np.linalg.norm(a - b)) <= tolerance * max(np.linalg.norm(a), 1e-300)
 

@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from optaccum._check import arguments, batch as check_batch, roles as check_roles
+from optaccum import _roles, _rows, _validate
 from optaccum._testing import counts, gradients, numbers, structure
 from optaccum._testing.gradients import Loss
 from optaccum._testing.report import Finding, Report
@@ -31,18 +31,18 @@ def check(
     tolerance: float | None,
 ) -> Report:
     """Returns what `optaccum.testing.check_loss` does."""
-    arguments.check_function("`fun`", fun)
+    _validate.check_function("`fun`", fun)
     if weight_fn is not None:
-        arguments.check_function("`weight_fn`", weight_fn)
+        _validate.check_function("`weight_fn`", weight_fn)
     n = 1
     if num_microbatches is not None:
-        n = arguments.check_count("`num_microbatches`", num_microbatches, " or None")
+        n = _validate.check_count("`num_microbatches`", num_microbatches, " or None")
         if n == 1:
             raise ValueError("`num_microbatches` must be >= 2 to compare with one, got 1")
     numbers.check_tolerance(tolerance)
     if not isinstance(kwargs, dict) or not all(isinstance(name, str) for name in kwargs):
         raise TypeError(f"`kwargs` must be the keyword arguments of `fun`, a dict, got {kwargs!r}")
-    roles = check_roles.check_roles(
+    roles = _roles.check_roles(
         {
             "`argnums`": argnums,
             "`batch_argnums`": batch_argnums,
@@ -52,12 +52,12 @@ def check(
         batch_argnames,
         has_aux,
     )
-    call = check_roles.Call(fun, roles, args, kwargs)
+    call = _roles.Call(fun, roles, args, kwargs)
     trained, rows, rngs, _ = call.roles.values()
     of_batch = {title: jax.tree.map(_array, x) for title, x in call.some(rows).items()}
-    check_batch.check_batch(of_batch, n)
+    _rows.check_batch(of_batch, n)
     # Rows by position that nobody named are for the report to tell.
-    check_roles.check_no_other_rows(call, roles._replace(by_default=False))
+    _roles.check_no_other_rows(call, roles._replace(by_default=False))
     names = [structure.argument_name(fun, j) for j in range(call.count)] + call.names
     if weight_fn is not None:
         weight_fn = call.by_position(weight_fn)

@@ -5,7 +5,7 @@ import dataclasses
 import jax.numpy as jnp
 import numpy as np
 
-from optaccum._check import arguments
+from optaccum import _validate
 from optaccum._testing.gradients import Point
 
 LARGEST_TOLERANCE = 0.05
@@ -16,7 +16,7 @@ def check_tolerance(tolerance: float | None) -> None:
     """Raises unless the tolerance is None or a number between 0 and 1."""
     if tolerance is None:
         return
-    arguments.check_scalar("`tolerance`", tolerance, jnp.floating, jnp.integer)
+    _validate.check_scalar("`tolerance`", tolerance, jnp.floating, jnp.integer)
     if not 0 < tolerance < 1:
         raise ValueError(f"`tolerance` must lie between 0 and 1, got {tolerance}")
 

@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from optaccum._check import arguments, batch as check_batch
+from optaccum import _rows, _validate
 from optaccum._testing import numbers, probes, runs
 from optaccum._testing.numbers import LARGEST_TOLERANCE
 from optaccum._testing.report import Finding, Report
@@ -28,14 +28,14 @@ def check(
     tolerance: float | None,
 ) -> Report:
     """Returns what `optaccum.testing.check_step` does."""
-    arguments.check_function("`make_step`", make_step, " of parameters and `every_k`")
+    _validate.check_function("`make_step`", make_step, " of parameters and `every_k`")
     if get_params is not None:
-        arguments.check_function("`get_params`", get_params)
-    k = arguments.check_count("`every_k`", every_k)
+        _validate.check_function("`get_params`", get_params)
+    k = _validate.check_count("`every_k`", every_k)
     if k == 1:
         raise ValueError("`every_k` must be >= 2 to compare with one step, got 1")
     numbers.check_tolerance(tolerance)
-    check_batch.check_batch({"argument 2": jax.tree.map(np.asarray, batch)}, k)
+    _rows.check_batch({"argument 2": jax.tree.map(np.asarray, batch)}, k)
     program = Program(make_step, params, k, inside_step, get_params)
     try:
         return _check(program, batch, tolerance)

@@ -14,7 +14,7 @@ from jax.custom_derivatives import SymbolicZero
 import jax.numpy as jnp
 import numpy as np
 
-from optaccum._core import batch, scatters, window
+from optaccum import _batch, _scatters, _window
 
 
 def outputs(fun: Callable[[jax.Array], Any], n: int) -> Any:
@@ -25,7 +25,7 @@ def outputs(fun: Callable[[jax.Array], Any], n: int) -> Any:
     """
 
     def body(found, i):
-        return batch.put(found, scatters.trace(lambda: fun(i))[0], i), None
+        return _batch.put(found, _scatters.trace(lambda: fun(i))[0], i), None
 
     return lax.scan(body, _room(jax.eval_shape(fun, jnp.int32(0)), n), jnp.arange(n))[0]
 
@@ -50,13 +50,13 @@ def cotangents(
 
     def body(found, i):
         sums, of_rows, seen = found
-        (of_own, of_whole), holds = scatters.trace(lambda: pull(i)[::-1])
-        of_whole = scatters.apart(of_whole, holds, seen)
-        return (window.add(sums, of_whole), batch.put(of_rows, of_own, i), seen + 1), None
+        (of_own, of_whole), holds = _scatters.trace(lambda: pull(i)[::-1])
+        of_whole = _scatters.apart(of_whole, holds, seen)
+        return (_window.add(sums, of_whole), _batch.put(of_rows, of_own, i), seen + 1), None
 
     # Zeros of the cotangents' type: where it is `unreduced`, that of the arguments is not.
     zeros_of_whole, zeros_of_rows = jax.grad(lambda _: 0.0)((whole, rows))
-    start = window.open_sums(zeros_of_whole, accumulator_dtype), zeros_of_rows
+    start = _window.open_sums(zeros_of_whole, accumulator_dtype), zeros_of_rows
     return lax.scan(body, (*start, jnp.float32(0)), jnp.arange(n))[0][:2]
 
 
@@ -74,7 +74,7 @@ def own_cotangents(found: Any, of_all: Any, i: jax.Array) -> Any:
             return np.zeros(y.shape, jax.dtypes.float0)
         if isinstance(cotangent, SymbolicZero):
             return jnp.zeros_like(y)
-        return batch.take(cotangent, i)
+        return _batch.take(cotangent, i)
 
     return jax.tree.map(own, found, of_all)
 

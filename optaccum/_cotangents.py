@@ -9,7 +9,7 @@ from jax.extend import core
 from jax.interpreters import ad, batching, mlir
 import jax.numpy as jnp
 
-from optaccum._core.devices import varying
+from optaccum._mesh_axes import varying
 
 
 def drop_unless(valid: jax.Array, tree: Any) -> Any:

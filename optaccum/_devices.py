@@ -15,16 +15,17 @@ import jax.numpy as jnp
 from jax.sharding import AxisType, PartitionSpec
 import optax
 
-from optaccum._core import window
-from optaccum._core.traced import branch, unreduced
-from optaccum._core.window import Sums
+from optaccum import _window
+from optaccum._conditional import branch
+from optaccum._mesh_axes import partitions, unreduce, unreduced, vary, varying
+from optaccum._window import Sums
 
 
-class Whole:
+class Replicated:
     """Sums that need no reduction: every method returns what it is given."""
 
     axes: tuple[str, ...] = ()
-    largest: float = window.LARGEST
+    largest: float = _window.LARGEST
 
     def share(self, tree: Any) -> Any:
         """Returns values that all devices have alike, as each device's own."""
@@ -53,7 +54,7 @@ class Whole:
             weight: f32[].
             before: f32[], the sum of the window's weights so far.
         """
-        return window.fits(weight, before), weight
+        return _window.fits(weight, before), weight
 
     def agree(self, skip: jax.Array, report: Any) -> tuple[jax.Array, Any]:
         """Returns whether any device would skip, and the largest of the reports."""
@@ -68,7 +69,7 @@ class Whole:
         return grads, scalars
 
 
-class PerDevice(Whole):
+class PerDevice(Replicated):
     """In `jax.shard_map`: parts *vary* over the axes.
 
     A device keeps its sums, weights and scalars too, with a leading axis of 1, so that a state made
@@ -79,7 +80,7 @@ class PerDevice(Whole):
 
     def __init__(self, axes: tuple[str, ...]):
         self.axes = axes
-        self.largest = window.LARGEST / lax.psum(1, axes)
+        self.largest = _window.LARGEST / lax.psum(1, axes)
 
     def share(self, tree):
         return vary(tree, self.axes)
@@ -95,8 +96,8 @@ class PerDevice(Whole):
 
     def admit(self, weight, before):
         own = bool(set(self.axes) & varying(weight))
-        accept = True if own else window.fits(weight, 0)
-        valid = window.counts(weight, before, self.largest)
+        accept = True if own else _window.fits(weight, 0)
+        valid = _window.counts(weight, before, self.largest)
         return accept, jnp.where(valid, weight, 0)
 
     def agree(self, skip, report):
@@ -121,7 +122,7 @@ class PerDevice(Whole):
         return lax.psum(self.share(tree), self.axes)
 
 
-class Unreduced(Whole):
+class Unreduced(Replicated):
     """Under explicit sharding: gradients are *unreduced* over the axes, scalars are whole.
 
     A gradient that arrives reduced is made a part that is zero on all devices but one, which costs
@@ -146,10 +147,10 @@ class Unreduced(Whole):
         return jax.tree.map(whole, grads, grads if like is None else like), scalars
 
 
-def over(axes: tuple[str, ...]) -> Whole:
+def over(axes: tuple[str, ...]) -> Replicated:
     """Returns how sums are kept over these axes of the mesh that is set here."""
     if not axes:
-        return Whole()
+        return Replicated()
     mesh = jax.sharding.get_abstract_mesh()
     types = dict(zip(mesh.axis_names, mesh.axis_types, strict=True))
     return PerDevice(axes) if types[axes[0]] == AxisType.Manual else Unreduced(axes)
@@ -177,7 +178,7 @@ def squared_norm(tree: Any, parts: tuple[str, ...] = ()) -> jax.Array:
     for x in map(jnp.asarray, jax.tree.leaves(tree)):
         if jnp.issubdtype(x.dtype, jnp.inexact):  # the others are sums of nothing
             axes = tuple(sorted(varying(x) - set(parts)))
-            pieces.setdefault(axes, []).append(x.astype(window.at_least_float32(x.dtype)))
+            pieces.setdefault(axes, []).append(x.astype(_window.at_least_float32(x.dtype)))
     total = jnp.zeros([], jnp.float32)
     for axes, leaves in pieces.items():
         square = optax.tree.norm(leaves, squared=True).astype(jnp.float32)
@@ -185,43 +186,7 @@ def squared_norm(tree: Any, parts: tuple[str, ...] = ()) -> jax.Array:
     return total
 
 
-def reduce_like(total: jax.Array, x: jax.Array, kept: Whole) -> jax.Array:
+def reduce_like(total: jax.Array, x: jax.Array, kept: Replicated) -> jax.Array:
     """Returns the sum over devices of what each has of `x`, over the axes that `x` is shared on."""
     own = tuple(axis for axis in kept.axes if axis not in varying(x))
     return PerDevice(own).reduce(total, ())[0] if own else total
-
-
-def vary(tree: Any, axes: tuple[str, ...]) -> Any:
-    """Returns values that the devices of a `jax.shard_map` share as each device's own."""
-
-    def cast(x):
-        missing = tuple(axis for axis in axes if axis not in varying(x))
-        if not missing:
-            return x
-        if hasattr(lax, "pcast"):
-            return lax.pcast(x, missing, to="varying")
-        return getattr(lax, "pvary")(x, missing)  # noqa: B009  (jax 0.7.2)
-
-    return jax.tree.map(cast, tree)
-
-
-def varying(x: Any) -> frozenset[str]:
-    """Returns the axes of a `jax.shard_map` over which `x` differs by its type."""
-    aval = jax.typeof(x)
-    new = getattr(getattr(aval, "manual_axis_type", None), "varying", frozenset())
-    return getattr(aval, "vma", new)
-
-
-def partitions(x: Any) -> tuple:
-    """Returns by which axes each dimension of `x` is sharded."""
-    spec = jax.typeof(x).sharding.spec
-    return tuple(getattr(spec, "partitions", spec))
-
-
-def unreduce(x: jax.Array, axes: tuple[str, ...]) -> jax.Array:
-    """Returns `x`, unreduced over the axes but those that it is sharded over: no communication."""
-    placed = partitions(x)
-    waiting = unreduced(x) | (set(axes) - set(jax.tree.leaves(placed)))
-    if waiting == unreduced(x):
-        return x
-    return jax.reshard(x, PartitionSpec(*placed, unreduced=waiting))

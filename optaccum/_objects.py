@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from optaccum._core import batch
+from optaccum import _batch
 
 
 def unchanged(
@@ -79,10 +79,10 @@ def check_slices(rows: dict[str, Any], n: int) -> None:
             name = title + jax.tree_util.keystr(path)
 
             def build(leaves, x=x, treedef=treedef, name=name):
-                split = batch.split(leaves, n)
+                split = _batch.split(leaves, n)
                 try:
                     treedef.unflatten(split)
-                    own = treedef.unflatten(batch.take(split, jnp.int32(0)))
+                    own = treedef.unflatten(_batch.take(split, jnp.int32(0)))
                 except Exception as error:
                     raise ValueError(
                         f"{name}, {_kind(x)}, cannot be rebuilt with the rows of a microbatch "

@@ -7,8 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from optaccum._check.arguments import describe, kind
-from optaccum._core.batch import is_typed_key
+from optaccum._batch import is_typed_key
+from optaccum._validate import describe, kind
 
 PAD = "pad the batch and give the padding no weight with `weight_fn`"
 

@@ -5,7 +5,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from optaccum._check.arguments import leaf_name
+from optaccum._validate import leaf_name
 
 
 def check_parameters(params: Any, accumulator_dtype: Any) -> None:

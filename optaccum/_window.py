@@ -16,7 +16,7 @@ from jax import lax
 from jax.core import Tracer
 import jax.numpy as jnp
 
-from optaccum._core.traced import unreduced
+from optaccum._mesh_axes import unreduced
 
 
 class Sums(NamedTuple):

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from optaccum._core.devices import unreduced
+from optaccum._mesh_axes import unreduced
 
 INT32_MAX = np.iinfo(np.int32).max
 

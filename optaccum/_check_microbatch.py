@@ -7,11 +7,11 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optaccum._check import devices as check_devices, extra_args as check_args
-from optaccum._check.arguments import INT32_MAX, Options, check_count, check_scalar
-from optaccum._check.gradients import check_fits, check_trained
-from optaccum._core.devices import Whole
+from optaccum import _extra_args, _reduce_axes
+from optaccum._devices import Replicated
+from optaccum._gradients import check_fits, check_trained
 from optaccum._state import AccumulateState, key_of
+from optaccum._validate import INT32_MAX, Options, check_count, check_scalar
 
 
 class Checked(NamedTuple):
@@ -34,7 +34,7 @@ class Checked(NamedTuple):
     inner_args: dict[str, Any]
     length: jax.Array
     alone: bool
-    devices: Whole
+    devices: Replicated
     parts: Any
 
 
@@ -68,18 +68,18 @@ def check_microbatch(
     # A state that came from a longer window has sums, perhaps of an open one: keep them.
     none = jax.tree.structure(state.grad_sum) == jax.tree.structure(())
     alone = not options.keeps_sums and none
-    over = check_devices.check_state(options.reduce_axes, state.weight)
+    over = _reduce_axes.check_state(options.reduce_axes, state.weight)
     sums = None if alone else over.load(state.grad_sum)
     check_fits(grads, sums if not alone else grads if trained is None else trained)
     if trained is not None and not alone:
         check_trained(trained, sums, applied=applied)
-    parts = check_devices.check_placed(grads, sums, over)
-    weight, due = check_args.check_extra_args(options, weight, release, extra_args, alone=alone)
+    parts = _reduce_axes.check_placed(grads, sums, over)
+    weight, due = _extra_args.check_extra_args(options, weight, release, extra_args, alone=alone)
     sums_of_args = jax.eval_shape(over.load, state.arg_sums)
-    args = check_args.averaged(options, extra_args, sums_of_args)
-    inner_args = check_args.for_inner(options, extra_args, grads, alone=alone)
+    args = _extra_args.averaged(options, extra_args, sums_of_args)
+    inner_args = _extra_args.for_inner(options, extra_args, grads, alone=alone)
     length = window_length(options.every_k, state.gradient_step)
-    check_devices.check_agreed(length if due is None else due, over)
+    _reduce_axes.check_agreed(length if due is None else due, over)
     due = True if alone else due
     return Checked(weight, due, args, inner_args, length, alone, over, parts)
 

@@ -8,8 +8,9 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import AxisType
 
-from optaccum._check.arguments import check_names, leaf_name
-from optaccum._core.devices import PerDevice, Unreduced, Whole, over, partitions, unreduced, varying
+from optaccum._devices import PerDevice, Replicated, Unreduced, over
+from optaccum._mesh_axes import partitions, unreduced, varying
+from optaccum._validate import check_names, leaf_name
 
 
 class AxisError(ValueError):
@@ -54,7 +55,7 @@ def check_mesh(axes: tuple[str, ...]) -> None:
         raise AxisError(f"`reduce_axes` {axes} mix axes of jax.shard_map with Explicit ones")
 
 
-def check_sums(params: Any, axes: tuple[str, ...]) -> Whole:
+def check_sums(params: Any, axes: tuple[str, ...]) -> Replicated:
     """Returns where sums of gradients are, or raises if they cannot be there."""
     check_mesh(axes)
     kept = over(axes)
@@ -63,7 +64,7 @@ def check_sums(params: Any, axes: tuple[str, ...]) -> Whole:
     return kept
 
 
-def check_shares(axes: tuple[str, ...]) -> Whole:
+def check_shares(axes: tuple[str, ...]) -> Replicated:
     """Returns how devices share parameters in `jax.shard_map`, or raises if they are elsewhere."""
     check_mesh(axes)
     kept = over(axes)
@@ -81,7 +82,7 @@ def check_shares(axes: tuple[str, ...]) -> Whole:
     return kept
 
 
-def check_parts(grads: Any, kept: Whole) -> None:
+def check_parts(grads: Any, kept: Replicated) -> None:
     """Raises where a gradient is no part though it has to be, or a part though nobody asked."""
     axes, seen = kept.axes, set()
     for path, g in jax.tree_util.tree_leaves_with_path(grads):
@@ -131,7 +132,7 @@ def explain_unreduced(grads: Any, params: Any) -> Iterator[None]:
         raise
 
 
-def check_placed(grads: Any, sums: Any, kept: Whole) -> Any:
+def check_placed(grads: Any, sums: Any, kept: Replicated) -> Any:
     """Returns gradients as parts that lie on the devices as their sums, by their types.
 
     Args:
@@ -161,7 +162,7 @@ def check_placed(grads: Any, sums: Any, kept: Whole) -> Any:
     return parts
 
 
-def check_shared(params: Any, kept: Whole) -> None:
+def check_shared(params: Any, kept: Replicated) -> None:
     """Raises where a parameter is no device's whole one: gradients of pieces are no parts."""
     for path, p in jax.tree_util.tree_leaves_with_path(params):
         if isinstance(kept, PerDevice) and (parts := set(kept.axes) & varying(p)):
@@ -173,7 +174,7 @@ def check_shared(params: Any, kept: Whole) -> None:
             )
 
 
-def _check_complex(params: Any, kept: Whole) -> None:
+def _check_complex(params: Any, kept: Replicated) -> None:
     """Raises where sums of gradients cannot be unreduced."""
     for path, x in jax.tree_util.tree_leaves_with_path(params):
         if isinstance(kept, Unreduced) and jnp.iscomplexobj(x):
@@ -183,7 +184,7 @@ def _check_complex(params: Any, kept: Whole) -> None:
             )
 
 
-def check_gradients(loss: jax.Array, grads: Any, weight: Any, kept: Whole) -> None:
+def check_gradients(loss: jax.Array, grads: Any, weight: Any, kept: Replicated) -> None:
     """Raises unless loss, gradients and weight of a microbatch are of the same rows."""
     if kept.axes:
         _check_loss(loss, grads, kept)
@@ -192,7 +193,7 @@ def check_gradients(loss: jax.Array, grads: Any, weight: Any, kept: Whole) -> No
         _check_weight_is_shared(weight, grads)
 
 
-def _check_loss(loss: jax.Array, grads: Any, kept: Whole) -> None:
+def _check_loss(loss: jax.Array, grads: Any, kept: Replicated) -> None:
     """Raises unless loss and gradients are of the same rows: those of one device.
 
     A loss that is a mean over devices would be divided twice, and a gradient that JAX has summed
@@ -227,7 +228,7 @@ def _check_weight_is_shared(weight: jax.Array, grads: Any) -> None:
             )
 
 
-def check_state(axes: tuple[str, ...], weight: jax.Array) -> Whole:
+def check_state(axes: tuple[str, ...], weight: jax.Array) -> Replicated:
     """Returns where the sums of a state are, which its `weight` shows, or raises if not there."""
     check_mesh(axes)
     kept = over(axes)
@@ -240,7 +241,7 @@ def check_state(axes: tuple[str, ...], weight: jax.Array) -> Whole:
     return kept
 
 
-def check_agreed(due: Any, kept: Whole) -> None:
+def check_agreed(due: Any, kept: Replicated) -> None:
     """Raises if a window may close on some devices only: they would wait for the others."""
     if isinstance(kept, PerDevice) and (parts := set(kept.axes) & varying(due)):
         raise TypeError(

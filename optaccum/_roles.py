@@ -7,10 +7,10 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from optaccum._check.arguments import check_argnums, check_names, describe
-from optaccum._check.batch import PAD, check_batch, check_keys, named_leaves
-from optaccum._check.objects import check_slices
-from optaccum._core import batch
+from optaccum import _batch
+from optaccum._objects import check_slices
+from optaccum._rows import PAD, check_batch, check_keys, named_leaves
+from optaccum._validate import check_argnums, check_names, describe
 
 ROWS, NAMES = "`batch_argnums`", "`batch_argnames`"
 TRAINED, KEYS, CARRY = "`argnums`", "`rng_argnums`", "`carry_argnum`"
@@ -79,7 +79,7 @@ class Call:
 
     def by_position(self, fun: Callable[..., Any]) -> Callable[..., Any]:
         """Returns a function of all arguments by position."""
-        return batch.by_position(fun, self.count, self.names)
+        return _batch.by_position(fun, self.count, self.names)
 
     def some(self, positions: Iterable[int]) -> dict[str, Any]:
         """Returns the arguments at some positions by their titles."""

@@ -16,7 +16,10 @@ from jax import export
 import jax.numpy as jnp
 import numpy as np
 
-from optaccum._check.arguments import (
+from optaccum._mesh_axes import unreduced
+from optaccum._metrics import check_own_names
+from optaccum._state import key_of
+from optaccum._validate import (
     Options,
     check_denominator,
     check_names,
@@ -24,10 +27,7 @@ from optaccum._check.arguments import (
     describe,
     leaf_name,
 )
-from optaccum._check.metrics import check_own_names
-from optaccum._core.traced import unreduced
-from optaccum._core.window import SMALLEST
-from optaccum._state import key_of
+from optaccum._window import SMALLEST
 
 OURS = "weight", "release"
 POSITIONAL = "updates", "grads", "state", "params"

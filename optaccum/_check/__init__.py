@@ -1,1 +1,0 @@
-"""Every refusal: what may be passed, and what the errors say."""

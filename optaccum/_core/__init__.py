@@ -1,1 +1,0 @@
-"""The algorithm: what happens to a microbatch that has passed every check."""
