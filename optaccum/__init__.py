@@ -3,8 +3,7 @@
 Documentation: the address is in the metadata of the package, `pip show -v optaccum`.
 """
 
-from optaccum._accumulate import accumulate
-from optaccum._apply import apply_gradients
+from optaccum._accumulate import accumulate, apply_gradients
 from optaccum._fit import Fit, fit_num_microbatches
 from optaccum._metrics import window_metrics
 from optaccum._microbatched import microbatched

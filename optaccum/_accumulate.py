@@ -1,20 +1,21 @@
-"""Hold gradients back for a window of microbatches, then let the optimizer step once."""
+"""Public: accumulate the gradients of a window of microbatches, then step."""
 
 from collections.abc import Callable, Mapping
-import functools
-from typing import Any
+import types
+from typing import Any, TypeVar
+import warnings
 
 import jax
-import jax.numpy as jnp
 import optax
 
-from optaccum import _extra_args, _reduce_axes, _validate, _window
-from optaccum._check_microbatch import check_microbatch
-from optaccum._conditional import both, branch, shapes_of_updates
-from optaccum._gradients import check_parameters
-from optaccum._state import AccumulateState, key_of
-from optaccum._trees import cast_like, keep_untrained, own_arrays
-from optaccum._window import Sums
+from optaccum import _callbacks, _validate
+from optaccum._accumulator import Accumulator, WindowOfOne
+from optaccum._extra_args import ExtraArgs
+from optaccum._spelling import named_by
+from optaccum._state import AccumulateState
+from optaccum._trees import apply_updates
+
+Params = TypeVar("Params")
 
 
 def accumulate(
@@ -122,160 +123,96 @@ def accumulate(
     inner = optax.identity() if inner is None else inner
     _validate.check_transformation("`inner`", inner)
     _validate.check_flag("`use_grad_mean`", use_grad_mean)
-    axes = _reduce_axes.check_axes(reduce_axes)
-    summed = _validate.check_loss_reduction(loss_reduction) == "sum"
-    options = _validate.Options(
-        every_k,
-        *_extra_args.check_named(average_args, metrics, window_args),
-        axes,
-        _extra_args.named_by(inner.update),
-        keeps_sums=bool(axes) or not (isinstance(every_k, int) and every_k == 1),
-        needs_weight=summed and use_grad_mean,
+    axes = _validate.check_axes(reduce_axes)
+    single = isinstance(every_k, int) and every_k == 1 and not axes
+    accumulator = (WindowOfOne if single else Accumulator)(
+        every_k=every_k,
+        inner=_callbacks.as_inner(inner),
+        extra_args=ExtraArgs.named(average_args, metrics, window_args, named_by(inner.update)),
+        use_grad_mean=use_grad_mean,
+        summed=_validate.check_loss_reduction(loss_reduction) == "sum",
+        judge=_callbacks.as_judge(should_skip_update_fn),
+        accumulator_dtype=_validate.check_accumulator_dtype(accumulator_dtype),
+        reduce_axes=axes,
     )
-    inner = _validate.as_inner(inner)
-    judge = _validate.as_judge(should_skip_update_fn)
-    accumulator_dtype = _validate.check_accumulator_dtype(accumulator_dtype)
-
-    def init_fn(params):
-        trained, i32 = _trained(params), jnp.int32
-        check_parameters(trained, accumulator_dtype)
-        over = _reduce_axes.check_sums(trained, axes)
-        report = ()
-        if judge is not None:
-            step = jax.ShapeDtypeStruct((), i32)
-            _, report = jax.eval_shape(judge, trained, step, params)
-        zeros = Sums(
-            jnp.zeros([], jnp.float32),
-            _window.open_sums(trained, accumulator_dtype) if options.keeps_sums else (),
-            {
-                key_of(name): _window.open_sums(trained, accumulator_dtype)
-                if like is None
-                else _window.open_sums(like)
-                for name, like in options.averages.items()
-            },
-        )
-        weight, grad_sum, arg_sums = over.open(zeros)
-        return AccumulateState(
-            mini_step=jnp.zeros([], i32),
-            gradient_step=jnp.zeros([], i32),
-            released=jnp.zeros([], jnp.bool_),
-            skipped=jnp.zeros([], i32),
-            weight=weight,
-            grad_sum=grad_sum,
-            arg_sums=arg_sums,
-            skip_state=jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), report),
-            inner_state=own_arrays(inner.init(params), params),
-        )
-
-    def advance(grads, state, params, weight, release, extra_args, *, apply):
-        """Takes in one microbatch; returns updates, or with `apply` parameters, and the state."""
-        trained = None if params is None else _trained(params)
-        given = check_microbatch(options, grads, state, trained, weight, release, extra_args, apply)
-        weight, over, alone = given.weight, given.devices, given.alone
-        extra_args = given.inner_args
-
-        # Does it count?
-        accept, skip_state = True, state.skip_state
-        if judge is not None:
-            verdict = judge(grads, state.gradient_step, params, skip_state)
-            skip, report = over.agree(*verdict)
-            accept, skip_state = ~skip, cast_like(report, skip_state)
-        grads = given.parts
-        first = alone or state.mini_step == 0
-        if isinstance(weight, jax.Array):
-            before = 0.0 if alone else jnp.where(first, 0, over.load(jnp.asarray(state.weight)))
-            valid, weight = over.admit(weight, before)
-            accept = both(accept, valid)
-
-        # Does the window close?
-        count = jnp.asarray(optax.safe_increment(state.mini_step))
-        due = count >= given.length if given.due is None else given.due
-        closes = both(accept, due)
-
-        # Add it.
-        certain = weight is None or (isinstance(weight, float) and weight > 0)
-        factor = None if weight is None else jnp.asarray(weight, jnp.float32)
-        one = factor if summed and factor is not None else jnp.float32(1)
-        values = Sums(one, () if alone else grads, given.args)
-        sums = _window.add(
-            Sums(state.weight, state.grad_sum, state.arg_sums),
-            over.store(values),
-            factor,
-            first=first,
-            accept=accept,
-            summed=summed,
-        )
-        total = over.total(sums, due, closes)
-        steps = closes if certain else both(closes, total > 0)
-
-        # Step, or hold.
-        def step(params, inner_state):
-            kept = over.load(sums)
-            grad_sum, args = over.reduce(kept.grads, kept.scalars, trained)
-            mean, args = _window.mean(Sums(total, grad_sum, args), values, of_grads=use_grad_mean)
-            if alone:
-                mean = _window.alone(grads, factor, summed=summed, of_mean=use_grad_mean)
-            args = extra_args | {name: args[key_of(name)] for name in options.average_args}
-            if _extra_args.replaces_grad(options, args):
-                args["grad"] = mean
-            updates, new = inner.update(mean, inner_state, params, **args)
-            result = apply_updates(params, updates) if apply else updates
-            return result, cast_like(new, inner_state)
-
-        def known_shapes():
-            return (shapes_of_updates(inner.update, grads, state.inner_state, params, extra_args),)
-
-        if apply:
-            with _reduce_axes.explain_unreduced(grads, trained):
-                result, inner_state = branch(due, steps, step, (params, state.inner_state))
-            result = keep_untrained(params, result, grads)
-        else:
-            update = functools.partial(step, params)
-            result, inner_state = branch(due, steps, update, (state.inner_state,), known_shapes)
-        return result, AccumulateState(
-            mini_step=jnp.where(closes, 0, jnp.where(accept, count, state.mini_step)),
-            gradient_step=jnp.where(
-                steps, optax.safe_increment(state.gradient_step), state.gradient_step
-            ),
-            released=jnp.asarray(steps),
-            skipped=jnp.where(accept, state.skipped, optax.safe_increment(state.skipped)),
-            weight=sums.weight,
-            grad_sum=sums.grads,
-            arg_sums=sums.scalars,
-            skip_state=skip_state,
-            inner_state=inner_state,
-        )
-
-    def update_fn(updates, state, params=None, *, weight=None, release=None, **extra_args):
-        return advance(updates, state, params, weight, release, extra_args, apply=False)
-
-    def apply_fn(grads, state, params, /, *, weight=None, release=None, **extra_args):
-        return advance(grads, state, params, weight, release, extra_args, apply=True)
-
-    vars(update_fn)["_apply"] = update_fn, apply_fn
-    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+    return optax.GradientTransformationExtraArgs(accumulator.init, accumulator.update)
 
 
-def find_apply(update: Any) -> Callable[..., tuple[Any, AccumulateState]] | None:
-    """Returns the `update` of an :func:`accumulate` in the form that ends in parameters.
+def apply_gradients(
+    tx: optax.GradientTransformation,
+    grads: Any,
+    opt_state: optax.OptState,
+    params: Params,
+    /,
+    **extra_args: Any,
+) -> tuple[Params, optax.OptState]:
+    """Update the parameters: `tx.update` and `optax.apply_updates` in one.
 
-    It is kept on the function, not on the tuple: `flax.nnx` takes tuples apart and builds new
-    ones. A function that wraps another may have got its attributes, so the owner is compared.
+    The result is that of the two calls, for any Optax transformation. If `tx` is an
+    :func:`accumulate`, the parameters are updated inside its release branch, so that a hold
+    neither writes zeros nor touches the parameters. Inside a larger transformation, such as an
+    `optax.chain`, it costs as much as the two calls, so let :func:`accumulate` stand outermost.
+    A parameter whose update is None is kept.
+
+    Donate `params` and `opt_state`, and return them in the order in which they are taken: XLA
+    pairs donated inputs with outputs of the same shape in order, and copies where they cross.
+
+    >>> import jax, jax.numpy as jnp, optax
+    >>> from optaccum import accumulate, apply_gradients
+    >>> tx = accumulate(2, optax.sgd(0.125))
+    >>> @jax.jit
+    ... def step(params, opt_state, x):
+    ...     grads = jax.grad(lambda params: jnp.sum((params - x) ** 2))(params)
+    ...     return apply_gradients(tx, grads, opt_state, params)
+    >>> params = jnp.zeros(2)
+    >>> opt_state = tx.init(params)
+    >>> for x in (1.0, 3.0):
+    ...     params, opt_state = step(params, opt_state, x)
+    ...     print(params)
+    [0. 0.]
+    [0.5 0.5]
+
+    Args:
+        tx: any Optax transformation.
+        grads: gradients, a tree like `params`.
+        opt_state: the state of `tx`.
+        params: parameters. Their dtypes are kept.
+        **extra_args: passed on to `tx.update`; `weight=` and `release=` for :func:`accumulate`.
+
+    Returns:
+        `(params, opt_state)`.
+
+    Warns:
+        UserWarning: if in an `optax.chain` an :func:`accumulate` of a stateless optimizer stands
+            before a link that keeps state.
+
+    Raises:
+        TypeError: if `tx` is no transformation.
+        Exception: what `tx.update` raises.
     """
-    owner, apply = getattr(update, "_apply", (None, None))
-    return apply if owner is update else None
+    # Asked of the method, not of the tuple: `flax.nnx` takes tuples apart and builds new ones.
+    update = getattr(tx, "update", None)
+    accumulator = update.__self__ if isinstance(update, types.MethodType) else None
+    if isinstance(accumulator, Accumulator):
+        return accumulator.apply(grads, opt_state, params, **extra_args)
+    _validate.check_transformation("`tx`", tx)
+    _warn_if_misplaced(opt_state)
+    tree: Any = params
+    updates, opt_state = tx.update(grads, opt_state, tree, **extra_args)
+    return apply_updates(tree, updates), opt_state
 
 
-def apply_updates(params: Any, updates: optax.Updates) -> Any:
-    """Returns `optax.apply_updates`, and the parameter itself where an update is None."""
-    return jax.tree.map(
-        lambda u, p: p if u is None else optax.apply_updates(p, u),
-        updates,
-        params,
-        is_leaf=lambda u: u is None,
-    )
-
-
-def _trained(params: Any) -> Any:
-    """Returns the tree that gradients are taken of: lookahead's slow copy has none."""
-    return params.fast if isinstance(params, optax.LookaheadParams) else params
+def _warn_if_misplaced(state: Any) -> None:
+    """Warns of a chain in which zeros of an accumulator reach a link that keeps state."""
+    bare = False
+    for link in jax.tree.leaves(state, is_leaf=lambda x: type(x) is not tuple):
+        if isinstance(link, AccumulateState):
+            bare = not jax.tree.leaves(link.inner_state)
+        elif bare and jax.tree.leaves(link):
+            message = (
+                "`accumulate` stands in front of a link that keeps state, "
+                f"{type(link).__name__}, which takes the zeros of every hold for gradients; put "
+                "the links after it inside: `accumulate(k, optax.chain(...))`"
+            )
+            warnings.warn(message, UserWarning, stacklevel=3)
+            return

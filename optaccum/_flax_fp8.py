@@ -9,7 +9,7 @@ from jax import lax
 import jax.numpy as jnp
 
 from optaccum._state import get_state
-from optaccum._window import counts as counts_as
+from optaccum._window import adds
 
 
 class OverwriteState(NamedTuple):
@@ -46,7 +46,7 @@ def take_in(
         )
     counts = advanced.skipped == window.skipped
     if weight is not None:
-        counts &= counts_as(jnp.asarray(weight, jnp.float32))
+        counts &= adds(jnp.asarray(weight, jnp.float32))
     first = (window.mini_step == 0) | (window.weight == 0)
 
     def merge(largest, x):

@@ -7,14 +7,16 @@ import jax.numpy as jnp
 
 from optaccum._validate import leaf_name
 
+_REMEDY = "pass the gradient of the same parameters that `init` was given"
+
 
 def check_parameters(params: Any, accumulator_dtype: Any) -> None:
     """Raises if gradients of `params` cannot be summed."""
     wanted = accumulator_dtype
-    drops = wanted is not None and not jnp.issubdtype(wanted, jnp.complexfloating)
+    real = wanted is not None and not jnp.issubdtype(wanted, jnp.complexfloating)
     for path, p in jax.tree_util.tree_leaves_with_path(params):
         dtype = _dtype("parameter", path, p)
-        if drops and jnp.issubdtype(dtype, jnp.complexfloating):
+        if real and jnp.issubdtype(dtype, jnp.complexfloating):
             raise ValueError(
                 f"`accumulator_dtype` {wanted} would drop the imaginary part of the {dtype} leaf "
                 f"{leaf_name(path)}; pass a complex dtype or leave it None"
@@ -22,10 +24,10 @@ def check_parameters(params: Any, accumulator_dtype: Any) -> None:
 
 
 def check_fits(grads: Any, like: Any) -> None:
-    """Raises if `grads` cannot be summed in, or applied to, trees shaped `like`.
+    """Raises if `grads` cannot be summed in, or applied to, a tree `like`.
 
     Args:
-        grads: a pytree of gradients. A None stands for "no gradient here" and fits anything.
+        grads: a pytree of gradients. A None, for no gradient, fits anything.
         like: the sums (or the parameters) that the gradients belong to.
 
     Raises:
@@ -39,12 +41,12 @@ def check_fits(grads: Any, like: Any) -> None:
     try:
         expected = treedef.flatten_up_to(like)
     except ValueError as error:
-        raise ValueError(_describe_mismatch(grads, like)) from error
+        raise ValueError(_mismatch(grads, like)) from error
     for (path, g), x in zip(leaves, expected, strict=True):
         if g is None:
             continue
         if not jax.tree_util.all_leaves([x]):
-            raise ValueError(_describe_mismatch(grads, like))
+            raise ValueError(_mismatch(grads, like))
         _check_leaf(path, g, x)
 
 
@@ -73,7 +75,7 @@ def check_trained(params: Any, sums: Any, *, applied: bool) -> None:
             )
 
 
-def _check_leaf(path: Any, g: Any, expected: Any) -> None:
+def _check_leaf(path: Any, g: Any, like: Any) -> None:
     float0 = getattr(g, "dtype", None) == jax.dtypes.float0
     dtype = jax.dtypes.float0 if float0 else _dtype("gradient", path, g)
     if not jnp.issubdtype(dtype, jnp.inexact):
@@ -82,23 +84,22 @@ def _check_leaf(path: Any, g: Any, expected: Any) -> None:
             "cannot be accumulated; differentiate floating-point parameters only, or replace this "
             "leaf by None (optax.masked, equinox.filter)"
         )
-    if jnp.shape(g) != jnp.shape(expected):
+    if jnp.shape(g) != jnp.shape(like):
         raise ValueError(
             f"gradient leaf {leaf_name(path)} has shape {jnp.shape(g)}, but the optimizer was "
-            f"initialised with shape {jnp.shape(expected)}; pass the gradient of the same "
-            "parameters that `init` was given"
+            f"initialised with shape {jnp.shape(like)}; {_REMEDY}"
         )
     is_complex = jnp.issubdtype(dtype, jnp.complexfloating)
-    if is_complex != jnp.issubdtype(jnp.result_type(expected), jnp.complexfloating):
+    if is_complex != jnp.issubdtype(jnp.result_type(like), jnp.complexfloating):
         raise ValueError(
             f"gradient leaf {leaf_name(path)} is {dtype}, but the optimizer was initialised with "
-            f"{jnp.result_type(expected)}; real and complex do not mix"
+            f"{jnp.result_type(like)}; real and complex do not mix"
         )
 
 
 def _dtype(kind: str, path: Any, leaf: Any) -> jnp.dtype:
     try:
-        if isinstance(leaf, str | type):  # the name of a dtype is one to JAX
+        if isinstance(leaf, str | type):  # JAX takes the name of a dtype for one
             raise TypeError
         return jnp.result_type(leaf)
     except (TypeError, ValueError) as error:
@@ -108,18 +109,19 @@ def _dtype(kind: str, path: Any, leaf: Any) -> jnp.dtype:
         ) from error
 
 
-def _describe_mismatch(grads: Any, like: Any) -> str:
-    def names(tree):
-        return [leaf_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(tree)]
-
-    unknown = [name for name in names(grads) if name not in names(like)]
-    missing = [name for name in names(like) if name not in names(grads)]
-    remedy = "pass the gradient of the same parameters that `init` was given"
-    if unknown:
-        return f"gradient leaf {unknown[0]} has no counterpart in the optimizer state; {remedy}"
-    if missing:
-        return f"the gradients have no leaf {missing[0]}, which the optimizer state has; {remedy}"
+def _mismatch(grads: Any, like: Any) -> str:
+    """Returns what an error says of two trees that differ."""
+    found, expected = (
+        [leaf_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(tree)]
+        for tree in (grads, like)
+    )
+    for name in found:
+        if name not in expected:
+            return f"gradient leaf {name} has no counterpart in the optimizer state; {_REMEDY}"
+    for name in expected:
+        if name not in found:
+            return f"the gradients have no leaf {name}, which the optimizer state has; {_REMEDY}"
     return (
         f"the gradients have the tree structure {jax.tree.structure(grads)}, but the optimizer "
-        f"was initialised with {jax.tree.structure(like)}; {remedy}"
+        f"was initialised with {jax.tree.structure(like)}; {_REMEDY}"
     )

@@ -1,4 +1,4 @@
-"""Types of arrays on a mesh: the axes over which they vary, are sharded or wait to be reduced."""
+"""Mesh axes in the type of an array: it varies, is sharded or is unreduced over them."""
 
 from typing import Any
 
@@ -8,12 +8,34 @@ from jax.sharding import PartitionSpec
 
 
 def unreduced(x: Any) -> frozenset[str]:
-    """Returns the explicit axes over which `x` waits to be reduced."""
+    """Returns the explicit axes over which `x` is unreduced."""
     return getattr(jax.typeof(x).sharding.spec, "unreduced", frozenset())
 
 
+def unreduce(x: jax.Array, axes: tuple[str, ...]) -> jax.Array:
+    """Casts `x` to unreduced over those `axes` that do not shard it; needs no communication."""
+    sharded = partitions(x)
+    wanted = unreduced(x) | (set(axes) - set(jax.tree.leaves(sharded)))
+    if wanted == unreduced(x):
+        return x
+    return jax.reshard(x, PartitionSpec(*sharded, unreduced=wanted))
+
+
+def partitions(x: Any) -> tuple:
+    """Returns the axes that shard each dimension of `x`."""
+    spec = jax.typeof(x).sharding.spec
+    return tuple(getattr(spec, "partitions", spec))
+
+
+def varying(x: Any) -> frozenset[str]:
+    """Returns the manual axes of `jax.shard_map` over which `x` varies."""
+    aval = jax.typeof(x)
+    new = getattr(getattr(aval, "manual_axis_type", None), "varying", frozenset())
+    return getattr(aval, "vma", new)
+
+
 def vary(tree: Any, axes: tuple[str, ...]) -> Any:
-    """Returns values that the devices of a `jax.shard_map` share as each device's own."""
+    """Casts the replicated values of a `jax.shard_map` to device-varying."""
 
     def cast(x):
         missing = tuple(axis for axis in axes if axis not in varying(x))
@@ -24,25 +46,3 @@ def vary(tree: Any, axes: tuple[str, ...]) -> Any:
         return getattr(lax, "pvary")(x, missing)  # noqa: B009  (jax 0.7.2)
 
     return jax.tree.map(cast, tree)
-
-
-def varying(x: Any) -> frozenset[str]:
-    """Returns the axes of a `jax.shard_map` over which `x` differs by its type."""
-    aval = jax.typeof(x)
-    new = getattr(getattr(aval, "manual_axis_type", None), "varying", frozenset())
-    return getattr(aval, "vma", new)
-
-
-def partitions(x: Any) -> tuple:
-    """Returns by which axes each dimension of `x` is sharded."""
-    spec = jax.typeof(x).sharding.spec
-    return tuple(getattr(spec, "partitions", spec))
-
-
-def unreduce(x: jax.Array, axes: tuple[str, ...]) -> jax.Array:
-    """Returns `x`, unreduced over the axes but those that it is sharded over: no communication."""
-    placed = partitions(x)
-    waiting = unreduced(x) | (set(axes) - set(jax.tree.leaves(placed)))
-    if waiting == unreduced(x):
-        return x
-    return jax.reshard(x, PartitionSpec(*placed, unreduced=waiting))

@@ -127,7 +127,7 @@ def microbatched(
     _validate.check_function("`fun`", fun)
     n = _validate.check_count("`num_microbatches`", num_microbatches)
     accumulator_dtype = _validate.check_accumulator_dtype(accumulator_dtype)
-    axes = _reduce_axes.check_axes(reduce_axes)
+    axes = _validate.check_axes(reduce_axes)
     given = {"`batch_argnums`": batch_argnums, "`rng_argnums`": rng_argnums}
     roles = _roles.check_roles(given, batch_argnames)
 

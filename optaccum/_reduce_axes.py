@@ -1,4 +1,4 @@
-"""Devices: whether gradients, by their types, are the parts of a sum that they are taken for."""
+"""`reduce_axes`: whether gradients, by their types, are those of one device's rows."""
 
 from collections.abc import Iterator
 import contextlib
@@ -8,28 +8,18 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import AxisType
 
-from optaccum._devices import PerDevice, Replicated, Unreduced, over
+from optaccum import _devices
+from optaccum._devices import PerDevice, Replicated, Unreduced
 from optaccum._mesh_axes import partitions, unreduced, varying
-from optaccum._validate import check_names, leaf_name
+from optaccum._validate import leaf_name
 
 
 class AxisError(ValueError):
-    """Where a program is, nothing can be a part over the axes that were named."""
+    """Gradients cannot be unreduced over these axes here."""
 
 
-def check_axes(axes: Any) -> tuple[str, ...]:
-    """Returns the names of `reduce_axes` as a tuple."""
-    names = (axes,) if isinstance(axes, str) else axes
-    names = check_names("`reduce_axes`", names, "names of mesh axes")
-    if "" in names:
-        raise ValueError("`reduce_axes` must be names of mesh axes, or () for none, got ''")
-    return names
-
-
-def check_mesh(axes: tuple[str, ...]) -> None:
-    """Raises unless gradients can be parts over the axes in the mesh that is set here."""
-    if not axes:
-        return
+def check_mesh(axes: tuple[str, ...]) -> Replicated:
+    """Returns where sums are kept, or raises if the current mesh has no such axes for them."""
     mesh = jax.sharding.get_abstract_mesh()
     types = dict(zip(mesh.axis_names, mesh.axis_types, strict=True))
     for axis in axes:
@@ -37,7 +27,8 @@ def check_mesh(axes: tuple[str, ...]) -> None:
             raise AxisError(
                 f"`reduce_axes` names {axis!r}, but the mesh here has the axes {list(types)}; call "
                 "`init` and `update` inside the same jax.shard_map or under jax.set_mesh (and in "
-                "jax.pmap, which has no types of parts, reduce at the beginning of `inner`)"
+                "jax.pmap, whose arrays do not show what they vary over, reduce at the beginning "
+                "of `inner`)"
             )
         if types[axis] == AxisType.Auto:
             raise AxisError(
@@ -51,47 +42,62 @@ def check_mesh(axes: tuple[str, ...]) -> None:
                 "unreduced arrays; update JAX, or use jax.shard_map"
             )
     manual = [types[axis] == AxisType.Manual for axis in axes]
-    if any(manual) != all(manual):
+    if manual and any(manual) != all(manual):
         raise AxisError(f"`reduce_axes` {axes} mix axes of jax.shard_map with Explicit ones")
+    return _devices.along(axes)
 
 
 def check_sums(params: Any, axes: tuple[str, ...]) -> Replicated:
-    """Returns where sums of gradients are, or raises if they cannot be there."""
-    check_mesh(axes)
-    kept = over(axes)
-    check_shared(params, kept)
-    _check_complex(params, kept)
-    return kept
+    """Returns where sums of gradients of `params` are kept, or raises if they cannot be."""
+    devices = check_mesh(axes)
+    check_replicated(params, devices)
+    for path, x in jax.tree_util.tree_leaves_with_path(params):
+        if isinstance(devices, Unreduced) and jnp.iscomplexobj(x):
+            raise TypeError(
+                f"parameter leaf {leaf_name(path)} is complex, and JAX cannot make unreduced "
+                "complex arrays; use jax.shard_map, or leave `reduce_axes` out"
+            )
+    return devices
+
+
+def check_replicated(params: Any, devices: Replicated) -> None:
+    """Raises if a parameter is itself sharded over `reduce_axes`."""
+    for path, p in jax.tree_util.tree_leaves_with_path(params):
+        if isinstance(devices, PerDevice) and (axes := set(devices.axes) & varying(p)):
+            raise TypeError(
+                f"parameter leaf {leaf_name(path)} varies over {sorted(axes)} of `reduce_axes`, "
+                "so that its gradients belong to different pieces: train pieces by an `accumulate` "
+                "of their own, without these axes, on gradients and weights that you have reduced; "
+                "and pass what all devices share as it came in, before jax.lax.pcast"
+            )
 
 
 def check_shares(axes: tuple[str, ...]) -> Replicated:
-    """Returns how devices share parameters in `jax.shard_map`, or raises if they are elsewhere."""
-    check_mesh(axes)
-    kept = over(axes)
-    if isinstance(kept, Unreduced):
+    """Returns how the devices of a `jax.shard_map` share parameters, or raises elsewhere."""
+    devices = check_mesh(axes)
+    if isinstance(devices, Unreduced):
         raise AxisError(
             f"`reduce_axes` names {axes}, Explicit axes, over which gradients with respect to "
-            "`jax.reshard(p, P(..., reduced={axis}))` wait to be reduced by themselves; leave "
-            "`reduce_axes` out"
+            "`jax.reshard(p, P(..., reduced={axis}))` are reduced by JAX; leave `reduce_axes` out"
         )
-    if missing := set(axes) - varying(kept.share(jnp.zeros(()))):
+    if missing := set(axes) - varying(devices.share(jnp.zeros(()))):
         raise TypeError(
             f"`reduce_axes` names {sorted(missing)}, but nothing can be told to vary over them in "
             "a jax.shard_map with `check_vma=False`; leave `check_vma` True, or `reduce_axes` out"
         )
-    return kept
+    return devices
 
 
-def check_parts(grads: Any, kept: Replicated) -> None:
-    """Raises where a gradient is no part though it has to be, or a part though nobody asked."""
-    axes, seen = kept.axes, set()
+def check_unreduced(grads: Any, devices: Replicated) -> None:
+    """Raises if a gradient is reduced over `reduce_axes` already, or unreduced over other axes."""
+    axes, seen = devices.axes, set()
     for path, g in jax.tree_util.tree_leaves_with_path(grads):
         if not axes and unreduced(g):
             raise TypeError(
-                f"gradient leaf {leaf_name(path)} waits to be reduced over {sorted(unreduced(g))}; "
+                f"gradient leaf {leaf_name(path)} is unreduced over {sorted(unreduced(g))}; "
                 "name these axes in `reduce_axes`"
             )
-        if isinstance(kept, PerDevice) and (missing := set(axes) - varying(g)):
+        if isinstance(devices, PerDevice) and (missing := set(axes) - varying(g)):
             raise TypeError(
                 f"gradient leaf {leaf_name(path)} does not vary over {sorted(missing)} of "
                 "`reduce_axes`: it has been summed already, or nothing here tells (jax.shard_map "
@@ -99,24 +105,61 @@ def check_parts(grads: Any, kept: Replicated) -> None:
                 "`jax.lax.pcast(params, axes, to='varying')` in a jax.shard_map with "
                 "`check_vma=True`, or leave `reduce_axes` out"
             )
-        if isinstance(kept, Unreduced):
+        if isinstance(devices, Unreduced):
             seen |= unreduced(g) | set(jax.tree.leaves(partitions(g)))
-    unseen = set(axes) - seen if isinstance(kept, Unreduced) else ()
+    unseen = set(axes) - seen if isinstance(devices, Unreduced) else ()
     if unseen and jax.tree.leaves(grads):
         raise TypeError(
-            f"no gradient leaf waits to be reduced over {sorted(unseen)} of `reduce_axes`: all "
+            f"no gradient leaf is unreduced over {sorted(unseen)} of `reduce_axes`: all "
             "have been reduced already; differentiate with respect to `jax.reshard(p, "
             "P(..., reduced={axis}))` of parameters in matrix products, or leave `reduce_axes` out"
         )
 
 
+def check_placed(grads: Any, sums: Any) -> None:
+    """Raises if a gradient, as it is stored, is not sharded like its sum."""
+
+    def check(path, g, s):
+        if g is None or jax.typeof(g).sharding.mesh.empty:  # JAX moves it to where the sum is
+            return
+        if (partitions(g), unreduced(g)) != (partitions(s), unreduced(s)):
+            raise ValueError(
+                f"gradient leaf {leaf_name(path)} is sharded as {jax.typeof(g)}, but its sum in "
+                f"the optimizer state as {jax.typeof(s)}; reshard the gradient, or begin with a "
+                "state whose `grad_sum` is sharded like it"
+            )
+
+    jax.tree_util.tree_map_with_path(check, grads, sums, is_leaf=lambda g: g is None)
+
+
+def check_state(axes: tuple[str, ...], weight: jax.Array) -> Replicated:
+    """Returns where the sums of a state are kept, which its `weight` shows, or raises."""
+    devices = check_mesh(axes)
+    if isinstance(devices, PerDevice) and jnp.shape(weight) != (1,):
+        raise ValueError(
+            "the optimizer state must have one `weight`, and one of each sum, on a device, got "
+            f"`weight` of shape {jnp.shape(weight)} there; make it with `init` in a jax.shard_map "
+            f"with the axes {devices.axes}, and pass it with the specs of optaccum.state_shardings"
+        )
+    return devices
+
+
+def check_agreed(closes: Any, devices: Replicated) -> None:
+    """Raises if a window may close on some devices only: they would wait for the others."""
+    if isinstance(devices, PerDevice) and (axes := set(devices.axes) & varying(closes)):
+        raise TypeError(
+            f"`release` or `every_k` differs between the devices of {sorted(axes)}, which must "
+            "close a window together; let them agree first (jax.lax.pmax)"
+        )
+
+
 @contextlib.contextmanager
-def explain_unreduced(grads: Any, params: Any) -> Iterator[None]:
-    """Says why a step failed whose gradients differ between devices that share a parameter."""
+def explain_varying(grads: Any, params: Any) -> Iterator[None]:
+    """Says why a step failed whose gradients vary over axes on which a parameter is replicated."""
     try:
         yield
     except TypeError as error:
-        if "manual axis types" in str(error) or "varying" in str(error):
+        if params is not None and ("manual axis" in str(error) or "varying" in str(error)):
             leaves, treedef = jax.tree_util.tree_flatten_with_path(
                 grads, is_leaf=lambda g: g is None
             )
@@ -132,119 +175,35 @@ def explain_unreduced(grads: Any, params: Any) -> Iterator[None]:
         raise
 
 
-def check_placed(grads: Any, sums: Any, kept: Replicated) -> Any:
-    """Returns gradients as parts that lie on the devices as their sums, by their types.
+def check_gradients(loss: jax.Array, grads: Any, weight: Any, devices: Replicated) -> None:
+    """Raises unless loss, gradients and weight of a microbatch are of the same rows.
 
-    Args:
-        grads: the gradients.
-        sums: the sums that they are to be added to, or None.
-        kept: where the sums are.
-
-    Raises:
-        TypeError: where a gradient is no part though it has to be, or the other way round.
-        ValueError: where its sum is placed differently.
+    A loss that is a mean over devices would be divided twice. A gradient that JAX has summed over
+    another axis of the rows would be as many times too large.
     """
-    check_parts(grads, kept)
-    parts = kept.as_parts(grads)
-
-    def check(path, g, s):
-        if g is None or jax.typeof(g).sharding.mesh.empty:  # JAX puts it where the sum is
-            return
-        if (partitions(g), unreduced(g)) != (partitions(s), unreduced(s)):
-            raise ValueError(
-                f"gradient leaf {leaf_name(path)} is sharded as {jax.typeof(g)}, but its sum in "
-                f"the optimizer state as {jax.typeof(s)}; reshard the gradient, or begin with a "
-                "state whose `grad_sum` is sharded like it"
-            )
-
-    if sums is not None:
-        jax.tree_util.tree_map_with_path(check, parts, sums, is_leaf=lambda g: g is None)
-    return parts
-
-
-def check_shared(params: Any, kept: Replicated) -> None:
-    """Raises where a parameter is no device's whole one: gradients of pieces are no parts."""
-    for path, p in jax.tree_util.tree_leaves_with_path(params):
-        if isinstance(kept, PerDevice) and (parts := set(kept.axes) & varying(p)):
+    leaves = jax.tree_util.tree_leaves_with_path(grads)
+    if isinstance(devices, PerDevice):
+        if missing := set(devices.axes) - varying(loss):
             raise TypeError(
-                f"parameter leaf {leaf_name(path)} varies over {sorted(parts)} of `reduce_axes`, "
-                "so that its gradients belong to different pieces: train pieces by an `accumulate` "
-                "of their own, without these axes, on gradients and weights that you have reduced; "
-                "and pass what all devices share as it came in, before jax.lax.pcast"
+                f"`fun` returned a loss that does not vary over {sorted(missing)} of "
+                "`reduce_axes`: `fun` has reduced it, or jax.shard_map was told "
+                "`check_vma=False`; return the loss of this device's rows, with "
+                "`check_vma=True`, or leave `reduce_axes` out"
             )
-
-
-def _check_complex(params: Any, kept: Replicated) -> None:
-    """Raises where sums of gradients cannot be unreduced."""
-    for path, x in jax.tree_util.tree_leaves_with_path(params):
-        if isinstance(kept, Unreduced) and jnp.iscomplexobj(x):
-            raise TypeError(
-                f"parameter leaf {leaf_name(path)} is complex, and JAX cannot make unreduced "
-                "complex arrays; use jax.shard_map, or leave `reduce_axes` out"
-            )
-
-
-def check_gradients(loss: jax.Array, grads: Any, weight: Any, kept: Replicated) -> None:
-    """Raises unless loss, gradients and weight of a microbatch are of the same rows."""
-    if kept.axes:
-        _check_loss(loss, grads, kept)
-        check_parts(grads, kept)
-    if weight is not None:
-        _check_weight_is_shared(weight, grads)
-
-
-def _check_loss(loss: jax.Array, grads: Any, kept: Replicated) -> None:
-    """Raises unless loss and gradients are of the same rows: those of one device.
-
-    A loss that is a mean over devices would be divided twice, and a gradient that JAX has summed
-    over an axis of the rows that was not named would be as many times too large.
-    """
-    if not isinstance(kept, PerDevice):
-        return
-    if missing := set(kept.axes) - varying(loss):
-        raise TypeError(
-            f"`fun` returned a loss that does not vary over {sorted(missing)} of `reduce_axes`: "
-            "`fun` has reduced it, or jax.shard_map was told `check_vma=False`; return the loss "
-            "of this device's rows, with `check_vma=True`, or leave `reduce_axes` out"
-        )
-    for path, g in jax.tree_util.tree_leaves_with_path(grads):
-        if summed := varying(loss) - varying(g):
-            raise TypeError(
-                f"`fun` returned a loss that varies over {sorted(summed)}, over which gradient "
-                f"leaf {leaf_name(path)} has been summed; name these axes in `reduce_axes` too, or "
-                "reduce the loss over them in `fun`"
-            )
-
-
-def _check_weight_is_shared(weight: jax.Array, grads: Any) -> None:
-    """Raises if the weight differs between devices over which a gradient has been summed."""
-    for path, g in jax.tree_util.tree_leaves_with_path(grads):
-        if axes := varying(weight) - varying(g):
+        for path, g in leaves:
+            if summed := varying(loss) - varying(g):
+                raise TypeError(
+                    f"`fun` returned a loss that varies over {sorted(summed)}, over which gradient "
+                    f"leaf {leaf_name(path)} has been summed; name these axes in `reduce_axes` "
+                    "too, or reduce the loss over them in `fun`"
+                )
+    if devices.axes:
+        check_unreduced(grads, devices)
+    for path, g in leaves:
+        if weight is not None and (axes := varying(weight) - varying(g)):
             raise TypeError(
                 f"`weight_fn(...)` differs between the devices of {sorted(axes)}, but gradient "
                 f"leaf {leaf_name(path)} has been summed over them; differentiate with respect to "
                 "`jax.lax.pcast(params, axes, to='varying')` and reduce weighted sums yourself, or "
                 "return one weight for all devices"
             )
-
-
-def check_state(axes: tuple[str, ...], weight: jax.Array) -> Replicated:
-    """Returns where the sums of a state are, which its `weight` shows, or raises if not there."""
-    check_mesh(axes)
-    kept = over(axes)
-    if isinstance(kept, PerDevice) and jnp.shape(weight) != (1,):
-        raise ValueError(
-            "the optimizer state must have one `weight`, and one of each sum, on a device, got "
-            f"`weight` of shape {jnp.shape(weight)} there; make it with `init` in a jax.shard_map "
-            f"with the axes {kept.axes}, and pass it with the specs of optaccum.state_shardings"
-        )
-    return kept
-
-
-def check_agreed(due: Any, kept: Replicated) -> None:
-    """Raises if a window may close on some devices only: they would wait for the others."""
-    if isinstance(kept, PerDevice) and (parts := set(kept.axes) & varying(due)):
-        raise TypeError(
-            f"`release` or `every_k` differs between the devices of {sorted(parts)}, which must "
-            "close a window together; let them agree first (jax.lax.pmax)"
-        )

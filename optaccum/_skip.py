@@ -45,7 +45,7 @@ def skip_not_finite(updates: Any, gradient_step: Any, params: Any) -> tuple[jax.
         dtype = jnp.complex64 if jnp.iscomplexobj(g) else jnp.float32
         sums.setdefault(_mesh_axes.unreduced(g), []).append(jnp.sum(zeros, dtype=dtype))
     whole = [
-        _devices.over(tuple(axes)).reduce(sum(others, first), ())[0]
+        _devices.along(tuple(axes)).reduce(sum(others, first), ())[0]
         for axes, (first, *others) in sums.items()
     ]
     skip = ~jnp.isfinite(jnp.asarray(sum(whole)))

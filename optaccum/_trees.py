@@ -1,4 +1,4 @@
-"""Pytrees: dtypes, ownership and leaves that are no arrays."""
+"""Pytrees: dtypes, ownership of arrays, and leaves that are no arrays."""
 
 from collections.abc import Callable
 import functools
@@ -9,40 +9,24 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+ARRAYS = jax.Array, np.ndarray, np.generic, int, float, complex
+
 
 def where(predicate: jax.Array, on_true: Any, on_false: Any) -> Any:
-    """`jnp.where` of two trees."""
+    """`jnp.where` on two trees."""
     return jax.tree.map(functools.partial(jnp.where, predicate), on_true, on_false)
 
 
 def strongly_typed(x: Any) -> Any:
-    """Returns a leaf of a fresh state as an array that keeps its dtype in every operation."""
+    """Casts numbers and arrays to a strongly typed `jax.Array`; other leaves pass through."""
     if isinstance(x, jax.Array | float | int | complex) or hasattr(x, "__array__"):
         x = jnp.asarray(x)
         return x.astype(x.dtype) if jax.typeof(x).weak_type else x
     return x
 
 
-def own_arrays(state: Any, params: Any) -> Any:
-    """Returns a fresh state whose arrays are strongly typed, each its own, and none a parameter.
-
-    Some optimizers begin with the parameters, or with one array in two places. Copies can be
-    donated.
-    """
-    taken = {id(x) for x in jax.tree.leaves(params)}
-
-    def own(x):
-        if isinstance(x, jax.Array):
-            if id(x) in taken:
-                return jnp.copy(x)
-            taken.add(id(x))
-        return strongly_typed(x)
-
-    return jax.tree.map(own, state)
-
-
 def cast_like(tree: Any, like: Any) -> Any:
-    """Returns `tree` in the dtypes of `like`, strongly typed."""
+    """Casts `tree` to the dtypes of `like`, strongly typed."""
 
     def cast(x, y):
         x, dtype = jnp.asarray(x), jnp.result_type(y)
@@ -51,13 +35,28 @@ def cast_like(tree: Any, like: Any) -> Any:
     return jax.tree.map(cast, tree, like)
 
 
-ARRAYS = jax.Array, np.ndarray, np.generic, int, float, complex
+def copy_shared(state: Any, params: Any) -> Any:
+    """Copies arrays of a fresh `state` that are in `params`, or in `state` twice.
+
+    Some optimizers start from the parameters, and one buffer cannot be donated twice. All leaves
+    become strongly typed.
+    """
+    seen = {id(x) for x in jax.tree.leaves(params)}
+
+    def leaf(x):
+        if isinstance(x, jax.Array):
+            if id(x) in seen:
+                return jnp.copy(x)
+            seen.add(id(x))
+        return strongly_typed(x)
+
+    return jax.tree.map(leaf, state)
 
 
 def take_apart(tree: Any) -> tuple[list, Callable[[Any], Any]]:
-    """Returns the arrays of a tree, and a function that puts such among its other leaves.
+    """Returns the arrays of `tree`, and a function that puts arrays back between other leaves.
 
-    A whole module of Equinox has functions among its leaves, which no branch can return.
+    A module of Equinox has functions among its leaves, which no branch can return.
     """
     leaves, structure = jax.tree.flatten(tree)
     places = [i for i, x in enumerate(leaves) if isinstance(x, ARRAYS)]
@@ -71,15 +70,41 @@ def take_apart(tree: Any) -> tuple[list, Callable[[Any], Any]]:
     return [leaves[i] for i in places], join
 
 
-def keep_untrained(params: Any, new: Any, grads: Any) -> Any:
-    """Returns new parameters, of which those without a gradient are what they were.
+def eval_shape(fun: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """`jax.eval_shape`, which also takes leaves that are no arrays."""
+    arrays, join = take_apart((args, kwargs))
+    if len(arrays) == len(jax.tree.leaves((args, kwargs))):
+        return jax.eval_shape(fun, *args, **kwargs)  # JAX caches this trace
 
-    The settings among the leaves of a module, Python numbers, come out of a branch as arrays.
+    def call(arrays):
+        args, kwargs = join(arrays)
+        return fun(*args, **kwargs)
+
+    return jax.eval_shape(call, arrays)
+
+
+def fast(params: Any) -> Any:
+    """Returns the tree that gradients are taken of: the slow copy of lookahead has none."""
+    return params.fast if isinstance(params, optax.LookaheadParams) else params
+
+
+def keep_untrained(params: Any, new: Any, grads: Any) -> Any:
+    """Returns `new`, and the leaves of `params` whose gradient is None.
+
+    A branch would turn Python numbers, such as settings in a module, into arrays.
     """
     if isinstance(params, optax.LookaheadParams):
         return new
+    return jax.tree.map(
+        lambda g, x, p: p if g is None else x, grads, new, params, is_leaf=lambda g: g is None
+    )
 
-    def keep(g, x, p):
-        return p if g is None else x
 
-    return jax.tree.map(keep, grads, new, params, is_leaf=lambda g: g is None)
+def apply_updates(params: Any, updates: optax.Updates) -> Any:
+    """`optax.apply_updates`; a parameter whose update is None is kept."""
+    return jax.tree.map(
+        lambda u, p: p if u is None else optax.apply_updates(p, u),
+        updates,
+        params,
+        is_leaf=lambda u: u is None,
+    )

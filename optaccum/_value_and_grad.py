@@ -13,7 +13,7 @@ from optaccum._cotangents import call_with_drops, drop_unless
 from optaccum._mesh_axes import vary, varying
 from optaccum._objects import unchanged
 from optaccum._trees import cast_like, strongly_typed, where
-from optaccum._window import Sums
+from optaccum._window import Microbatch, Sums
 
 Params = TypeVar("Params")
 Rest = ParamSpec("Rest")
@@ -181,7 +181,7 @@ def value_and_grad(
     _validate.check_denominator("`weight_fn`", summed and weight_fn is None)
     n = _validate.check_count("`num_microbatches`", num_microbatches)
     accumulator_dtype = _validate.check_accumulator_dtype(accumulator_dtype)
-    axes = _reduce_axes.check_axes(reduce_axes)
+    axes = _validate.check_axes(reduce_axes)
     roles = _roles.check_roles(
         {
             "`argnums`": argnums,
@@ -228,7 +228,7 @@ def value_and_grad(
             weight = valid = None
             if weight_fn is not None:
                 weight = weigh(own)
-                valid = _window.counts(weight, before, over.largest)
+                valid = _window.adds(weight, before, over.largest)
                 weight = drop_unless(valid, weight)
 
             def differentiated():
@@ -241,7 +241,7 @@ def value_and_grad(
             (loss, aux), grads = found
             _reduce_axes.check_gradients(loss, grads, weight, over)
             if carries:
-                new, aux = _validate.as_carry_and_aux(aux)
+                new, aux = _as_carry_and_aux(aux)
                 _rows.check_carry(new, carry)
                 new = _scatters.fence(over.share(cast_like(new, carry)))
                 carry = new if valid is None else where(valid, new, carry)
@@ -265,7 +265,7 @@ def value_and_grad(
                 sums, before, carry = held
                 loss, aux, carry, grads, weight, valid = run(i, carry, before)
                 # The sums begin as zeros in this program, so nothing is there to overwrite.
-                sums = _window.add(sums, grads, weight, valid=valid, summed=summed)
+                sums = _window.add(sums, grads, Microbatch(weight, adds=valid, summed=summed))
                 before += 1 if valid is None else jnp.where(valid, jnp.asarray(weight), 0)
                 return (sums, before, carry), (loss, aux, weight, valid)
 
@@ -279,9 +279,8 @@ def value_and_grad(
             (sums, total, carry), (losses, aux, weights, valid) = held, each
             if weights is None:
                 total = jnp.asarray(n, dtype)
-            terms = _window.add(
-                _window.open_sums(losses), losses, weights, first=True, valid=valid, summed=summed
-            ).sum()
+            each = Microbatch(weights, opens=True, adds=valid, summed=summed)
+            terms = _window.add(_window.open_sums(losses), losses, each).sum()
             sums, (total, terms) = over.reduce(sums, (total, terms))
             grads, loss = _window.mean(Sums(total, sums, terms), Sums(None, params, losses))
         aux = (carry, aux) if carries else aux
@@ -319,3 +318,13 @@ def grad(
         return (grads, value[1]) if has_aux else grads
 
     return grad_fn
+
+
+def _as_carry_and_aux(aux: Any) -> tuple[Any, Any]:
+    """Returns what `fun` returned beside its loss, where it hands on a carry, as a pair."""
+    if not isinstance(aux, tuple) or len(aux) != 2:
+        raise TypeError(
+            "`fun` must return `(loss, (carry, aux))` with `carry_argnum`, where aux may be (), "
+            f"got {_validate.describe(aux)} for `(carry, aux)`"
+        )
+    return aux

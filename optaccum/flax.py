@@ -57,9 +57,9 @@ except ModuleNotFoundError as error:
     ) from error
 
 from optaccum import _flax_fp8
-from optaccum._apply import apply_gradients
-from optaccum._extra_args import check_fields
+from optaccum._accumulate import apply_gradients
 from optaccum._flax_fp8 import OVERWRITE_WITH_GRADIENT, OverwriteState
+from optaccum._spelling import check_fields
 from optaccum._state import AccumulateState, get_state, has_released
 
 __all__ = ("Optimizer", "OverwriteState", "TrainState")

@@ -1,0 +1,346 @@
+"""What `accumulate` does with a microbatch: accept it, add it, step the optimizer or hold."""
+
+from collections.abc import Callable
+import dataclasses
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from optaccum import _reduce_axes, _window
+from optaccum._conditional import both, branch
+from optaccum._devices import Replicated
+from optaccum._extra_args import ExtraArgs, as_release, as_weight
+from optaccum._gradients import check_fits, check_parameters, check_trained
+from optaccum._state import AccumulateState
+from optaccum._trees import (
+    apply_updates,
+    cast_like,
+    copy_shared,
+    eval_shape,
+    fast,
+    keep_untrained,
+)
+from optaccum._validate import INT32_MAX, check_count, check_denominator, check_scalar
+from optaccum._window import Microbatch, Sums
+
+
+class Call(NamedTuple):
+    """The arguments of `update`, as they came."""
+
+    grads: Any
+    state: Any
+    params: Any
+    weight: Any
+    release: Any
+    extra_args: dict[str, Any]
+
+
+class Checked(NamedTuple):
+    """What was not refused of them.
+
+    Attributes:
+        devices: where sums are kept.
+        weight: None for 1, a float that is known and valid, or an f32[].
+        length: i32[], microbatches per window.
+        release: None to count, or whether the window closes: a Python bool, or a bool[].
+        averaged: the extra arguments to average, by the keys of their sums.
+        inner_args: the extra arguments of `inner`, but for the means of the window.
+    """
+
+    devices: Replicated
+    weight: float | jax.Array | None
+    length: jax.Array
+    release: bool | jax.Array | None
+    averaged: dict[str, Any]
+    inner_args: dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Accumulator:
+    """The checked options of `accumulate`, and what they make of a microbatch.
+
+    Attributes:
+        every_k: as in `accumulate`.
+        inner: as in `accumulate`.
+        extra_args: which extra arguments are averaged, and which `inner` gets.
+        use_grad_mean: as in `accumulate`.
+        summed: whether losses and gradients are sums.
+        judge: `should_skip_update_fn`, with its results checked.
+        accumulator_dtype: as in `accumulate`.
+        reduce_axes: as in `accumulate`.
+    """
+
+    every_k: int | jax.Array | Callable[[jax.Array], Any]
+    inner: optax.GradientTransformationExtraArgs
+    extra_args: ExtraArgs
+    use_grad_mean: bool
+    summed: bool
+    judge: Callable[..., tuple[jax.Array, Any]] | None
+    accumulator_dtype: Any
+    reduce_axes: tuple[str, ...]
+
+    def init(self, params: Any) -> AccumulateState:
+        """Returns the state before the first microbatch."""
+        trained, none = fast(params), jnp.zeros([], jnp.int32)
+        check_parameters(trained, self.accumulator_dtype)
+        devices = _reduce_axes.check_sums(trained, self.reduce_axes)
+        arg_sums = self.extra_args.open_sums(trained, self.accumulator_dtype)
+        zeros = Sums(jnp.zeros([], jnp.float32), self._open_sums(trained), arg_sums)
+        sums = devices.store(zeros)
+        report = () if self.judge is None else jax.eval_shape(self.judge, trained, none, params)[1]
+        return AccumulateState(
+            mini_step=none,
+            gradient_step=jnp.zeros_like(none),
+            released=jnp.zeros([], jnp.bool_),
+            skipped=jnp.zeros_like(none),
+            weight=sums.weight,
+            grad_sum=sums.grads,
+            arg_sums=sums.args,
+            skip_state=jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), report),
+            inner_state=copy_shared(self.inner.init(params), params),
+        )
+
+    def update(
+        self,
+        updates: Any,
+        state: AccumulateState,
+        params: Any = None,
+        *,
+        weight: Any = None,
+        release: Any = None,
+        **extra_args: Any,
+    ) -> tuple[Any, AccumulateState]:
+        """Takes in one microbatch; returns the updates, zeros on a hold, and the state."""
+
+        def step(inner_state, mean, args):
+            return self.inner.update(mean, inner_state, params, **args)
+
+        call = Call(updates, state, params, weight, release, extra_args)
+        return self._take_in(call, step, ())
+
+    def apply(
+        self,
+        grads: Any,
+        state: AccumulateState,
+        params: Any,
+        /,
+        *,
+        weight: Any = None,
+        release: Any = None,
+        **extra_args: Any,
+    ) -> tuple[Any, AccumulateState]:
+        """Takes in one microbatch; returns the parameters, untouched on a hold, and the state."""
+
+        def step(params, inner_state, mean, args):
+            updates, inner_state = self.inner.update(mean, inner_state, params, **args)
+            return apply_updates(params, updates), inner_state
+
+        call = Call(grads, state, params, weight, release, extra_args)
+        new, state = self._take_in(call, step, (params,))
+        return keep_untrained(params, new, grads), state
+
+    def _take_in(self, call: Call, step: Callable[..., tuple], carried: tuple) -> tuple:
+        """Adds a microbatch to its window and, if that closes it, takes the step.
+
+        Args:
+            call: the arguments of `update`.
+            step: `(*carried, inner_state, mean, args) -> (result, inner_state)`.
+            carried: what the result replaces: `(params,)`, or () for updates.
+        """
+        grads, state, params, *_ = call
+        devices, weight, length, release, averaged, inner_args = self._check(call, bool(carried))
+
+        # Is it accepted?
+        counts, skip_state = True, state.skip_state
+        if self.judge is not None:
+            verdict = self.judge(grads, state.gradient_step, params, skip_state)
+            skip, report = devices.agree(*verdict)
+            counts, skip_state = ~skip, cast_like(report, skip_state)
+        opens = self._opens(state)
+        if isinstance(weight, jax.Array):
+            total = devices.load(jnp.asarray(state.weight))
+            before = 0.0 if opens is True else jnp.where(opens, 0, total)
+            valid, weight = devices.weigh(weight, before)
+            counts = both(counts, valid)
+
+        # Does it close the window?
+        count = jnp.asarray(optax.safe_increment(state.mini_step))
+        due = count >= length if release is None else release
+        closes = both(counts, due)
+
+        # Add it.
+        known_positive = weight is None or (isinstance(weight, float) and weight > 0)
+        weight = None if weight is None else jnp.asarray(weight, jnp.float32)
+        microbatch = Microbatch(weight, opens, counts, summed=self.summed)
+        unit = weight if self.summed and weight is not None else jnp.float32(1)
+        values = Sums(unit, grads, averaged)
+        sums = self._add(state, devices.store(values), microbatch)
+        total = devices.total(sums, closes, by_select=due is True)
+        releases = closes if known_positive else both(closes, total > 0)
+
+        # Step, or hold.
+        trained = None if params is None else fast(params)
+
+        def take_step(*start):
+            _, grad_sum, arg_sums = devices.load(sums)
+            reduced = devices.reduce(grad_sum, arg_sums, trained)
+            mean, means = self._mean(Sums(total, *reduced), values, microbatch)
+            result, new = step(*start, mean, self.extra_args.with_means(inner_args, means, mean))
+            return result, cast_like(new, state.inner_state)
+
+        def shapes():
+            return eval_shape(self.inner.update, grads, state.inner_state, params, **inner_args)[:1]
+
+        with _reduce_axes.explain_varying(grads, trained):
+            result, inner_state = branch(
+                releases,
+                take_step,
+                (*carried, state.inner_state),
+                shapes=None if carried else shapes,
+                by_select=due is True,
+            )
+        return result, AccumulateState(
+            mini_step=jnp.where(closes, 0, jnp.where(counts, count, state.mini_step)),
+            gradient_step=jnp.where(
+                releases, optax.safe_increment(state.gradient_step), state.gradient_step
+            ),
+            released=jnp.asarray(releases),
+            skipped=jnp.where(counts, state.skipped, optax.safe_increment(state.skipped)),
+            weight=sums.weight,
+            grad_sum=sums.grads,
+            arg_sums=sums.args,
+            skip_state=skip_state,
+            inner_state=inner_state,
+        )
+
+    def _open_sums(self, params: Any) -> Any:
+        return _window.open_sums(params, self.accumulator_dtype)
+
+    def _opens(self, state: AccumulateState) -> jax.Array | bool:
+        return state.mini_step == 0
+
+    def _add(self, state: AccumulateState, values: Sums, microbatch: Microbatch) -> Sums:
+        """Returns the sums with the microbatch."""
+        _reduce_axes.check_placed(values.grads, state.grad_sum)
+        return _window.add(Sums(state.weight, state.grad_sum, state.arg_sums), values, microbatch)
+
+    def _mean(self, sums: Sums, values: Sums, microbatch: Microbatch) -> tuple[Any, Any]:
+        """Returns G and the means of the arguments of the window that the microbatch closes."""
+        return _window.mean(sums, values, of_grads=self.use_grad_mean)
+
+    def _check(self, call: Call, applied: bool) -> Checked:
+        """Raises if a microbatch cannot be taken in; else returns its arguments in one form."""
+        grads, state, _, weight, release, extra_args = call
+        _check_state(state)
+        self.extra_args.check_state(state.arg_sums)
+        devices = _reduce_axes.check_state(self.reduce_axes, state.weight)
+        self._check_grads(call, devices, applied)
+        _reduce_axes.check_unreduced(grads, devices)
+        check_denominator("`weight`", self.summed and self.use_grad_mean and weight is None)
+        weight = None if weight is None else as_weight("`weight`", weight)
+        release = self._check_release(as_release(release))
+        averaged = self.extra_args.averaged(
+            extra_args, jax.eval_shape(devices.load, state.arg_sums)
+        )
+        length = self._length(state.gradient_step)
+        _reduce_axes.check_agreed(length if release is None else release, devices)
+        inner_args = self._inner_args(extra_args, grads)
+        return Checked(devices, weight, length, release, averaged, inner_args)
+
+    def _check_grads(self, call: Call, devices: Replicated, applied: bool) -> None:
+        """Raises unless gradients and parameters fit the sums."""
+        if not has_sums(call.state) and jax.tree.leaves(call.grads):
+            raise ValueError(
+                "the optimizer state has no accumulator: it was made with `every_k=1`; give it one "
+                "with `state._replace(grad_sum=tx.init(params).grad_sum)`"
+            )
+        sums = devices.load(call.state.grad_sum)
+        check_fits(call.grads, sums)
+        if call.params is not None:
+            check_trained(fast(call.params), sums, applied=applied)
+
+    def _check_release(self, release: bool | jax.Array | None) -> bool | jax.Array | None:
+        return release
+
+    def _inner_args(self, extra_args: dict[str, Any], grads: Any) -> dict[str, Any]:
+        return self.extra_args.for_window(extra_args, grads)
+
+    def _length(self, gradient_step: jax.Array) -> jax.Array:
+        """Returns the length of the window after this many releases, i32[]."""
+        every_k = self.every_k
+        if callable(every_k):
+            length, remedy = every_k(gradient_step), "; cast a float schedule with `.astype(int)`"
+            check_scalar("`every_k(gradient_step)`", length, jnp.integer, remedy=remedy)
+            traced = isinstance(length, jax.Array)
+            every_k = length if traced else check_count("`every_k`", int(length))
+        dtype = jnp.result_type(every_k)
+        if isinstance(every_k, jax.Array) and jnp.iinfo(dtype).max > INT32_MAX:  # it would wrap
+            every_k = jnp.clip(every_k, 1, jnp.asarray(INT32_MAX, dtype))
+        return jnp.asarray(every_k, jnp.int32)
+
+
+class WindowOfOne(Accumulator):
+    """`every_k` 1, known at trace time: no sums of gradients, and no conditional.
+
+    A state from a longer window has sums, perhaps of an open window. It is left to Accumulator.
+    """
+
+    def _take_in(self, call, step, carried):
+        if isinstance(call.state, AccumulateState) and has_sums(call.state):
+            return Accumulator(**vars(self))._take_in(call, step, carried)
+        return super()._take_in(call, step, carried)
+
+    def _open_sums(self, params):
+        return ()
+
+    def _opens(self, state):
+        return True
+
+    def _add(self, state, values, microbatch):
+        return super()._add(state, values._replace(grads=()), microbatch)
+
+    def _mean(self, sums, values, microbatch):
+        _, means = super()._mean(sums, values._replace(grads=()), microbatch)
+        grads, weight, mean = values.grads, microbatch.weight, values.grads
+        if weight is not None and self.summed and self.use_grad_mean:
+            mean, _ = _window.mean(Sums(weight, grads, ()), Sums(None, grads, ()))
+        elif weight is not None and not self.summed and not self.use_grad_mean:
+            weighted = _window.add(_window.open_sums(grads), grads, Microbatch(weight, opens=True))
+            mean = jax.tree.map(lambda s, g: s.astype(jnp.result_type(g)), weighted, grads)
+        return mean, means
+
+    def _check_grads(self, call, devices, applied):
+        check_fits(call.grads, call.grads if call.params is None else fast(call.params))
+
+    def _check_release(self, release):
+        if release is not None and release is not True:
+            raise ValueError(
+                "`release` must be None or True where `every_k` is 1, which has no accumulator to "
+                f"hold a gradient in, got {release}; build with every_k >= 2 (`release` then "
+                "overrides the count)"
+            )
+        return True
+
+    def _inner_args(self, extra_args, grads):
+        return self.extra_args.for_inner(extra_args)
+
+
+def has_sums(state: AccumulateState) -> bool:
+    """Returns whether a state has sums of gradients."""
+    return jax.tree.structure(state.grad_sum) != jax.tree.structure(())
+
+
+def _check_state(state: Any) -> None:
+    """Raises unless `state` is what `init` returns."""
+    if not isinstance(state, AccumulateState):
+        remedy = "the order is update(grads, state, params)"
+        if isinstance(state, optax.MultiStepsState):
+            remedy = "convert it with optaccum.from_multi_steps"
+        elif isinstance(state, dict):
+            remedy += ", and a checkpoint is restored into `tx.init(params)`"
+        raise TypeError(
+            "the optimizer state must be the AccumulateState that `init` returns, got "
+            f"{type(state).__name__}; {remedy}"
+        )
