@@ -1,4 +1,4 @@
-"""Public: accumulate the gradients of a window of microbatches, then step."""
+"""Accumulate the gradients of a window of microbatches, then let the optimizer step once."""
 
 from collections.abc import Callable, Mapping
 import types
@@ -9,11 +9,12 @@ import jax
 import optax
 
 from optaccum import _callbacks, _validate
-from optaccum._accumulator import Accumulator, WindowOfOne
+from optaccum._accumulator import Accumulator
 from optaccum._extra_args import ExtraArgs
 from optaccum._spelling import named_by
 from optaccum._state import AccumulateState
 from optaccum._trees import apply_updates
+from optaccum._window_of_one import WindowOfOne
 
 Params = TypeVar("Params")
 
@@ -39,10 +40,10 @@ def accumulate(
         G = (sum_i w_i g_i) / (sum_i w_i)        use_grad_mean=True, the default
         G =  sum_i w_i g_i                       use_grad_mean=False
 
-    which is the gradient of the whole window as one batch, if g_i is that of a mean over w_i
-    examples or tokens. The microbatch that makes `mini_step >= every_k` closes the window. It is
-    then *released*: `inner` steps once, on G, with that microbatch's `params` and extra arguments,
-    but with G for `grad`. All other calls *hold*.
+    G is the gradient of the whole window as one batch if each loss is a mean over w_i examples or
+    tokens. The microbatch that makes `mini_step >= every_k` closes the window. The window is then
+    *released*: `inner` steps once, on G, with the `params` and extra arguments of that call, except
+    that an extra argument `grad` is replaced by G. All other calls *hold*.
 
     >>> import jax.numpy as jnp, optax
     >>> from optaccum import accumulate, apply_gradients, has_released
@@ -58,53 +59,53 @@ def accumulate(
 
     Guarantees:
         * A hold does not run `inner` and does not touch its state. Its updates are exact zeros.
-        * `inner` calls no function of one microbatch, such as a line search's `value_fn`, in place
-          of the window's: where it would, the trace of `update` raises.
+        * `inner` never calls a function of one microbatch, such as the `value_fn` of a line search,
+          in place of the window's. An optimizer that would makes the trace of `update` raise.
         * Nothing of one window, a NaN included, reaches the next.
         * The sums are at least float32, and no leaf of the state ever changes its dtype.
         * One fused addition per microbatch. With :func:`optaccum.apply_gradients` and donated
-          buffers a call has no temporary of parameter size, on CPUs, GPUs and TPUs, but those of
-          `inner` and `should_skip_update_fn`. (With `reduce_axes` a release has the reduced sums,
-          and on GPUs a call with unreduced sums has copies.)
+          buffers no call allocates another copy of the parameters on CPUs, GPUs and TPUs, except
+          what `inner` and `should_skip_update_fn` need. (With `reduce_axes` a release has the
+          reduced sums, and a GPU copies unreduced sums.)
 
     Documentation: "Semantics" has a table of all cases, "On many devices" programs for
     `jax.shard_map` and explicit sharding.
 
     The optimizer belongs inside. Without `inner` the transformation emits zeros until a window is
-    released, then G, which is right only in front of transformations that keep no state and make
-    zeros of zeros: `optax.chain(accumulate(4), optax.sgd(0.1))`. To Adam the zeros are gradients,
+    released, then G. Put it only in front of transformations that are stateless and map zeros to
+    zeros: `optax.chain(accumulate(4), optax.sgd(0.1))`. Adam would take the zeros for gradients,
     and weight decay would act on every hold.
 
     Args:
-        every_k: microbatches per window: an integer >= 1, an integer array of shape [] (traced
-            too), or a function of `gradient_step`, i32[], that returns one of these.
+        every_k: microbatches per window: an integer >= 1, an integer array of shape [] (which may
+            be traced), or a function of `gradient_step`, i32[], that returns one of these.
         inner: the optimizer that steps once per window; None for `optax.identity()`. It gets every
             extra argument but `weight`, `release` and `metrics`. Schedules inside it count
             releases.
         use_grad_mean: whether G is the weighted mean or the weighted sum.
-        loss_reduction: "mean" where g_i is the gradient of a mean over w_i examples or tokens;
-            "sum" where it is that of a sum, and G = (sum_i g_i) / (sum_i w_i). `average_args` are
-            taken for sums like the loss then, too.
+        loss_reduction: "mean" if each loss is a mean over w_i examples or tokens. "sum" if it is a
+            sum over them; then G = (sum_i g_i) / (sum_i w_i), and `average_args` are treated as
+            sums, too.
         should_skip_update_fn: `(grads, gradient_step, params) -> (bool[], report)`, Optax's
             protocol: `optax.skip_not_finite`, `functools.partial(optax.skip_large_updates,
             max_squared_norm=...)`. The report is kept in `skip_state`.
         accumulator_dtype: dtype of the sums; None for the parameter's dtype promoted to at least
             float32. A narrower one saves memory and loses bits.
-        average_args: names of extra arguments of which `inner` should see the window's weighted
-            mean, and not the last microbatch's: `("value",)` for a loss. They are scalars, but
-            `grad`, which is like the parameters: name it where it is not what `update` is given
-            (behind a link that clips), at the price of one more accumulator. For other trees pass
-            a dict from each name to a tree of arrays or `jax.ShapeDtypeStruct`s like it.
+        average_args: names of scalar extra arguments that `inner` should see as the window's
+            weighted mean, not as the last microbatch's value: `("value",)` for a loss. For trees,
+            pass a dict from each name to a tree of arrays or `jax.ShapeDtypeStruct`s. `"grad"` is
+            like the parameters and costs one more accumulator; name it only if it is not what
+            `update` is given, as behind a link that clips.
         metrics: names of scalar extra arguments that are averaged in the same way for
             :func:`optaccum.window_metrics` alone: `inner` does not get them.
         window_args: names of extra arguments that stand for the whole window as they are:
             `("value_fn",)` for a loss of its whole data, as a line search needs one.
-        reduce_axes: mesh axes over which gradients arrive as one part per device, to be reduced
-            once per window.
+        reduce_axes: mesh axes over which gradients are not reduced yet. They are reduced once per
+            window.
 
     Returns:
-        An `optax.GradientTransformationExtraArgs` with state :class:`AccumulateState`, whose
-        `update` takes two extra arguments of its own.
+        An `optax.GradientTransformationExtraArgs` with state :class:`AccumulateState`. Its `update`
+        takes two more extra arguments.
 
         * `weight`: scalar >= 0, how much this microbatch counts (default 1). Weights are summed
           in float32, token counts up to 2**24 exactly. The derivative with respect to a weight
@@ -148,14 +149,13 @@ def apply_gradients(
 ) -> tuple[Params, optax.OptState]:
     """Update the parameters: `tx.update` and `optax.apply_updates` in one.
 
-    The result is that of the two calls, for any Optax transformation. If `tx` is an
+    For any Optax transformation it computes what the two calls do. If `tx` is an
     :func:`accumulate`, the parameters are updated inside its release branch, so that a hold
-    neither writes zeros nor touches the parameters. Inside a larger transformation, such as an
-    `optax.chain`, it costs as much as the two calls, so let :func:`accumulate` stand outermost.
-    A parameter whose update is None is kept.
+    neither writes zeros nor touches the parameters. If `accumulate` is wrapped, in an `optax.chain`
+    for example, `apply_gradients` saves nothing. A parameter whose update is None is kept.
 
-    Donate `params` and `opt_state`, and return them in the order in which they are taken: XLA
-    pairs donated inputs with outputs of the same shape in order, and copies where they cross.
+    Donate `params` and `opt_state`, and return them in the order of the arguments: XLA pairs
+    donated inputs with outputs of the same shape in order, and copies those that cross.
 
     >>> import jax, jax.numpy as jnp, optax
     >>> from optaccum import accumulate, apply_gradients

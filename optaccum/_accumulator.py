@@ -81,7 +81,7 @@ class Accumulator:
     accumulator_dtype: Any
     reduce_axes: tuple[str, ...]
 
-    def init(self, params: Any) -> AccumulateState:
+    def init(self, params: Any) -> Any:
         """Returns the state before the first microbatch."""
         trained, none = fast(params), jnp.zeros([], jnp.int32)
         check_parameters(trained, self.accumulator_dtype)
@@ -105,13 +105,13 @@ class Accumulator:
     def update(
         self,
         updates: Any,
-        state: AccumulateState,
+        state: Any,
         params: Any = None,
         *,
         weight: Any = None,
         release: Any = None,
         **extra_args: Any,
-    ) -> tuple[Any, AccumulateState]:
+    ) -> tuple[Any, Any]:
         """Takes in one microbatch; returns the updates, zeros on a hold, and the state."""
 
         def step(inner_state, mean, args):
@@ -123,14 +123,14 @@ class Accumulator:
     def apply(
         self,
         grads: Any,
-        state: AccumulateState,
+        state: Any,
         params: Any,
         /,
         *,
         weight: Any = None,
         release: Any = None,
         **extra_args: Any,
-    ) -> tuple[Any, AccumulateState]:
+    ) -> tuple[Any, Any]:
         """Takes in one microbatch; returns the parameters, untouched on a hold, and the state."""
 
         def step(params, inner_state, mean, args):
@@ -279,52 +279,6 @@ class Accumulator:
         if isinstance(every_k, jax.Array) and jnp.iinfo(dtype).max > INT32_MAX:  # it would wrap
             every_k = jnp.clip(every_k, 1, jnp.asarray(INT32_MAX, dtype))
         return jnp.asarray(every_k, jnp.int32)
-
-
-class WindowOfOne(Accumulator):
-    """`every_k` 1, known at trace time: no sums of gradients, and no conditional.
-
-    A state from a longer window has sums, perhaps of an open window. It is left to Accumulator.
-    """
-
-    def _take_in(self, call, step, carried):
-        if isinstance(call.state, AccumulateState) and has_sums(call.state):
-            return Accumulator(**vars(self))._take_in(call, step, carried)
-        return super()._take_in(call, step, carried)
-
-    def _open_sums(self, params):
-        return ()
-
-    def _opens(self, state):
-        return True
-
-    def _add(self, state, values, microbatch):
-        return super()._add(state, values._replace(grads=()), microbatch)
-
-    def _mean(self, sums, values, microbatch):
-        _, means = super()._mean(sums, values._replace(grads=()), microbatch)
-        grads, weight, mean = values.grads, microbatch.weight, values.grads
-        if weight is not None and self.summed and self.use_grad_mean:
-            mean, _ = _window.mean(Sums(weight, grads, ()), Sums(None, grads, ()))
-        elif weight is not None and not self.summed and not self.use_grad_mean:
-            weighted = _window.add(_window.open_sums(grads), grads, Microbatch(weight, opens=True))
-            mean = jax.tree.map(lambda s, g: s.astype(jnp.result_type(g)), weighted, grads)
-        return mean, means
-
-    def _check_grads(self, call, devices, applied):
-        check_fits(call.grads, call.grads if call.params is None else fast(call.params))
-
-    def _check_release(self, release):
-        if release is not None and release is not True:
-            raise ValueError(
-                "`release` must be None or True where `every_k` is 1, which has no accumulator to "
-                f"hold a gradient in, got {release}; build with every_k >= 2 (`release` then "
-                "overrides the count)"
-            )
-        return True
-
-    def _inner_args(self, extra_args, grads):
-        return self.extra_args.for_inner(extra_args)
 
 
 def has_sums(state: AccumulateState) -> bool:

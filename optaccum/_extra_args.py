@@ -98,7 +98,9 @@ class ExtraArgs:
             found[option] = names
         check_own_names(found["metrics"])
         scalar = jax.ShapeDtypeStruct((), jnp.float32)
-        averages = dict.fromkeys((*found["average_args"], *found["metrics"]), scalar)
+        averages: dict[str, Any] = dict.fromkeys(
+            (*found["average_args"], *found["metrics"]), scalar
+        )
         if isinstance(average_args, Mapping):
             averages |= average_args
             for name, like in average_args.items():

@@ -173,7 +173,7 @@ def update_noise_scale(
         new = jax.tree.map(lambda x, y: decay * x + (1 - decay) * y, averages, own)
         return where(known, new, averages)
 
-    averages = branch(released, released, estimate, noise[3:6])
+    averages = branch(released, estimate, noise[3:6])
     samples = [jnp.where(released, 0, x) for x in samples]
     return NoiseScale(*samples, *averages, gradient_step=step, skipped=skipped)
 

@@ -74,7 +74,7 @@ def eval_shape(fun: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """`jax.eval_shape`, which also takes leaves that are no arrays."""
     arrays, join = take_apart((args, kwargs))
     if len(arrays) == len(jax.tree.leaves((args, kwargs))):
-        return jax.eval_shape(fun, *args, **kwargs)  # JAX caches this trace
+        return jax.jit(fun).eval_shape(*args, **kwargs)  # JAX caches this trace
 
     def call(arrays):
         args, kwargs = join(arrays)

@@ -107,8 +107,7 @@ def add(sums: Any, values: Any, microbatch: Microbatch = UNWEIGHTED) -> Any:
         microbatch: how they are added.
     """
     weight, opens, counts, adding, summed = microbatch
-    if weight is not None and adding is None:
-        adding = adds(weight)
+    adding: Any = adds(weight) if adding is None and weight is not None else adding
 
     def leaf(x, s):
         if x is None:

@@ -173,7 +173,7 @@ def test_a_tree_that_waits_to_be_reduced_is_refused():
             grads = jax.reshard(params, P(unreduced={"data"}))
             return tx.update(grads, tx.init(params), params, grad=grads)
 
-        with pytest.raises(TypeError, match=r"of `grad`.*waits to be reduced over \['data'\]"):
+        with pytest.raises(TypeError, match=r"of `grad`.*is unreduced over \['data'\]"):
             microbatch(jnp.zeros(2))
 
 

@@ -207,14 +207,15 @@ def test_a_nan_on_one_device_rejects_the_microbatch(explicit):
 def test_optax_cannot_judge_them(explicit):
     tx = accumulate(2, INNER, reduce_axes="data", should_skip_update_fn=optax.skip_not_finite)
     params, place = replicated(explicit)
-    with pytest.raises(TypeError, match=r"leaf \['w'\], which wait .*optaccum.skip_not_finite"):
+    refused = r"leaf \['w'\], which are unreduced .*optaccum.skip_not_finite"
+    with pytest.raises(TypeError, match=refused):
         explicit_step(tx, loss_fn)(params, tx.init(params), place(X[0]), place(MASK[0]))
 
 
 def test_unreduced_gradients_that_nobody_asked_for(explicit):
     tx = accumulate(2, INNER)
     params, place = replicated(explicit)
-    with pytest.raises(TypeError, match=r"leaf \['w'\] waits to be reduced over \['data'\]; name"):
+    with pytest.raises(TypeError, match=r"leaf \['w'\] is unreduced over \['data'\]; name"):
         explicit_step(tx, loss_fn)(params, tx.init(params), place(X[0]), place(MASK[0]))
 
 
@@ -222,7 +223,7 @@ def test_gradients_that_are_reduced_already(explicit):
     tx = accumulate(2, INNER, reduce_axes="data")
     params, place = replicated(explicit)
     grads = jax.grad(loss_fn)(params, place(X[0]), place(MASK[0]))
-    with pytest.raises(TypeError, match=r"no gradient leaf waits .* over \['data'\]"):
+    with pytest.raises(TypeError, match=r"no gradient leaf is unreduced over \['data'\]"):
         apply_gradients(tx, grads, tx.init(params), params)
 
 
@@ -259,7 +260,7 @@ def test_value_and_grad_reduces_once(explicit, n):
     assert_close((loss, grads), jax.value_and_grad(loss_fn)(PARAMS, x, mask))
     large = [size for size in collectives(compiled)[0] if size >= PARAMS["w"].nbytes]
     assert len(large) == 1, "reduced in the loop"
-    with pytest.raises(TypeError, match=r"no gradient leaf waits .* over \['data'\]"):
+    with pytest.raises(TypeError, match=r"no gradient leaf is unreduced over \['data'\]"):
         step(params, *batch)
 
 

@@ -1,0 +1,57 @@
+"""`every_k` 1: every microbatch is a window, so nothing has to be kept."""
+
+import jax
+import jax.numpy as jnp
+
+from optaccum import _window
+from optaccum._accumulator import Accumulator, has_sums
+from optaccum._gradients import check_fits
+from optaccum._state import AccumulateState
+from optaccum._trees import fast
+from optaccum._window import Microbatch, Sums
+
+
+class WindowOfOne(Accumulator):
+    """`every_k` 1, known at trace time: no sums of gradients, and no conditional.
+
+    A state from a longer window has sums, perhaps of an open window. It is left to Accumulator.
+    """
+
+    def _take_in(self, call, step, carried):
+        if isinstance(call.state, AccumulateState) and has_sums(call.state):
+            return Accumulator(**vars(self))._take_in(call, step, carried)
+        return super()._take_in(call, step, carried)
+
+    def _open_sums(self, params):
+        return ()
+
+    def _opens(self, state):
+        return True
+
+    def _add(self, state, values, microbatch):
+        return super()._add(state, values._replace(grads=()), microbatch)
+
+    def _mean(self, sums, values, microbatch):
+        _, means = super()._mean(sums, values._replace(grads=()), microbatch)
+        grads, weight, mean = values.grads, microbatch.weight, values.grads
+        if weight is not None and self.summed and self.use_grad_mean:
+            mean, _ = _window.mean(Sums(weight, grads, ()), Sums(None, grads, ()))
+        elif weight is not None and not self.summed and not self.use_grad_mean:
+            weighted = _window.add(_window.open_sums(grads), grads, Microbatch(weight, opens=True))
+            mean = jax.tree.map(lambda s, g: s.astype(jnp.result_type(g)), weighted, grads)
+        return mean, means
+
+    def _check_grads(self, call, devices, applied):
+        check_fits(call.grads, call.grads if call.params is None else fast(call.params))
+
+    def _check_release(self, release):
+        if release is not None and release is not True:
+            raise ValueError(
+                "`release` must be None or True where `every_k` is 1, which has no accumulator to "
+                f"hold a gradient in, got {release}; build with every_k >= 2 (`release` then "
+                "overrides the count)"
+            )
+        return True
+
+    def _inner_args(self, extra_args, grads):
+        return self.extra_args.for_inner(extra_args)
