@@ -70,11 +70,11 @@ def take_apart(tree: Any) -> tuple[list, Callable[[Any], Any]]:
     return [leaves[i] for i in places], join
 
 
-def eval_shape(fun: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+def eval_shape(fun: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
     """`jax.eval_shape`, which also takes leaves that are no arrays."""
     arrays, join = take_apart((args, kwargs))
-    if len(arrays) == len(jax.tree.leaves((args, kwargs))) and "fun" not in kwargs:
-        return jax.eval_shape(fun, *args, **kwargs)  # JAX caches this trace
+    if len(arrays) == len(jax.tree.leaves((args, kwargs))):
+        return jax.jit(fun).eval_shape(*args, **kwargs)  # JAX caches this trace
 
     def call(arrays):
         args, kwargs = join(arrays)
