@@ -1,9 +1,10 @@
 """Train two towers with a contrastive loss, in a batch that is eight times what fits.
 
-Which lower half of a handwritten digit belongs to which upper half? A tower for each embeds all
-halves of a batch, and the loss compares every upper half with every lower one. The batch is taken
-whole, in microbatches by `optaccum.microbatched`, and in microbatches whose gradients are averaged.
-The first two agree to float32 rounding. The third compares within microbatches: it is another loss.
+Which lower half of a handwritten digit belongs to which upper half? One tower embeds the upper
+halves of a batch and one the lower halves, and the loss compares every upper half with every lower
+half. Training runs on the full batch, on microbatches by `optaccum.microbatched`, and on
+microbatches whose gradients are averaged. The first two agree to float32 rounding. The third
+compares only within microbatches, which is a different loss.
 """
 
 import argparse
@@ -69,7 +70,7 @@ def encode(params: Any, batch: Mapping[str, Any]) -> dict[str, jax.Array]:
 
 
 def contrast(z: dict[str, jax.Array], scale: jax.Array) -> jax.Array:
-    """Return the loss of CLIP: each half has to find the other among all of them."""
+    """Return CLIP's loss: each half must find its other half among all of them."""
     similarity = jnp.exp(scale) * z["upper"] @ z["lower"].T
     labels = jnp.arange(len(similarity))
     losses = [
@@ -84,7 +85,7 @@ def full_loss(params: Any, batch: dict[str, jax.Array]) -> jax.Array:
 
 
 def make_ways(n: int) -> dict[str, Callable[..., Any]]:
-    """Return a function of parameters and batch for each way to a loss and its gradient."""
+    """Return, for each way, a function of parameters and batch that returns loss and gradient."""
     in_microbatches = optaccum.microbatched(encode, num_microbatches=n)
 
     def coupled_loss(params, batch):
@@ -93,13 +94,13 @@ def make_ways(n: int) -> dict[str, Callable[..., Any]]:
     return {
         FULL_BATCH: jax.value_and_grad(full_loss),
         COUPLED: jax.value_and_grad(coupled_loss),
-        # The trap: a half finds its other among those of its microbatch, which is n times easier.
+        # The trap: a half finds its other half within its microbatch, which is n times easier.
         NAIVE: optaccum.value_and_grad(full_loss, num_microbatches=n),
     }
 
 
 def read_halves() -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
-    """Return the halves of the digits to train on, and of those to be tested on."""
+    """Return the halves of the digits to train on, and of the digits to test on."""
     images, _ = load_digits(return_X_y=True)
     images = images.reshape(-1, 8, 8).astype(np.float32) / 16
     parts: Any = train_test_split(images, test_size=0.2, random_state=0)
@@ -168,7 +169,7 @@ def print_table(results: dict[str, Result]) -> None:
 
 
 def draw(results: dict[str, Result], n: int, output: Path) -> None:
-    """Draw each line thinner than the one below it, so that equal ones all show."""
+    """Draw each line thinner than the line below it, so that equal lines all show."""
     figure = Figure(figsize=(9, 3.6), dpi=200, layout="constrained")
     left, right = figure.subplots(1, 2)
     styles = [("#9fd3f3", 8, "-"), ("black", 1.5, "--"), ("#d55e00", 1.7, "-")]
@@ -186,7 +187,7 @@ def draw(results: dict[str, Result], n: int, output: Path) -> None:
 
 
 def parse_args() -> argparse.Namespace:
-    """Parse the command line; refuse what cannot work before any training begins."""
+    """Parse the command line, and raise errors before any training begins."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
@@ -204,7 +205,7 @@ def parse_args() -> argparse.Namespace:
     try:
         is_new = not args.output.exists()
         args.output.open("ab").close()
-        if is_new:  # a run that is stopped leaves no empty figure
+        if is_new:  # so that a stopped run leaves no empty figure
             args.output.unlink()
     except OSError as error:
         parser.error(f"argument --output: {error}")

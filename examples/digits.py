@@ -1,8 +1,8 @@
 """Train a small CNN on handwritten digits, with and without gradient accumulation.
 
 The same 256 examples make one gradient step in four ways: as one batch, as equal microbatches, as
-ragged ones, and with the optimizer outside `accumulate`, where it does not belong. The first three
-agree to float32 rounding, and a microbatch needs a fraction of the full batch's temporaries.
+ragged microbatches, and with the optimizer outside `accumulate`, which is a mistake. The first
+three agree to float32 rounding, and a microbatch needs a fraction of the full batch's temporaries.
 """
 
 import argparse
@@ -43,7 +43,7 @@ class CNN(nnx.Module):
 
 
 class Way(NamedTuple):
-    """A way to take one gradient step: an optimizer, and the sizes a batch is cut into."""
+    """A way to take one gradient step: an optimizer, and the sizes of its microbatches."""
 
     name: str
     tx: optax.GradientTransformation
@@ -60,7 +60,7 @@ class Result(NamedTuple):
 
 
 def make_ways(every_k: int, steps: int) -> list[Way]:
-    """Return the four ways, the full batch first."""
+    """Return the four ways. The full batch is the first."""
     adamw = optax.adamw(optax.cosine_decay_schedule(3e-3, decay_steps=steps))
     equal = [BATCH_SIZE // every_k] * every_k
     ends = np.round((BATCH_SIZE - every_k) * np.linspace(0, 1, every_k + 1) ** 1.5)
@@ -69,14 +69,14 @@ def make_ways(every_k: int, steps: int) -> list[Way]:
         Way("full batch", adamw, [BATCH_SIZE]),
         Way("accumulate(k, adamw)", optaccum.accumulate(every_k, adamw), equal),
         Way("the same, ragged", optaccum.accumulate(every_k, adamw), ragged),
-        # The trap: adamw sees every microbatch, and takes the zeros of a hold for gradients. Its
-        # moments decay on them, and its learning rate schedule ends k times too early.
+        # The trap: adamw sees every microbatch, and takes the zeros of a hold for gradients. They
+        # make its moments decay, and its learning rate schedule ends k times too early.
         Way("chain(accumulate(k), adamw)", optax.chain(optaccum.accumulate(every_k), adamw), equal),
     ]
 
 
 def make_train_step(model: nnx.GraphDef, tx: optax.GradientTransformation):
-    """Return the jitted step that takes in one microbatch; the same for any optimizer."""
+    """Return the jitted step that takes one microbatch. It is the same for any optimizer."""
 
     def loss_fn(params, images, labels, mask):
         logits = nnx.merge(model, params)(images)
@@ -85,26 +85,26 @@ def make_train_step(model: nnx.GraphDef, tx: optax.GradientTransformation):
 
     def train_step(params, opt_state, images, labels, mask):
         loss, grads = jax.value_and_grad(loss_fn)(params, images, labels, mask)
-        # A microbatch's gradient is the mean over its real examples. Weighted with their number,
-        # a window's gradient is the mean over all examples, however they were cut up.
+        # A microbatch's gradient is the mean over its real examples. If it is weighted with their
+        # number, a window's gradient is the mean over all examples, however they were split.
         params, opt_state = optaccum.apply_gradients(
             tx, grads, opt_state, params, weight=mask.sum()
         )
         return params, opt_state, loss
 
-    # XLA pairs donated buffers with outputs in order: return them in the order they came in.
+    # XLA pairs donated buffers with outputs in order, so return them in the order of the arguments.
     return jax.jit(train_step, donate_argnums=(0, 1))
 
 
 def evaluate(model: nnx.GraphDef, params: Any, images: Any, labels: Any) -> tuple[Any, Any]:
-    """Return loss and accuracy on examples that are not trained on."""
+    """Return loss and accuracy on held-out examples."""
     logits = nnx.merge(model, params)(images)
     losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
     return losses.mean(), (logits.argmax(axis=-1) == labels).mean()
 
 
 def cut_up(images: np.ndarray, labels: np.ndarray, sizes: list[int]) -> Iterator[tuple]:
-    """Yield microbatches, padded to one size so that one program serves all, with their masks."""
+    """Yield microbatches with their masks, padded to one size so that one program serves all."""
     for size, end in zip(sizes, np.cumsum(sizes), strict=True):
         mask = np.arange(max(sizes)) < size
         rows = np.where(mask, end - size + np.arange(max(sizes)), 0)
@@ -143,7 +143,7 @@ def train_all(every_k: int, steps: int) -> dict[str, Result]:
     rng = np.random.default_rng(0)
     batches = [rng.permutation(len(data[0]))[:BATCH_SIZE] for _ in range(steps)]
     results = {}
-    # `apply_gradients` warns of the trap, and is right; here it is set on purpose.
+    # `apply_gradients` rightly warns of the trap, which is set on purpose here.
     warnings.filterwarnings("ignore", "`accumulate` stands in front", UserWarning)
     # Accelerators may round float32 products coarsely, and differently for each batch size.
     with Progress() as progress, jax.default_matmul_precision("highest"):
@@ -167,7 +167,7 @@ def print_table(results: dict[str, Result]) -> None:
 
 
 def draw_losses(results: dict[str, Result], every_k: int, output: Path) -> None:
-    """Draw the losses, each line thinner than the one below it, so that equal ones all show."""
+    """Draw the losses, each line thinner than the line below it, so that equal lines all show."""
     figure = Figure(figsize=(9, 3.8), dpi=200, layout="constrained")
     left, right = figure.subplots(1, 2, sharey=True)
     styles = [("#9fd3f3", 8, "-"), ("#0072b2", 3, "-"), ("black", 1.2, "--"), ("#d55e00", 1.7, "-")]
@@ -184,7 +184,7 @@ def draw_losses(results: dict[str, Result], every_k: int, output: Path) -> None:
 
 
 def parse_args() -> argparse.Namespace:
-    """Parse the command line; refuse what cannot work before any training begins."""
+    """Parse the command line, and raise errors before any training begins."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
@@ -202,7 +202,7 @@ def parse_args() -> argparse.Namespace:
     try:
         is_new = not args.output.exists()
         args.output.open("ab").close()
-        if is_new:  # a run that is stopped leaves no empty figure
+        if is_new:  # so that a stopped run leaves no empty figure
             args.output.unlink()
     except OSError as error:
         parser.error(f"argument --output: {error}")

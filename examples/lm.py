@@ -1,11 +1,11 @@
-"""Train a small language model on Python's own documentation, and survive being stopped.
+"""Train a small language model on Python's documentation, and survive being stopped.
 
-A microbatch holds paragraphs of uneven length, so it counts with its number of bytes. Training
-saves checkpoints; Ctrl-C and SIGTERM save one more and exit with 130 and 143. `--resume` goes on
-from the last one, in mid-window too, and ends with the same parameters, bit for bit (an accelerator
-may have to be told to add in a fixed order). Then the first gradient steps are taken again in three
-ways: on full batches, on microbatches weighted with their bytes, and on unweighted microbatches,
-which gives the mean of their means and not the gradient of the full batch.
+A microbatch holds paragraphs of uneven length, so its weight is its number of bytes. Training saves
+checkpoints. Ctrl-C and SIGTERM save one more and exit with 130 and 143. `--resume` goes on from the
+last checkpoint, even in mid-window, and ends with the same parameters, bit for bit (on an
+accelerator you may have to ask for additions in a fixed order). Then the first gradient steps are
+taken again in three ways: on full batches, on microbatches weighted with their bytes, and on
+unweighted microbatches. The last gives the mean of means, not the gradient of the full batch.
 
 `--noise` trains with windows that grow, and draws the gradient noise scale beside the loss.
 """
@@ -40,7 +40,7 @@ FULL_BATCH, WEIGHTED, UNWEIGHTED = "full batch", "weight=tokens", "no weight (me
 
 
 class Block(nnx.Module):
-    """Attention to the tokens before, then a perceptron."""
+    """Causal attention, then a perceptron."""
 
     def __init__(self, width: int, rngs: nnx.Rngs):
         linear = functools.partial(nnx.Linear, use_bias=False, rngs=rngs)
@@ -78,8 +78,8 @@ class LanguageModel(nnx.Module):
 def read_paragraphs() -> tuple[np.ndarray, np.ndarray]:
     """Return the paragraphs of Python's documentation, to train on and held out, one per row.
 
-    A row is END, the bytes, END and padding. Long paragraphs are cut into several. Topics repeat
-    each other's paragraphs; each is taken once, lest one be held out and trained on.
+    A row is END, the bytes, END and padding. Long paragraphs are split into several. Topics repeat
+    each other's paragraphs. Each is taken once, so that none is both held out and trained on.
     """
     texts = [text.strip(b"\n") for text in "\n\n".join(topics.values()).encode().split(b"\n\n")]
     pieces = {text[i : i + LENGTH]: None for text in texts for i in range(0, len(text), LENGTH)}
@@ -91,11 +91,11 @@ def read_paragraphs() -> tuple[np.ndarray, np.ndarray]:
 
 
 def read_microbatch(rows: np.ndarray, number: int, args: argparse.Namespace) -> np.ndarray:
-    """Return a microbatch that depends on its number only, so that a resumed run reads on.
+    """Return a microbatch that depends only on its number, so that a resumed run reads on.
 
-    The paragraphs of a window are sorted by length, as loaders do who cut the padding off. Here
-    all of it stays, so that one program serves all microbatches; but they count very differently.
-    The noise scale is that of samples, which must not be sorted.
+    The paragraphs of a window are sorted by length, as in loaders that cut off the padding. Here
+    the padding stays, so that one program serves all microbatches, but their weights differ a lot.
+    To measure the noise scale, paragraphs are not sorted: the samples must be independent.
     """
     window, i = divmod(number, args.every_k)
     size = args.every_k * args.batch_size
@@ -118,7 +118,7 @@ def loss_fn(model: LanguageModel, rows: Any) -> tuple[jax.Array, jax.Array]:
 def train_step(
     model: LanguageModel, optimizer: Optimizer, rows: Any, weighted: bool, noise: Any = None
 ):
-    """Take in one microbatch; return its loss, number of tokens and, if given, the noise scale."""
+    """Take one microbatch. Return its loss, number of tokens and, if passed, the noise scale."""
     (loss, tokens), grads = nnx.value_and_grad(loss_fn, has_aux=True)(model, rows)
     optimizer.update(model, grads, weight=tokens if weighted else None, loss=loss)
     if noise is not None:
@@ -132,12 +132,12 @@ predict = nnx.jit(lambda model, tokens: model(tokens))
 
 
 def make_optimizer(model: LanguageModel, args: argparse.Namespace, whole: bool = False):
-    """Return an optimizer that steps once per window or, for whole batches, every time."""
-    # Inside `accumulate` it sees windows: clips their means, schedules gradient steps.
+    """Return an optimizer that steps once per window or, for whole batches, in every call."""
+    # Inside `accumulate` it clips the mean of a window, and its schedule counts gradient steps.
     schedule = optax.cosine_decay_schedule(5e-3, decay_steps=args.steps)
     length = functools.partial(lm_noise.window_length, every_k=args.every_k, steps=args.steps)
     rate = (lambda i: schedule(i) * jnp.sqrt(length(i) / args.every_k)) if args.noise else schedule
-    # With Adam's usual 1e-8 a gradient that is no more than a rounding error makes a whole step.
+    # With Adam's usual 1e-8, a gradient that is only a rounding error would make a whole step.
     inner = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(rate, eps=1e-6))
     tx = optaccum.accumulate(
         length if args.noise else args.every_k,
@@ -149,12 +149,12 @@ def make_optimizer(model: LanguageModel, args: argparse.Namespace, whole: bool =
 
 
 def catch_signals() -> list[int]:
-    """Collect SIGINT and SIGTERM in a list, for loops to look at where nothing is half done."""
+    """Collect SIGINT and SIGTERM in a list, which loops read when nothing is half done."""
     caught: list[int] = []
 
     def catch(number, frame):
         caught.append(number)
-        signal.signal(number, signal.SIG_DFL)  # whoever sends a second one will not wait
+        signal.signal(number, signal.SIG_DFL)  # a second signal ends the process at once
 
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, catch)
@@ -162,7 +162,7 @@ def catch_signals() -> list[int]:
 
 
 def train(model: LanguageModel, rows: np.ndarray, args: argparse.Namespace, caught: list[int]):
-    """Train from the last checkpoint, if there is one, to the end; save checkpoints on the way.
+    """Train from the last checkpoint, if any, to the end, and save checkpoints on the way.
 
     Returns the windows of this run, if their noise is measured.
     """
@@ -237,7 +237,7 @@ def compare(rows: np.ndarray, args: argparse.Namespace, caught: list[int]) -> di
 
 
 def draw(curves: dict[str, Any], every_k: int, output: Path) -> None:
-    """Draw losses, each line thinner than the one below it so that equal ones show; distances."""
+    """Draw losses and distances, each line thinner than the line below it so that all show."""
     figure = Figure(figsize=(9, 3.6), dpi=200, layout="constrained")
     left, right = figure.subplots(1, 2)
     styles = [("#9fd3f3", 7), ("#0072b2", 2), ("#d55e00", 2)]
@@ -258,7 +258,7 @@ def draw(curves: dict[str, Any], every_k: int, output: Path) -> None:
 
 
 def write_paragraph(model: LanguageModel) -> str:
-    """Return a paragraph by the model, each byte drawn from those that it expects."""
+    """Return a paragraph by the model, with each byte drawn from its predictions."""
     tokens = np.full(LENGTH, END, np.int32)
     for i in range(LENGTH - 1):
         key = jax.random.fold_in(jax.random.key(0), i)
@@ -269,7 +269,7 @@ def write_paragraph(model: LanguageModel) -> str:
 
 
 def parse_args() -> argparse.Namespace:
-    """Parse the command line; refuse what cannot work before any training begins."""
+    """Parse the command line, and raise errors before any training begins."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
@@ -307,7 +307,7 @@ def parse_args() -> argparse.Namespace:
     try:
         is_new = not args.output.exists()
         args.output.open("ab").close()
-        if is_new:  # a run that is stopped leaves no empty figure
+        if is_new:  # so that a stopped run leaves no empty figure
             args.output.unlink()
     except OSError as error:
         parser.error(f"argument --output: {error}")

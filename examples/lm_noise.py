@@ -1,4 +1,4 @@
-"""What `lm.py --noise` adds: a window that grows, and the noise scale drawn beside the loss."""
+"""`lm.py --noise` lets the window grow, and draws the noise scale beside the loss."""
 
 from pathlib import Path
 from typing import NamedTuple
@@ -10,13 +10,13 @@ import numpy as np
 
 
 class Window(NamedTuple):
-    """What is remembered of a window.
+    """The numbers of a window that are drawn.
 
     Attributes:
         step: gradient steps so far.
         loss: mean loss per token, in nats.
-        tokens: how many it held.
-        noise_scale: in tokens, as far as it is known by then.
+        tokens: number of tokens in the window.
+        noise_scale: the estimate so far, in tokens.
     """
 
     step: int
@@ -26,9 +26,9 @@ class Window(NamedTuple):
 
 
 def window_length(step: jax.typing.ArrayLike, every_k: int, steps: int) -> jax.Array:
-    """Return 2, 4, 8, ... microbatches, `every_k` from the middle of the training on.
+    """Return 2, 4, 8, ... microbatches, and `every_k` from the middle of the training on.
 
-    Windows of one microbatch would have nothing to compare.
+    It is never 1, because a window of one microbatch has nothing to compare.
     """
     doublings = max((every_k - 1).bit_length() - 1, 0)
     done = jnp.minimum(2 * doublings * jnp.asarray(step) // steps, doublings)
@@ -36,7 +36,7 @@ def window_length(step: jax.typing.ArrayLike, every_k: int, steps: int) -> jax.A
 
 
 def draw(windows: list[Window], output: Path) -> None:
-    """Draw the loss above, and the noise scale with the windows' tokens below."""
+    """Draw the loss, and below it the noise scale with the tokens of each window."""
     figure = Figure(figsize=(7, 5), dpi=200, layout="constrained")
     above, below = figure.subplots(2, 1, sharex=True)
     steps, losses, tokens, scales = np.array(windows).T

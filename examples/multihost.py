@@ -1,15 +1,15 @@
 """Train the CNN of digits.py in many processes: on this machine, a SLURM cluster or a TPU pod.
 
-Without `--distributed` it starts the processes itself, with CPU devices, and lets them train:
-each feeds its own rows of every microbatch, and the devices of all share the work. Then one process
-with as many devices trains the same again, and the results are compared. A process that dies takes
-the others with it. Training saves checkpoints; Ctrl-C and SIGTERM save one more and exit with 130
-and 143. `--resume` goes on from the last one, in mid-window too, with any number of processes.
+Without `--distributed` this program starts the processes, with CPU devices. Each process feeds
+different rows of every microbatch, and all devices share the work. Then one process with as many
+devices trains again, and the results are compared. If a process dies, the others stop too. Training
+saves checkpoints. Ctrl-C and SIGTERM save one more and exit with 130 and 143. `--resume` goes on
+from the last checkpoint, even in mid-window, with any number of processes.
 
-A cluster starts the processes, and jax finds the others by itself:
-`srun python examples/multihost.py --distributed` on SLURM, with one task for each node or GPU, and
-on a TPU pod `python examples/multihost.py --distributed` on every host (`gcloud compute tpus tpu-vm
-ssh NAME --worker=all --command=...`). There `--checkpoints` is a folder that all of them see.
+With `--distributed` a cluster starts the processes, and jax connects them. On SLURM run
+`srun python examples/multihost.py --distributed`, with one task for each node or GPU. On a TPU pod
+run `python examples/multihost.py --distributed` on every host (`gcloud compute tpus tpu-vm
+ssh NAME --worker=all --command=...`). There `--checkpoints` is a folder that all processes see.
 """
 
 import argparse
@@ -39,7 +39,7 @@ from sklearn.model_selection import train_test_split
 
 import optaccum
 
-HEARTBEAT_SECONDS = 30  # without a sign of life, and a process is dead to the others
+HEARTBEAT_SECONDS = 30  # a process that is silent for longer counts as dead
 SAVING_SECONDS = 60  # to save and exit after a signal
 
 
@@ -49,7 +49,7 @@ class State(NamedTuple):
 
 
 class Job(NamedTuple):
-    """What a process needs to train; arrays of a `State` are replicated over all devices."""
+    """What a process needs to train. The arrays of a `State` are replicated over all devices."""
 
     data: Any
     rows: jax.NamedSharding
@@ -66,7 +66,7 @@ def make_job(args: argparse.Namespace) -> Job:
     devices = sorted(jax.devices(), key=lambda device: (device.process_index, device.id))
     mesh = jax.sharding.Mesh(np.array(devices), "data")
     replicated = jax.NamedSharding(mesh, jax.P())
-    # With Adam's usual 1e-8 a gradient that is no more than a rounding error makes a whole step.
+    # With Adam's usual 1e-8, a gradient that is only a rounding error would make a whole step.
     inner = optax.adamw(optax.cosine_decay_schedule(3e-3, decay_steps=args.steps), eps=1e-6)
     tx = optaccum.accumulate(args.every_k, inner, average_args=("value",))
     model = nnx.graphdef(nnx.eval_shape(lambda: CNN(nnx.Rngs(0))))
@@ -82,8 +82,8 @@ def make_job(args: argparse.Namespace) -> Job:
 
     def train_step(state, images, labels, mask):
         loss, grads = jax.value_and_grad(loss_fn)(state.params, images, labels, mask)
-        # Means and sums are over the rows of all processes, so the weight is the microbatch's
-        # number of real examples, wherever its padding lies.
+        # Means and sums are over the rows of all processes, so the weight is the number of real
+        # examples in the whole microbatch, whichever process has the padding.
         params, opt_state = optaccum.apply_gradients(
             tx, grads, state.opt_state, state.params, weight=mask.sum(), value=loss
         )
@@ -102,10 +102,10 @@ def make_job(args: argparse.Namespace) -> Job:
 
 
 def read_microbatch(job: Job, number: int, every_k: int) -> list[jax.Array]:
-    """Return images, labels and mask; this process reads only the rows of its own devices.
+    """Return images, labels and mask. This process reads only the rows of its devices.
 
-    A microbatch depends on its number only, so that a resumed run reads on. They are ragged, and
-    padded to one size that the devices can share.
+    A microbatch depends only on its number, so that a resumed run reads on. Microbatches are
+    ragged, and padded to one size that can be sharded over the devices.
     """
     window, i = divmod(number, every_k)
     images, _, labels, _ = job.data
@@ -130,7 +130,7 @@ def open_checkpoints(folder: Path) -> ocp.training.Checkpointer:
 
 
 def train(job: Job, args: argparse.Namespace, checkpoints: Any = None) -> State:
-    """Train to the end, from the last checkpoint if there is one; save on the way."""
+    """Train from the last checkpoint, if any, to the end, and save on the way."""
     state, start, last = job.initial, 0, args.steps * args.every_k
     if checkpoints and checkpoints.latest:
         start = checkpoints.latest.step
@@ -146,7 +146,7 @@ def train(job: Job, args: argparse.Namespace, checkpoints: Any = None) -> State:
             state = job.train_step(state, *read_microbatch(job, done - 1, args.every_k))
             jax.block_until_ready(state)  # a dead process shows here, not in a save
             progress.update(task, advance=1)
-            # jax takes SIGTERM for a notice, and all processes agree on where to stop.
+            # jax takes SIGTERM as a notice, and all processes agree on the step to stop at.
             stop = jax.distributed.is_initialized() and reached_preemption_sync_point(done)
             if checkpoints and (stop or done % args.save_every == 0 or done == last):
                 checkpoints.save(done, state, force=True, custom_metadata=args.settings)
@@ -161,7 +161,7 @@ def name_run(processes: int, devices: int) -> str:
 
 
 def print_table(job: Job, results: dict[str, State]) -> None:
-    """Print a row for each result, from process 0; all processes compute it."""
+    """Print a row for each result in process 0. All processes must compute it."""
     table = Table("", box=box.SIMPLE, pad_edge=False, collapse_padding=True)
     for header in ("loss", "accuracy", "max |Δp|"):
         table.add_column(header, justify="right", no_wrap=True)
@@ -179,7 +179,7 @@ def print_table(job: Job, results: dict[str, State]) -> None:
 
 
 def compare(args: argparse.Namespace) -> None:
-    """Train in this one process, without `jax.distributed`, what many have trained."""
+    """Train again in this one process, without `jax.distributed`, and print both results."""
     job = make_job(args)
     with open_checkpoints(args.checkpoints) as checkpoints:
         many = checkpoints.load(args.steps * args.every_k, job.initial)
@@ -190,7 +190,7 @@ def compare(args: argparse.Namespace) -> None:
 def work(args: argparse.Namespace) -> None:
     """Do one process's part of the training."""
     given = process_allgather(np.array([args.steps, args.every_k, args.save_every]))
-    if (given != given[0]).any():  # they would wait for each other for ever
+    if (given != given[0]).any():  # the processes would wait for each other forever
         raise ValueError(f"processes differ in --steps, --every-k, --save-every: {given.tolist()}")
     job = make_job(args)
     with open_checkpoints(args.checkpoints) as checkpoints:
@@ -200,24 +200,24 @@ def work(args: argparse.Namespace) -> None:
 
 
 def join(args: argparse.Namespace) -> None:
-    """Find the other processes and do this one's part; fail so that the others notice."""
+    """Join the other processes and train. Fail in a way that the others notice."""
     where: dict[str, Any] = {}
     if args.worker:
         address, processes, number = args.worker
         where = {"num_processes": int(processes), "process_id": int(number)}
-        # Bind it too, lest the coordinator listen on all interfaces of this machine.
+        # Without the bind address, the coordinator would listen on all interfaces.
         where |= {"coordinator_address": address, "coordinator_bind_address": address}
     jax.distributed.initialize(**where, heartbeat_timeout_seconds=HEARTBEAT_SECONDS)
     try:
         work(args)
     except Exception:
-        # At a usual exit jax waits for the other processes, and they wait for this one.
+        # At a normal exit jax waits for the other processes, which wait for this one.
         traceback.print_exc()
         os._exit(1)
 
 
 def launch(processes: int, devices: int, *options: str) -> None:
-    """Run the job in new processes with `devices` each; when one fails, end the others and exit."""
+    """Run the job in processes with `devices` each. When one fails, end the others and exit."""
     with socket.create_server(("127.0.0.1", 0)) as server:
         address = f"127.0.0.1:{server.getsockname()[1]}"
     flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={devices}"
@@ -226,7 +226,7 @@ def launch(processes: int, devices: int, *options: str) -> None:
     caught, deadline = [], float("inf")
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda number, frame: caught.append(number))
-    # In a session of its own a process does not get the terminal's Ctrl-C, only what is relayed.
+    # In a new session a process does not get the terminal's Ctrl-C, only the signal sent below.
     kept: Any = {"env": environment, "start_new_session": True}
     children = [subprocess.Popen([*command, str(processes), "0"], **kept)]
     for i in range(1, processes):  # quiet: gloo reports to stdout
@@ -245,7 +245,7 @@ def launch(processes: int, devices: int, *options: str) -> None:
             time.sleep(0.02)
     finally:
         for child in children:
-            child.kill()  # jax takes SIGTERM for a notice, and they may wait for the dead one
+            child.kill()  # jax takes SIGTERM as a notice, and may wait for the dead process
             child.wait()
     if caught:
         sys.exit(128 + caught[0])
@@ -255,7 +255,7 @@ def launch(processes: int, devices: int, *options: str) -> None:
 
 
 def parse_args() -> argparse.Namespace:
-    """Parse the command line; refuse what cannot work before any process is started."""
+    """Parse the command line, and raise errors before any process is started."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -269,7 +269,7 @@ def parse_args() -> argparse.Namespace:
     folder = Path("multihost-checkpoints")
     add("--checkpoints", type=Path, default=folder, help=f"where to keep them; {folder}")
     add("--resume", action="store_true", help="go on from the last checkpoint")
-    add("--worker", nargs=3, help=argparse.SUPPRESS)  # address, number of processes, own number
+    add("--worker", nargs=3, help=argparse.SUPPRESS)  # address, number of processes, number of this
     add("--compare", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
     for name in ("processes", "devices_per_process", "steps", "every_k", "save_every"):
