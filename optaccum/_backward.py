@@ -1,0 +1,242 @@
+"""Adds gradients to sums inside the backward pass, where they are made.
+
+Layers in a `lax.scan` have a stack of gradients: each trip of the backward scan makes one slice of
+it. Added to the sums behind the scan, the stack is a temporary as large as the parameters. Here each
+slice is added in its trip, `sums[i] = add(sums[i], gradient of layer i)`. The arithmetic on each
+number stays the same.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+from jax import lax
+from jax.extend import core
+import jax.numpy as jnp
+
+_Add = Callable[[jax.Array, jax.Array], jax.Array]
+
+
+class _Target(NamedTuple):
+    """The sum that a value is added to.
+
+    Attributes:
+        total: the sum.
+        path: what happens to the value before: dtypes that it is cast to, and permutations.
+    """
+
+    total: jax.Array
+    path: tuple[Any, ...] = ()
+
+
+def add_results(closed: core.ClosedJaxpr, sums: dict[int, jax.Array], add: _Add) -> list[Any]:
+    """Evaluates a program without arguments; results in `sums` are added to their sums.
+
+    Args:
+        closed: the program.
+        sums: {position of a result: its sum}.
+        add: `(sum, value) -> sum`, which works on each element by itself.
+    """
+    targets = {i: _Target(total) for i, total in sums.items()}
+    return _evaluate(closed.jaxpr, closed.consts, [], targets, add)
+
+
+def _evaluate(
+    jaxpr: core.Jaxpr, consts: Sequence[Any], args: Sequence[Any], targets: dict[int, _Target], add
+) -> list[Any]:
+    """Evaluates a jaxpr; returns new sums in place of the results that have targets."""
+    env: dict[Any, Any] = dict(
+        zip((*jaxpr.constvars, *jaxpr.invars), (*consts, *args), strict=True)
+    )
+    plan, skipped = _plan(jaxpr, targets)
+    results: dict[int, Any] = {}
+    first = 0
+    for at in (*sorted(plan), len(jaxpr.eqns)):
+        _run([e for e in jaxpr.eqns[first:at] if id(e) not in skipped], jaxpr, env)
+        if at < len(jaxpr.eqns):
+            eqn, inner = jaxpr.eqns[at], plan[at]
+            values = [_read(env, v) for v in eqn.invars]
+            within = {j: target for j, (_, target) in inner.items()}
+            outs = _HANDLERS[eqn.primitive.name](eqn, values, within, add)
+            env |= zip(eqn.outvars, outs, strict=True)
+            for j, (i, _) in inner.items():
+                results[i] = jnp.reshape(outs[j], targets[i].total.shape)
+        first = at + 1
+    for i, v in enumerate(jaxpr.outvars):
+        if i not in results:
+            x = _read(env, v)
+            results[i] = _plus(targets[i], x, add) if i in targets else x
+    return [results[i] for i in range(len(jaxpr.outvars))]
+
+
+def _plan(jaxpr: core.Jaxpr, targets: dict[int, _Target]) -> tuple[dict, set[int]]:
+    """Returns which results of which equations to add inside, and the equations that this skips.
+
+    A result is added inside if nothing else reads it, and if only casts and transposes lie between
+    it and a scan, or a call that may hold one.
+    """
+    made = {v: (at, j) for at, e in enumerate(jaxpr.eqns) for j, v in enumerate(e.outvars)}
+    reads = [v for e in jaxpr.eqns for v in e.invars if isinstance(v, core.Var)]
+    reads += [v for v in jaxpr.outvars if isinstance(v, core.Var)]
+    plan: dict[int, dict[int, tuple[int, _Target]]] = {}
+    skipped = set()
+    for i, target in targets.items():
+        v, passed = jaxpr.outvars[i], []
+        while isinstance(v, core.Var) and v in made and reads.count(v) == 1:
+            at, j = made[v]
+            eqn = jaxpr.eqns[at]
+            if _can_hold_slices(eqn, j):
+                plan.setdefault(at, {})[j] = i, target
+                skipped |= set(map(id, passed))
+                break
+            if eqn.primitive is lax.transpose_p:
+                step = tuple(eqn.params["permutation"])
+            elif eqn.primitive is lax.convert_element_type_p:
+                step = eqn.params["new_dtype"]
+            elif eqn.primitive is lax.reshape_p and not any(map(_permutes, target.path)):
+                # A reshape of the sum is free.
+                before = eqn.invars[0].aval.shape
+                target = target._replace(total=jnp.reshape(target.total, before))
+                step = None
+            else:
+                break
+            passed.append(eqn)
+            if step is not None:
+                target = target._replace(path=(step, *target.path))
+            v = eqn.invars[0]
+    return plan, skipped
+
+
+def _permutes(step: Any) -> bool:
+    return isinstance(step, tuple)
+
+
+def _can_hold_slices(eqn: core.JaxprEqn, j: int) -> bool:
+    """Returns whether result `j` of an equation may be a stack of slices."""
+    if eqn.effects:
+        return False
+    if eqn.primitive.name == "scan":
+        return j >= _carries(eqn)
+    if eqn.primitive.name in ("jit", "pjit"):
+        shardings = *eqn.params["in_shardings"], *eqn.params["out_shardings"]
+        return all(type(s).__name__ == "UnspecifiedValue" for s in shardings)
+    return eqn.primitive.name in _HANDLERS and isinstance(eqn.params["prevent_cse"], bool)
+
+
+def _run(eqns: list[core.JaxprEqn], jaxpr: core.Jaxpr, env: dict[Any, Any]) -> None:
+    """Evaluates equations, and adds what they make to `env`."""
+    made = [v for e in eqns for v in e.outvars]
+    inside = set(made)
+    reads = {v for e in eqns for v in e.invars if isinstance(v, core.Var)}
+    needed = [v for v in reads if v not in inside]
+    part = core.Jaxpr((), needed, made, eqns, jaxpr.effects)
+    outs = core.jaxpr_as_fun(core.ClosedJaxpr(part, ()))(*[env[v] for v in needed])
+    env |= zip(made, outs, strict=True)
+
+
+def _read(env: dict[Any, Any], v: Any) -> Any:
+    return v.val if isinstance(v, core.Literal) else env[v]
+
+
+def _plus(target: _Target, x: jax.Array, add: _Add) -> jax.Array:
+    for step in target.path:
+        x = jnp.transpose(x, step) if _permutes(step) else x.astype(step)
+    return add(target.total, x)
+
+
+def _of_slices(path: tuple[Any, ...]) -> tuple[int, tuple[Any, ...]]:
+    """Returns the axis along which a sum holds the slices of a stack, and the path of a slice."""
+    axis, steps = 0, []
+    for step in path:
+        if _permutes(step):
+            others = [j for j in step if j != axis]
+            axis, step = step.index(axis), tuple(j - (j > axis) for j in others)
+        steps.append(step)
+    return axis, tuple(steps)
+
+
+def _carries(eqn: core.JaxprEqn) -> int:
+    """Returns how many results of a scan are carries: these have the same shape inside."""
+    inside = _open(eqn.params["jaxpr"])[0].outvars
+    return sum(v.aval.shape == w.aval.shape for v, w in zip(inside, eqn.outvars, strict=True))
+
+
+def _open(jaxpr: Any) -> tuple[core.Jaxpr, Sequence[Any]]:
+    """Returns a jaxpr and its constants."""
+    return (jaxpr.jaxpr, jaxpr.consts) if isinstance(jaxpr, core.ClosedJaxpr) else (jaxpr, ())
+
+
+def _scan(eqn: core.JaxprEqn, values: list, targets: dict[int, _Target], add: _Add) -> list:
+    """Evaluates a scan that carries the sums and adds a slice to each in every trip."""
+    jaxpr, consts = _open(eqn.params["jaxpr"])
+    carries = _carries(eqn)
+    slices = sum(
+        v.aval.shape != w.aval.shape for v, w in zip(jaxpr.invars, eqn.invars, strict=True)
+    )
+    count = len(values) - slices - carries
+    shared, carry, xs = values[:count], values[count : count + carries], values[count + carries :]
+    places = {j: _of_slices(target.path) for j, target in targets.items()}
+
+    def body(state, x):
+        carry, totals = state
+        i, x = x
+        within = {
+            j: _Target(lax.dynamic_index_in_dim(totals[j], i, axis, keepdims=False), path)
+            for j, (axis, path) in places.items()
+        }
+        outs = _evaluate(jaxpr, consts, [*shared, *carry, *x], within, add)
+        totals = {
+            j: lax.dynamic_update_index_in_dim(total, outs[j], i, places[j][0])
+            for j, total in totals.items()
+        }
+        stacks = {j: outs[j] for j in range(carries, len(outs)) if j not in targets}
+        return (outs[:carries], totals), stacks
+
+    length, reverse, unroll = (eqn.params[name] for name in ("length", "reverse", "unroll"))
+    start = carry, {j: target.total for j, target in targets.items()}
+    xs = jnp.arange(length), xs
+    (carry, totals), stacks = lax.scan(body, start, xs, length, reverse=reverse, unroll=unroll)
+    results = dict(enumerate(carry)) | totals | stacks
+    return [results[j] for j in range(len(eqn.outvars))]
+
+
+def _call(eqn: core.JaxprEqn, values: list, targets: dict[int, _Target], add: _Add) -> list:
+    """Evaluates what `jax.jit` calls."""
+    jaxpr, consts = _open(eqn.params["jaxpr"])
+
+    @jax.jit
+    def inside(values, totals):
+        within = {j: target._replace(total=totals[j]) for j, target in targets.items()}
+        return _evaluate(jaxpr, consts, values, within, add)
+
+    return inside(values, {j: target.total for j, target in targets.items()})
+
+
+def _checkpoint(eqn: core.JaxprEqn, values: list, targets: dict[int, _Target], add: _Add) -> list:
+    """Evaluates what `jax.checkpoint` computes again, still behind its barrier."""
+    jaxpr, consts = _open(eqn.params["jaxpr"])
+    totals = {j: target.total for j, target in targets.items()}
+
+    def inside(values, totals):
+        within = {j: target._replace(total=totals[j]) for j, target in targets.items()}
+        return _evaluate(jaxpr, consts, values, within, add)
+
+    closed = jax.make_jaxpr(inside)(values, totals)
+    hoisted = core.Jaxpr(
+        (),
+        (*closed.jaxpr.constvars, *closed.jaxpr.invars),
+        closed.jaxpr.outvars,
+        closed.jaxpr.eqns,
+        closed.jaxpr.effects,
+    )
+    args = *closed.consts, *jax.tree.leaves((values, totals))
+    return eqn.primitive.bind(*args, **(eqn.params | {"jaxpr": hoisted}))
+
+
+_HANDLERS = {
+    "scan": _scan,
+    "jit": _call,
+    "pjit": _call,
+    "remat2": _checkpoint,
+    "checkpoint": _checkpoint,
+}
