@@ -124,7 +124,8 @@ def stale_shape(x: Any, change: Callable[[Any], Any]) -> tuple[int, ...] | None:
 
     def rebuild(leaves):
         nodes = []
-        jax.tree.leaves(change(structure.unflatten(leaves)), is_leaf=nodes.append)
+        changed = change(structure.unflatten(leaves))
+        jax.tree.leaves(changed, is_leaf=lambda node: bool(nodes.append(node)))  # visits all
         found.extend(_shapes(node) for node in nodes if is_object(node))
 
     if not jax.tree_util.treedef_is_leaf(structure):

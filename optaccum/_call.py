@@ -6,10 +6,10 @@ import inspect
 from typing import Any, NamedTuple
 
 import jax
-import numpy as np
 
 from optaccum import _batch, _keys
 from optaccum._batch import named_leaves
+from optaccum._trees import ARRAYS
 from optaccum._validate import check_argnums, check_names, describe
 
 ROWS, NAMES = "`batch_argnums`", "`batch_argnames`"
@@ -72,7 +72,7 @@ class Roles(NamedTuple):
         for j in self.rows:
             args[j] = _batch.take(args[j], i)
         for j in self.keys:
-            args[j] = _keys.fold(args[j], i)
+            args[j] = _keys.fold_in(args[j], i)
         return args
 
 
@@ -134,7 +134,7 @@ class Call:
         """
         trained, rows, keys, carry = self.roles
         for name, leaf in named_leaves(self.titled(trained)):
-            if not isinstance(leaf, jax.Array | np.ndarray | np.generic | int | float | complex):
+            if not isinstance(leaf, ARRAYS):
                 raise TypeError(
                     f"{name} is no array but {describe(leaf)}, and {TRAINED} names it; take the "
                     "arrays out, `params, static = equinox.partition(model, "

@@ -21,7 +21,7 @@ def _is_raw_key(x: Any) -> bool:
     return isinstance(x, jax.Array | np.ndarray) and x.dtype == jnp.uint32 and x.shape[-1:] == size
 
 
-def fold(tree: Any, i: jax.Array) -> Any:
+def fold_in(tree: Any, i: jax.Array) -> Any:
     """Returns the keys of microbatch i."""
     typed = any(map(is_typed_key, jax.tree.leaves(tree)))
 

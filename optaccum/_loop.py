@@ -7,7 +7,6 @@ from typing import Any, NamedTuple
 import jax
 from jax import lax
 import jax.numpy as jnp
-import numpy as np
 
 from optaccum import _devices, _extra_args, _reduce_axes, _scatters, _validate, _window
 from optaccum._batch import named_leaves
@@ -15,38 +14,25 @@ from optaccum._call import Roles
 from optaccum._cotangents import call_with_drops, drop_unless
 from optaccum._keys import is_typed_key
 from optaccum._mesh_axes import vary, varying
-from optaccum._trees import cast_like, strongly_typed, where
+from optaccum._trees import ARRAYS, cast_like, strongly_typed, where
 from optaccum._window import Sums
 
 
 class Carried(NamedTuple):
-    """What the scan carries from one microbatch to the next.
+    """What the scan carries from one microbatch to the next."""
 
-    Attributes:
-        sums: weighted sums of the gradients, a tree like them in the accumulator dtype.
-        total: sum of the weights so far, f32[], or f64[] with `jax_enable_x64`.
-        carry: the argument `carry_argnum` of the next microbatch; None if there is none.
-    """
-
-    sums: Any
-    total: jax.Array
-    carry: Any
+    sums: Any  # weighted sums of the gradients, in the accumulator dtype
+    total: jax.Array  # sum of the weights so far: f32[], or f64[] with `jax_enable_x64`
+    carry: Any  # the argument `carry_argnum` of the next microbatch; None if there is none
 
 
 class Microbatch(NamedTuple):
-    """What a microbatch adds, beside its gradients. The scan stacks it: leaves [n, ...].
+    """What the scan stacks of each microbatch, with a leading axis of length n."""
 
-    Attributes:
-        loss: l_i, a scalar.
-        aux: what `fun` returned beside the loss, without the carry.
-        weight: w_i, a scalar; None if it is the same for all and positive.
-        counts: bool[], whether the weight does; None if it surely does.
-    """
-
-    loss: jax.Array
-    aux: Any
-    weight: jax.Array | None
-    counts: jax.Array | None
+    loss: jax.Array  # l_i, a scalar
+    aux: Any  # what `fun` returned beside the loss, without the carry
+    weight: jax.Array | None  # w_i, a scalar; None if all are equal
+    counts: jax.Array | None  # bool[], whether the weight counts; None if all do
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -56,25 +42,22 @@ class Loop:
     Attributes:
         args: the arguments by position, the rows of the batch as [rows / n, n, ...] if n > 1.
         roles: which of them are what.
-        params: what is differentiated: one argument, or a tuple of them.
-        differentiate: `jax.value_and_grad` of the loss, a function of all arguments by position.
-        weight_fn: likewise; None for weights of 1.
+        params: the arguments that are differentiated: one, or a tuple.
+        differentiate: `jax.value_and_grad` of the loss, by position like `weight_fn`.
         devices: where the sums are.
-        n: the number of microbatches.
-        has_aux: whether the loss returns `(scalar, aux)`.
         summed: whether the loss is a sum over what the weight counts.
-        accumulator_dtype: dtype of the sums, or None.
+        n, has_aux, weight_fn, accumulator_dtype: as in :func:`optaccum.value_and_grad`.
     """
 
     args: list[Any]
     roles: Roles
     params: Any
     differentiate: Callable[..., Any]
-    weight_fn: Callable[..., Any] | None
     devices: _devices.Replicated
+    summed: bool
     n: int
     has_aux: bool
-    summed: bool
+    weight_fn: Callable[..., Any] | None
     accumulator_dtype: Any
 
     def once(self) -> tuple[Any, Any, Any, Any]:
@@ -121,12 +104,12 @@ class Loop:
         args = self.arguments(i, carry)
         weight, counts = self.weigh(args, total)
         loss, aux, carry, grads = self.run(args, weight, counts, total)
-        factor = None if counts is None else weight
-        sums = _window.add(sums, grads, factor, valid=counts, summed=self.summed)
+        unequal = None if counts is None else weight  # equal weights cancel
+        sums = _window.add(sums, grads, unequal, valid=counts, summed=self.summed)
         total += weight if counts is None else jnp.where(counts, weight, 0)
-        return Carried(sums, total, carry), Microbatch(loss, aux, factor, counts)
+        return Carried(sums, total, carry), Microbatch(loss, aux, unequal, counts)
 
-    def arguments(self, i: jax.Array | int, carry: Any) -> list[Any]:
+    def arguments(self, i: Any, carry: Any) -> list[Any]:
         """Returns the arguments of microbatch i, or all of them if it is the only one."""
         args = list(self.args) if self.n == 1 else self.roles.microbatch(self.args, i)
         for j in self.roles.carry:
@@ -134,9 +117,9 @@ class Loop:
         return args
 
     def weigh(self, args: list[Any], total: Any) -> tuple[Any, jax.Array | None]:
-        """Returns a weight and whether it counts, beside the sum of those before.
+        """Returns the weight of a microbatch, and whether it counts after a `total` of others.
 
-        A positive Python number cannot depend on the microbatch, and counts: then it is None.
+        None means that it does: a positive Python number, which is then the same for all.
         """
         weight, dtype = 1.0, _dtype()
         if self.weight_fn is not None:
@@ -154,8 +137,8 @@ class Loop:
 
         Args:
             args: its arguments.
-            weight: how much it counts.
-            counts: whether it does, as `weigh` returns both.
+            weight: its weight.
+            counts: whether that counts, as `weigh` returns both.
             total: sum of the weights before it.
         """
         found, holds = _scatters.trace(
@@ -193,7 +176,7 @@ def _dtype() -> jnp.dtype:
 def check_aux(aux: Any) -> None:
     """Raises unless what `fun` returned beside its loss can be stacked."""
     for name, x in named_leaves({"": aux}):
-        if not isinstance(x, jax.Array | np.ndarray | np.generic | int | float | complex):
+        if not isinstance(x, ARRAYS):
             raise TypeError(
                 f"`fun` returned {_validate.describe(x)} as aux leaf {name or '(the only leaf)'}; "
                 "return arrays or numbers, which are stacked over the microbatches"

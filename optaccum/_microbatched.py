@@ -146,21 +146,20 @@ def microbatched(
         args = call.roles.split(call.args, n)
         for j in call.roles.keys:
             args[j] = jax.tree.map(jnp.asarray, args[j])
-        places = _passes.Arrays(args, call.roles)
-        arrays = [x for x in jax.tree.leaves(args) if _passes.is_array(x)]
-
+        whole, rows, join = _passes.take_apart(args, call.roles)
+        first = jnp.int32(0)
         # What `fun` closes over becomes an argument of the rule, which can then tell whether it
         # is differentiated.
         of_arrays, closed_over, shapes = hoisted(
-            lambda *arrays: of_args(*places.to_args(arrays)),
-            *places.microbatch(places.share(arrays, devices), jnp.int32(0)),
+            lambda i, *arrays: of_args(*join(i, *arrays)),
+            *(first, *_passes.share(whole, devices), *_batch.take(rows, first)),
         )
         check_outputs(shapes, call.num_rows // n)
         check_joins(shapes, n)
-        passes = _passes.Passes(of_arrays, places, devices, n, accumulator_dtype)
+        passes = _passes.Passes(of_arrays, devices, n, accumulator_dtype)
         rule = jax.custom_vjp(passes.run)
         rule.defvjp(passes.forward, passes.backward, symbolic_zeros=True)
-        return _batch.join(rule(arrays, closed_over))
+        return _batch.join(rule(whole, rows, closed_over))
 
     return microbatched_fn
 

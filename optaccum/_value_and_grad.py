@@ -2,17 +2,7 @@
 
 from collections.abc import Callable, Sequence
 import functools
-from typing import (
-    Any,
-    Concatenate,
-    Literal,
-    ParamSpec,
-    Required,
-    TypedDict,
-    TypeVar,
-    Unpack,
-    overload,
-)
+from typing import Any, Concatenate, Literal, ParamSpec, TypedDict, TypeVar, Unpack, overload
 
 import jax
 
@@ -25,9 +15,8 @@ Rest = ParamSpec("Rest")
 
 
 class Options(TypedDict, total=False):
-    """The keyword arguments of :func:`value_and_grad`, for type checkers."""
+    """The keyword arguments of :func:`value_and_grad` that have defaults, for type checkers."""
 
-    num_microbatches: Required[int]
     batch_argnums: int | Sequence[int] | None
     batch_argnames: str | Sequence[str] | None
     weight_fn: Callable[..., Any] | None
@@ -43,6 +32,8 @@ def value_and_grad(
     fun: Callable[Concatenate[Params, Rest], Any],
     argnums: Literal[0] = 0,
     has_aux: bool = False,
+    *,
+    num_microbatches: int,
     **options: Unpack[Options],
 ) -> Callable[Concatenate[Params, Rest], tuple[Any, Params]]: ...
 
@@ -52,6 +43,8 @@ def value_and_grad(
     fun: Callable[..., Any],
     argnums: int | Sequence[int],
     has_aux: bool = False,
+    *,
+    num_microbatches: int,
     **options: Unpack[Options],
 ) -> Callable[..., Any]: ...
 
@@ -224,7 +217,7 @@ def grad(
     fun: Callable[..., Any],
     argnums: int | Sequence[int] = 0,
     has_aux: bool = False,
-    **options: Unpack[Options],
+    **options: Any,
 ) -> Callable[..., Any]:
     """Return `jax.grad(fun)` that runs the batch in microbatches.
 
