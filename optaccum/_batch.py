@@ -1,30 +1,25 @@
-"""Rows and keys: what one microbatch is given of a whole batch."""
+"""Batches: how rows are split into microbatches and joined again, and which cannot be."""
 
-from collections.abc import Callable, Sequence
-import functools
+from collections.abc import Callable, Mapping
+import math
 from typing import Any
 
 import jax
 from jax import lax
 import jax.numpy as jnp
+import numpy as np
 
+from optaccum._validate import describe
 
-def by_position(fun: Callable[..., Any], count: int, names: Sequence[str]) -> Callable[..., Any]:
-    """Returns `fun` with all arguments by position: `count` of them, then those with `names`."""
-
-    @functools.wraps(fun)
-    def call(*args):
-        return fun(*args[:count], **dict(zip(names, args[count:], strict=True)))
-
-    return call
+PAD = "pad the batch and give the padding no weight with `weight_fn`"
 
 
 def split(tree: Any, n: int) -> Any:
     """Returns leaves [rows, ...] as [rows / n, n, ...]: views, sharded as they were.
 
-    Microbatch i is index i of the second axis, so it holds the rows i, i + n, i + 2n, ... Read in
-    a loop, it costs its own rows. An axis of microbatches in front, which `lax.scan` slices by
-    itself, would cost a copy of the batch before the loop.
+    Microbatch i is index i of the second axis, so it holds the rows i, i + n, i + 2n, ... Reading
+    it in a loop costs its rows. For an axis of microbatches in front, which `lax.scan` could slice,
+    the batch would be copied before the loop.
     """
     return jax.tree.map(lambda x: jnp.reshape(x, (x.shape[0] // n, n, *x.shape[1:])), tree)
 
@@ -35,34 +30,127 @@ def take(tree: Any, i: jax.Array) -> Any:
 
 
 def put(tree: Any, microbatch: Any, i: jax.Array) -> Any:
-    """Returns a tree like that of :func:`split`, with microbatch i replaced."""
+    """Returns a tree that :func:`split` returned, with microbatch i replaced."""
 
-    def leaf(x, own):
-        return lax.dynamic_update_index_in_dim(x, own.astype(x.dtype), i, 1)
+    def leaf(x, new):
+        return lax.dynamic_update_index_in_dim(x, new.astype(x.dtype), i, 1)
 
     return jax.tree.map(leaf, tree, microbatch)
 
 
 def join(tree: Any) -> Any:
-    """Returns leaves [m, n, ...] as [m n, ...]: what :func:`split` undoes."""
+    """Returns leaves [m, n, ...] as [m n, ...], which undoes :func:`split`."""
     return jax.tree.map(lambda x: jnp.reshape(x, (x.shape[0] * x.shape[1], *x.shape[2:])), tree)
 
 
-def is_typed_key(x: Any) -> bool:
-    """Returns whether `x` is a key of `jax.random.key`."""
-    return isinstance(x, jax.Array) and jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
+def named_leaves(
+    trees: dict[str, Any], is_leaf: Callable[[Any], bool] | None = None
+) -> list[tuple[str, Any]]:
+    """Returns the leaves of trees with their names, which begin with the titles of the trees."""
+    return [
+        (f"{title}{jax.tree_util.keystr(path)}", leaf)
+        for title, tree in trees.items()
+        for path, leaf in jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_leaf)
+    ]
 
 
-def own_keys(tree: Any, i: jax.Array) -> Any:
-    """Returns a tree of keys with those of microbatch i."""
-    typed = any(map(is_typed_key, jax.tree.leaves(tree)))
+def check_batch(batch: dict[str, Any], n: int, remedy: str = PAD) -> None:
+    """Raises unless all leaves have one number of rows, which `n` divides on every device."""
+    leaves = named_leaves(batch)
+    if not leaves:
+        raise ValueError(f"the arguments of the batch hold no array to split: {[*batch]}")
+    for name, leaf in leaves:
+        if not getattr(leaf, "shape", ()):
+            raise ValueError(
+                f"batch leaf {name} has no leading axis to split, got {describe(leaf)}; pass it as "
+                "another argument"
+            )
+        (first, whole), rows = leaves[0], leaf.shape[0]
+        if rows != whole.shape[0]:
+            raise ValueError(
+                f"batch leaves must have one number of rows, but {first} has {whole.shape[0]} and "
+                f"{name} has {rows}"
+            )
+        local = rows // _devices_of_rows(leaf)
+        if local % n:
+            divisors = [d for d in range(1, local + 1) if local % d == 0]
+            near = [d for d in divisors if d < n][-1:] + [d for d in divisors if d > n][:1]
+            per_device = "" if local == rows else f" that a device holds of the {rows}"
+            raise ValueError(
+                f"`num_microbatches` {n} does not divide the {local} rows{per_device} in batch "
+                f"leaf {name}; nearest are {' and '.join(map(str, near))}, or {remedy}"
+            )
 
-    def fold(x):
-        if typed and not is_typed_key(x):
-            return x  # a count of `flax.nnx.RngState`
-        each = functools.partial(jax.random.fold_in, data=i)
-        for _ in range(x.ndim if typed else x.ndim - 1):
-            each = jax.vmap(each)
-        return each(x)
 
-    return jax.tree.map(fold, tree)
+def _devices_of_rows(x: Any) -> int:
+    """Returns over how many devices the type of `x` shards its rows."""
+    sharding = jax.typeof(x).sharding
+    axes = jax.tree.leaves(tuple(sharding.spec)[:1])
+    return math.prod(sharding.mesh.shape[axis] for axis in axes)
+
+
+def check_objects(batch: dict[str, Any], n: int) -> None:
+    """Raises if an object in a batch cannot hold the rows of a microbatch."""
+    remedy = "pass its arrays (`x.array` of haliax), and build the object inside `fun`"
+    for name, x in named_leaves(batch, is_object) if n > 1 else ():
+        name = f"{name}, an object of type {type(x).__name__},"
+        try:
+            shape = stale_shape(x, lambda x: take(split(x, n), jnp.int32(0)))
+        except Exception as error:
+            raise ValueError(
+                f"{name} cannot be rebuilt with the rows of a microbatch "
+                f"({type(error).__name__}: {error}); {remedy}"
+            ) from error
+        if shape:
+            raise ValueError(
+                f"{name} keeps the shape of its array, {shape}, in its tree structure, which stays "
+                f"when the array is split; {remedy}"
+            )
+
+
+def is_object(x: Any) -> bool:
+    """Returns whether `x` is neither None nor one of Python's containers."""
+    return not (x is None or isinstance(x, dict | list | tuple))
+
+
+def stale_shape(x: Any, change: Callable[[Any], Any]) -> tuple[int, ...] | None:
+    """Returns the shape of an array in `x` that `change(x)` says to have, after it changed.
+
+    haliax's NamedArrays keep axes, with their sizes, in their tree structure. Nothing tells them
+    that an array was sliced.
+    """
+    leaves, structure = jax.tree.flatten(x)
+    found = []
+
+    def rebuild(leaves):
+        nodes = []
+        changed = change(structure.unflatten(leaves))
+        jax.tree.leaves(changed, is_leaf=lambda node: bool(nodes.append(node)))  # visits all
+        found.extend(_shapes(node) for node in nodes if is_object(node))
+
+    if not jax.tree_util.treedef_is_leaf(structure):
+        jax.eval_shape(rebuild, leaves)
+    shapes = [x.shape for x in leaves]
+    return next((s for kept in found for s, sure in kept if s and (sure or s in shapes)), None)
+
+
+def _shapes(x: Any) -> list[tuple[tuple, bool]]:
+    """Returns the attributes of an object that may be shapes, and whether they are for sure."""
+    if jax.tree_util.all_leaves([x]):
+        return []
+    names = [*getattr(x, "__dict__", ()), *getattr(type(x), "__slots__", ())]
+    # A sparse matrix has the shape of none of its arrays.
+    sparse = hasattr(x, "dtype")
+    return [(_as_shape(getattr(x, name, None)), sparse and name == "shape") for name in names]
+
+
+def _as_shape(x: Any) -> tuple[int, ...]:
+    """Returns sizes, pairs of names and sizes, or axes that have a size, as a shape; else ()."""
+    if isinstance(x, Mapping):
+        x = [*x.values()]
+    if not isinstance(x, tuple | list):
+        return ()
+    sizes: list[Any] = [e[1] if isinstance(e, tuple) and len(e) == 2 else e for e in x]
+    sizes = [e if hasattr(e, "shape") else getattr(e, "size", e) for e in sizes]
+    known = all(isinstance(e, int | np.integer) and not isinstance(e, bool) for e in sizes)
+    return tuple(int(size) for size in sizes) if known else ()

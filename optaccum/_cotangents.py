@@ -1,4 +1,4 @@
-"""Cotangents: derivatives of results that do not count are zero, whatever led to these results."""
+"""Cotangents: results that do not count have none, whatever led to them."""
 
 from collections.abc import Callable
 from typing import Any
@@ -12,66 +12,71 @@ import jax.numpy as jnp
 from optaccum._mesh_axes import varying
 
 
-def drop_unless(valid: jax.Array, tree: Any) -> Any:
-    """Returns `tree`, whose cotangents are zeros unless `valid`.
+def drop_unless(counts: jax.Array, tree: Any) -> Any:
+    """Returns `tree`, whose cotangents are zeros unless `counts`, a bool[].
 
-    A select of results is not enough: its zeros are multiplied with what is NaN in the program
-    before it, and 0 * NaN is NaN. So the same is selected where cotangents leave that program. It
-    is the identity in every program that is not transposed.
+    A select of results is not enough: the program before it multiplies its zeros, and 0 * NaN is
+    NaN. So the cotangents that leave that program are selected too. Every program that is not
+    transposed stays as it is.
 
-    Args:
-        valid: bool[].
-        tree: a pytree. Leaves without a cotangent stay, and so does what devices share by its type,
-            if they may differ in `valid`: then it has the cotangents of all.
+    Leaves without cotangents are returned as they are. So is a leaf that is replicated over an axis
+    over which `counts` varies: its cotangent is summed over the devices.
     """
 
     def leaf(x):
         inexact = isinstance(x, jax.Array) and jnp.issubdtype(x.dtype, jnp.inexact)
-        if not inexact or varying(valid) - varying(x):
+        if not inexact or varying(counts) - varying(x):
             return x
-        return _drop_unless_p.bind(valid, x)
+        return _drop_unless_p.bind(counts, x)
 
     return jax.tree.map(leaf, tree)
 
 
-def call_with_drops(valid: jax.Array | None, fun: Callable[[], Any]) -> Any:
-    """Returns `fun()`; all that it closes over has no cotangents unless `valid` (None: always)."""
-    if valid is None:
+def call_with_drops(counts: jax.Array | None, fun: Callable[[], Any]) -> Any:
+    """Returns `fun()`; what it closes over has no cotangents unless `counts` (None: it has)."""
+    if counts is None:
         return fun()
-    closed, shapes = jax.make_jaxpr(fun, return_shape=True)()
-    consts = drop_unless(valid, closed.consts)
-    results = core.jaxpr_as_fun(core.ClosedJaxpr(closed.jaxpr, consts))()
-    return jax.tree.structure(shapes).unflatten(results)
+    closed, structure = flat_jaxpr(fun)
+    consts = drop_unless(counts, closed.consts)
+    return structure.unflatten(core.jaxpr_as_fun(core.ClosedJaxpr(closed.jaxpr, consts))())
 
 
-def _jvp(primals: Any, tangents: Any) -> Any:
-    (valid, x), (_, tangent) = primals, tangents
-    if not isinstance(tangent, ad.Zero):
-        tangent = _drop_unless_p.bind(valid, tangent)
-    return _drop_unless_p.bind(valid, x), tangent
+def flat_jaxpr(fun: Callable[[], Any]) -> tuple[core.ClosedJaxpr, Any]:
+    """Returns the jaxpr of `fun()`, and the tree structure of what it returns.
+
+    The structure is taken of the results: not every class can be rebuilt from shapes.
+    """
+    structures = []
+
+    def flat():
+        leaves, structure = jax.tree.flatten(fun())
+        structures.append(structure)
+        return leaves
+
+    return jax.make_jaxpr(flat)(), structures[0]
 
 
-def _transpose(cotangent: Any, valid: Any, _: Any) -> Any:
+def _transpose(cotangent: Any, counts: Any, _: Any) -> Any:
     if isinstance(cotangent, ad.Zero):
         return None, cotangent
-    if valid.ndim:  # under `jax.vmap`
-        valid = lax.broadcast_in_dim(valid, cotangent.shape, tuple(range(valid.ndim)))
-    return None, lax.select(valid, cotangent, jnp.zeros_like(cotangent))
+    if counts.ndim:  # under `jax.vmap`
+        counts = lax.broadcast_in_dim(counts, cotangent.shape, tuple(range(counts.ndim)))
+    return None, lax.select(counts, cotangent, jnp.zeros_like(cotangent))
 
 
 def _batch(args: Any, dims: Any) -> Any:
-    (valid, x), (at, x_at) = args, dims
-    if at is None and not valid.ndim:
-        return _drop_unless_p.bind(valid, x), x_at
+    (counts, x), (at, x_at) = args, dims
+    if at is None and not counts.ndim:
+        return _drop_unless_p.bind(counts, x), x_at
     (size,) = {a.shape[d] for a, d in zip(args, dims, strict=True) if d is not None}
-    valid, x = (batching.bdim_at_front(a, d, size) for a, d in zip(args, dims, strict=True))
-    return _drop_unless_p.bind(valid, x), 0
+    counts, x = (batching.bdim_at_front(a, d, size) for a, d in zip(args, dims, strict=True))
+    return _drop_unless_p.bind(counts, x), 0
 
 
 _drop_unless_p = core.Primitive("drop_unless")
 _drop_unless_p.def_impl(lambda _, x: x)
 _drop_unless_p.def_abstract_eval(lambda _, x: x)
-mlir.register_lowering(_drop_unless_p, lambda _context, _valid, x: [x])
-ad.primitive_jvps[_drop_unless_p] = _jvp
+mlir.register_lowering(_drop_unless_p, lambda _context, _counts, x: [x])
+ad.defjvp(_drop_unless_p, None, lambda tangent, counts, _: _drop_unless_p.bind(counts, tangent))
 ad.primitive_transposes[_drop_unless_p] = _transpose
 batching.primitive_batchers[_drop_unless_p] = _batch

@@ -6,11 +6,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from optaccum import _batch, _devices, _gradients, _passes, _reduce_axes, _roles, _rows, _validate
+from optaccum import _batch, _call, _passes, _reduce_axes, _validate
+from optaccum._batch import named_leaves
 from optaccum._conditional import hoisted
-from optaccum._objects import check_joins, unchanged
-from optaccum._trees import cast_like
+from optaccum._in_place import refuse_changes
 
 
 def microbatched(
@@ -25,16 +26,16 @@ def microbatched(
 ) -> Callable[..., Any]:
     """Return `fun` that runs its rows in n microbatches, exactly for losses that couple all rows.
 
-    For the microbatches i = 0..n-1 of the batch, a loss L of all outputs Y, and its derivative
-    y-bar_i by those of microbatch i::
+    For the microbatches i = 0..n-1 of the batch, a loss L of all outputs Y, and y-bar_i, the rows
+    of dL/dY of microbatch i::
 
         Y = [fun(params, rows_i) for all i]        gradient = sum_i vjp_i(y-bar_i)
 
-    where vjp_i belongs to `fun(params, rows_i)`, which is computed again for it. That is the chain
-    rule, so it is exact for every L: contrastive losses, balance of experts, dice, covariances.
-    :func:`optaccum.value_and_grad` is exact for means over rows only, and runs `fun` once where
-    this runs it twice. Compute with all rows outside of `fun`, and call the result inside
-    `jax.jit`; outside it the loops are compiled in every call.
+    where vjp_i belongs to `fun(params, rows_i)`, which is computed again for it. By the chain rule
+    this is exact for every L: contrastive losses, balance of experts, dice, covariances. For means
+    over rows :func:`optaccum.value_and_grad` is exact too, and runs `fun` once and not twice.
+    Compute with all rows outside of `fun`, and call the result inside `jax.jit`: outside it, every
+    call compiles the loops.
 
     >>> import jax, jax.numpy as jnp, optaccum
     >>> def encode(w, x):
@@ -50,14 +51,14 @@ def microbatched(
     4.00, as a variance within microbatches
 
     Guarantees:
-        * Outputs and gradients are those of `fun`, in the order of the batch, with their shapes and
-          dtypes. Gradients are summed in `accumulator_dtype`, by default the dtype promoted to at
-          least float32, and cast once.
-        * Between the two passes only the arguments are kept, beside what the loss keeps of Y.
+        * Outputs and gradients are what `fun` gives for all rows, in the order of the batch, with
+          its shapes and dtypes. Gradients are summed in `accumulator_dtype`, by default the dtype
+          promoted to at least float32, and cast once.
+        * Between the passes only the arguments are kept, and what the loss keeps of Y.
         * Microbatch i holds the rows i, i + n, i + 2n, ... of every batch leaf, as in
-          :func:`optaccum.value_and_grad`: an axis that is sharded over devices stays where it is.
-        * Both passes see the same keys, so that dropout drops the same units in both.
-        * A gradient is exact or refused: where a value that `fun` closes over is differentiated, an
+          :func:`optaccum.value_and_grad`: an axis that is sharded over devices stays in place.
+        * Both passes see the same keys, so dropout drops the same units in both.
+        * A gradient is exact or refused: if a value that `fun` closes over is differentiated, an
           error says so.
         * With `reduce_axes` in `jax.shard_map` (with its `check_vma`) the devices reduce the
           gradients of what they share once, after the loop, before the cast.
@@ -75,7 +76,7 @@ def microbatched(
     keyword arguments                             `batch_argnames` are split, others stay whole;
                                                   if left out, none may have as many rows
     an argument that `fun` changes in place       an error, as for BatchNorm of `flax.nnx`: each
-                                                  microbatch has its own. A copy may change
+                                                  microbatch gets a copy. A clone may change
     integer outputs and arguments, None leaves    as in `jax.grad`: no gradient
     second derivatives, such as `jax.hessian`     exact; `jax.jvp` of `jax.grad` needs the memory
                                                   of two microbatches, `jax.grad` of `jax.grad`
@@ -84,8 +85,8 @@ def microbatched(
     BatchNorm inside `fun`                        sees the rows of its microbatch
     ============================================  ==============================================
 
-    A loss that needs a term from inside `fun` takes it out as an output: the sums of expert loads
-    as `loads[None]`, which come back as [n, experts], or router probabilities by row::
+    If a loss needs a term from inside `fun`, return it as an output: the sums of expert loads as
+    `loads[None]`, which come back as [n, experts], or router probabilities by row::
 
         def blocks(params, tokens):
             hidden, loads = model(params, tokens)
@@ -118,8 +119,9 @@ def microbatched(
             `check_vma`.
         ValueError: (here) for `num_microbatches` below 1 or no batch; (when traced) for batch
             leaves that cannot be split, an argument with two roles or with rows that nobody named,
-            an output with neither the rows of its microbatch nor one entry, `reduce_axes` that are
-            not those of a `jax.shard_map`, or an `accumulator_dtype` that drops an imaginary part.
+            an output with neither the rows of its microbatch nor one entry, `reduce_axes` that
+            name other axes than a `jax.shard_map` has, or an `accumulator_dtype` that drops an
+            imaginary part.
 
     References: Gao et al., "Scaling Deep Contrastive Learning Batch Size under Memory Limited
     Setup" (arXiv:2101.06983), who do it for contrastive losses.
@@ -128,151 +130,74 @@ def microbatched(
     n = _validate.check_count("`num_microbatches`", num_microbatches)
     accumulator_dtype = _validate.check_accumulator_dtype(accumulator_dtype)
     axes = _validate.check_axes(reduce_axes)
-    given = {"`batch_argnums`": batch_argnums, "`rng_argnums`": rng_argnums}
-    roles = _roles.check_roles(given, batch_argnames)
+    options = {"`batch_argnums`": batch_argnums, "`rng_argnums`": rng_argnums}
+    positions = _call.check_roles(options, batch_argnames)
 
     @functools.wraps(fun)
     def microbatched_fn(*args, **kwargs):
-        pad = "pad the batch and drop the outputs of the padding"
-        called = _roles.check_call(fun, roles, args, kwargs, n, pad)
-        rows, rngs = called.roles.values()
-        of_args = unchanged(called.by_position(fun), called.title, None)
-        count = jax.tree.leaves([called.args[j] for j in rows])[0].shape[0]
-        over = _reduce_axes.check_shares(axes)
+        call = _call.Call(fun, positions, args, kwargs)
+        call.check(n, "pad the batch and drop the outputs of the padding")
+        of_args = refuse_changes(call.by_position(fun), call.title, None)
+        devices = _reduce_axes.check_shares(axes)
         if n == 1:
-            outputs = of_args(*(share(x, over) for x in called.args))
-            _rows.check_outputs(outputs, count)
+            outputs = of_args(*_passes.share(call.args, devices))
+            check_outputs(outputs, call.num_rows)
             return outputs
-        divided = _divide(called.args, rows, rngs, n)
-        call = _Call(divided, rows, rngs)
-        arrays = [x for x in jax.tree.leaves(divided) if _is_array(x)]
-
-        def of_arrays(*arrays):
-            return of_args(*call.fill(arrays))
-
+        args = call.roles.split(call.args, n)
+        for j in call.roles.keys:
+            args[j] = jax.tree.map(jnp.asarray, args[j])
+        whole, rows, join = _passes.take_apart(args, call.roles)
+        first = jnp.int32(0)
         # What `fun` closes over becomes an argument of the rule, which can then tell whether it
         # is differentiated.
-        example = call.own(call.share(arrays, over), jnp.int32(0))
-        of_arrays, closed_over, shapes = hoisted(of_arrays, *example)
-        _rows.check_outputs(shapes, count // n)
-        check_joins(shapes)
-
-        def run(arrays, closed_over):
-            shared = call.share(arrays, over)
-            return _passes.outputs(lambda i: of_arrays(closed_over, *call.own(shared, i)), n)
-
-        def forward(arrays, closed_over):
-            for x in closed_over:
-                if x.perturbed:
-                    raise TypeError(
-                        f"`fun` closes over a value, {_validate.describe(x.value)}, that is being "
-                        "differentiated, but only its arguments have gradients here; pass it as "
-                        "an argument"
-                    )
-            closed_over, values = ([x.value for x in found] for found in (closed_over, arrays))
-            trained = {k: x.value for k, x in enumerate(arrays) if x.perturbed}
-            _gradients.check_parameters(call.only(trained), accumulator_dtype)
-            return run(values, closed_over), (trained, values, closed_over)
-
-        def backward(residuals, cotangents):
-            trained, arrays, closed_over = residuals
-            shared = call.share(arrays, over)
-
-            def pull(i):
-                own = call.own(shared, i)
-
-                def of_trained(trained):
-                    return of_arrays(closed_over, *(trained.get(k, x) for k, x in enumerate(own)))
-
-                # With the fences of `jax.checkpoint` compilers go through the parts of `fun` one
-                # after the other. Without, XLA:GPU keeps what two towers compute at the same time.
-                of_trained = jax.checkpoint(of_trained)
-                outputs, vjp = jax.vjp(of_trained, {k: own[k] for k in trained})
-                (found,) = vjp(_passes.own_cotangents(outputs, cotangents, i))
-                return call.divide(found)
-
-            whole, rows = call.divide({k: shared[k] for k in trained})
-            sums, of_rows = _passes.cotangents(pull, whole, rows, n, accumulator_dtype)
-            sums = {k: _devices.reduce_like(s, arrays[k], over) for k, s in sums.items()}
-            found = cast_like(sums, {k: arrays[k] for k in sums}) | of_rows
-            return [found.get(k) for k in range(len(arrays))], [None for _ in closed_over]
-
-        rule = jax.custom_vjp(run)
-        rule.defvjp(forward, backward, symbolic_zeros=True)
-        return _batch.join(rule(arrays, closed_over))
+        of_arrays, closed_over, shapes = hoisted(
+            lambda i, *arrays: of_args(*join(i, *arrays)),
+            *(first, *_passes.share(whole, devices), *_batch.take(rows, first)),
+        )
+        check_outputs(shapes, call.num_rows // n)
+        check_joins(shapes, n)
+        passes = _passes.Passes(of_arrays, devices, n, accumulator_dtype)
+        rule = jax.custom_vjp(passes.run)
+        rule.defvjp(passes.forward, passes.backward, symbolic_zeros=True)
+        return _batch.join(rule(whole, rows, closed_over))
 
     return microbatched_fn
 
 
-def _divide(args: list, rows: tuple, rngs: tuple, n: int) -> list[Any]:
-    """Returns the arguments with their rows divided, [m, n, ...], and keys as arrays."""
-    divided = [
-        jax.tree.map(jnp.asarray, x) if j in (*rows, *rngs) else x for j, x in enumerate(args)
-    ]
-    for j in rows:
-        divided[j] = _batch.split(divided[j], n)
-    return divided
+def check_outputs(outputs: Any, rows: int) -> None:
+    """Raises unless every output has one entry for each row of its microbatch, or one in all."""
+    for name, y in named_leaves({"": outputs}):
+        name = name or "(the only leaf)"
+        if not isinstance(y, jax.Array | np.ndarray | jax.ShapeDtypeStruct):
+            kind = _validate.describe(y)
+            raise TypeError(f"`fun` returned {kind} as output leaf {name}; return arrays")
+        if not y.shape:
+            raise TypeError(
+                f"`fun` returned output leaf {name} of shape (), but it is called with one "
+                "microbatch at a time and its outputs are joined along their leading axis; return "
+                "`x[None]`, of which you get one entry per microbatch, or reduce over all rows "
+                "outside of `fun`"
+            )
+        if y.shape[0] not in (1, rows):
+            raise ValueError(
+                f"`fun` returned output leaf {name} of shape {y.shape} for the {rows} rows of a "
+                "microbatch, and outputs are joined along their leading axis as rows are; return "
+                "`x[None]`, of which you get one entry per microbatch, or, with r entries for each "
+                f"row, `x.reshape({rows}, r, ...)`"
+            )
 
 
-def _is_array(x: Any) -> bool:
-    return isinstance(x, jax.Array)
+def check_joins(outputs: Any, n: int) -> None:
+    """Raises if an object among the outputs of a microbatch cannot hold those of all."""
 
+    def joined(y):
+        return jax.tree.map(lambda y: jnp.concatenate([y] * n), y)
 
-class _Call:
-    """What does not change in the arguments of one call, and where their arrays belong.
-
-    It keeps none of the arrays: rules of differentiation outlive the trace that these belong to.
-    """
-
-    def __init__(self, divided: list, rows: tuple, rngs: tuple):
-        self.rows, self.rngs = rows, rngs
-        leaves, self.treedef = jax.tree.flatten(divided)
-        self.at = [k for k, x in enumerate(leaves) if _is_array(x)]
-        self.leaves = [None if _is_array(x) else x for x in leaves]
-        of_rows = [jax.tree.map(lambda _, j=j: j in rows, x) for j, x in enumerate(divided)]
-        is_row = jax.tree.leaves(of_rows)
-        self.is_row = [is_row[k] for k in self.at]
-
-    def fill(self, arrays: Sequence[jax.Array]) -> list[Any]:
-        """Returns the arguments with these arrays in them."""
-        leaves = self.leaves.copy()
-        for k, x in zip(self.at, arrays, strict=True):
-            leaves[k] = x
-        return self.treedef.unflatten(leaves)
-
-    def only(self, some: dict[int, jax.Array]) -> list[Any]:
-        """Returns arguments that are None but for some arrays."""
-        leaves: list[Any] = [None] * len(self.leaves)
-        for k, x in some.items():
-            leaves[self.at[k]] = x
-        return self.treedef.unflatten(leaves)
-
-    def own(self, arrays: Sequence[jax.Array], i: jax.Array) -> list[jax.Array]:
-        """Returns the arrays of microbatch i: its rows and keys, and all others whole."""
-        args = self.fill(arrays)
-        for j in self.rows:
-            args[j] = _batch.take(args[j], i)
-        for j in self.rngs:
-            args[j] = _batch.own_keys(args[j], i)
-        leaves = jax.tree.leaves(args)
-        return [leaves[k] for k in self.at]
-
-    def share(self, arrays: Sequence[jax.Array], over: _devices.Replicated) -> list[jax.Array]:
-        """Returns arrays of which what has a gradient is each device's own, except for rows."""
-        known = zip(arrays, self.is_row, strict=True)
-        return [x if is_row else share(x, over) for x, is_row in known]
-
-    def divide(self, some: dict[int, Any]) -> tuple[dict[int, Any], dict[int, Any]]:
-        """Returns what belongs to arrays that all microbatches share, and what to rows."""
-        whole = {k: x for k, x in some.items() if not self.is_row[k]}
-        return whole, {k: x for k, x in some.items() if self.is_row[k]}
-
-
-def share(tree: Any, over: _devices.Replicated) -> Any:
-    """Returns a tree of which every array that can have a gradient is each device's own."""
-
-    def leaf(x):
-        inexact = _is_array(x) and jnp.issubdtype(x.dtype, jnp.inexact)
-        return over.share(x) if inexact else x
-
-    return jax.tree.map(leaf, tree)
+    for name, y in named_leaves({"": outputs}, _batch.is_object):
+        if shape := _batch.stale_shape(y, joined):
+            raise ValueError(
+                f"`fun` returned output {name or '(the only one)'}, an object of type "
+                f"{type(y).__name__}, which keeps the shape of its array, {shape}, in its tree "
+                "structure, which stays when the outputs of all microbatches are joined; return "
+                "its arrays (`x.array` of haliax), and build the object outside"
+            )

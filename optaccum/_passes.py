@@ -1,11 +1,13 @@
 """Two passes over a batch, one microbatch in memory at a time: outputs first, then cotangents.
 
-A loss of all outputs Y has the gradient sum_i vjp_i(y-bar_i), where y-bar_i are the rows of its
-derivative by Y that belong to microbatch i. So outputs are computed without keeping what led to
-them, and once Y-bar is known each microbatch is computed again, for its own share of the gradient.
+A loss of all outputs Y has the gradient sum_i vjp_i(y-bar_i), with y-bar_i the rows of dL/dY of
+microbatch i. So the first pass keeps nothing but the outputs, and once dL/dY is known the second
+computes each microbatch again, for its part of the gradient.
 """
 
 from collections.abc import Callable
+import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -14,72 +16,151 @@ from jax.custom_derivatives import SymbolicZero
 import jax.numpy as jnp
 import numpy as np
 
-from optaccum import _batch, _scatters, _window
+from optaccum import _batch, _devices, _gradients, _keys, _scatters, _window
+from optaccum._call import Roles
+from optaccum._trees import cast_like
+from optaccum._validate import describe
+
+Arrays = list[jax.Array]
 
 
-def outputs(fun: Callable[[jax.Array], Any], n: int) -> Any:
-    """Returns `fun(0)` to `fun(n - 1)`, leaves [m, ...], as leaves [m, n, ...].
+def take_apart(args: list[Any], roles: Roles) -> tuple[Arrays, Arrays, Callable[..., list[Any]]]:
+    """Returns the arrays without rows, those with rows, and a function that joins both again.
 
-    Each is written to its place in the order of the batch. The results of `lax.scan` would lie
-    microbatch after microbatch, and to bring them into order takes a copy of them all.
+    `join(i, *whole, *rows)` returns the arguments of microbatch i, with its keys. It keeps no
+    array: rules of differentiation outlive the trace that arrays belong to.
     """
+    leaves, structure = jax.tree.flatten(args)
+    in_rows = [j in roles.rows for j, tree in enumerate(args) for _ in jax.tree.leaves(tree)]
+    arrays = [k for k, x in enumerate(leaves) if isinstance(x, jax.Array)]
+    whole = [k for k in arrays if not in_rows[k]]
+    rows = [k for k in arrays if in_rows[k]]
+    others = [None if isinstance(x, jax.Array) else x for x in leaves]
 
-    def body(found, i):
-        return _batch.put(found, _scatters.trace(lambda: fun(i))[0], i), None
+    def join(i, *arrays):
+        leaves = others.copy()
+        for k, x in zip((*whole, *rows), arrays, strict=True):
+            leaves[k] = x
+        args = structure.unflatten(leaves)
+        for j in roles.keys:
+            args[j] = _keys.fold_in(args[j], i)
+        return args
 
-    return lax.scan(body, _room(jax.eval_shape(fun, jnp.int32(0)), n), jnp.arange(n))[0]
+    return [leaves[k] for k in whole], [leaves[k] for k in rows], join
 
 
-def cotangents(
-    pull: Callable[[jax.Array], tuple[Any, Any]],
-    whole: Any,
-    rows: Any,
-    n: int,
-    accumulator_dtype: Any = None,
-) -> tuple[Any, Any]:
-    """Returns the sums of what `pull` returns first, and its second results as [m, n, ...].
+@dataclasses.dataclass(frozen=True, eq=False)
+class Passes:
+    """A function of microbatches and its rule of differentiation.
 
-    Args:
-        pull: `pull(i)` returns the cotangents of microbatch i: those of what all share and those
-            of its rows.
-        whole: what all share.
-        rows: what is divided, leaves [m, n, ...].
+    `run`, `forward` and `backward` are what `jax.custom_vjp` wants. They take the arrays without
+    rows, those with rows as [m, n, ...], and what the function closes over.
+
+    Attributes:
+        fun: `(closed_over, i, *whole, *rows)` returns the outputs of microbatch i, leaves [m, ...].
+        devices: how they share what has no rows.
         n: the number of microbatches.
-        accumulator_dtype: dtype of the sums, as `window.open_sums` takes it.
+        accumulator_dtype: dtype of the sums of gradients, or None.
     """
 
-    def body(found, i):
-        sums, of_rows, seen = found
-        (of_own, of_whole), holds = _scatters.trace(lambda: pull(i)[::-1])
-        of_whole = _scatters.apart(of_whole, holds, seen)
-        return (_window.add(sums, of_whole), _batch.put(of_rows, of_own, i), seen + 1), None
+    fun: Callable[..., Any]
+    devices: _devices.Replicated
+    n: int
+    accumulator_dtype: Any
 
-    # Zeros of the cotangents' type: where it is `unreduced`, that of the arguments is not.
-    zeros_of_whole, zeros_of_rows = jax.grad(lambda _: 0.0)((whole, rows))
-    start = _window.open_sums(zeros_of_whole, accumulator_dtype), zeros_of_rows
-    return lax.scan(body, (*start, jnp.float32(0)), jnp.arange(n))[0][:2]
+    def run(self, whole: Arrays, rows: Arrays, closed_over: Arrays) -> Any:
+        """Returns the outputs of all microbatches, leaves [m, n, ...].
+
+        Each is written to its place in the order of the batch. `lax.scan` would stack microbatches,
+        and it takes a copy of all outputs to order them.
+        """
+        whole = share(whole, self.devices)
+
+        def outputs(i):
+            return self.fun(closed_over, i, *whole, *_batch.take(rows, i))
+
+        def body(found, i):
+            new, _ = _scatters.trace(functools.partial(outputs, i))
+            return _batch.put(found, new, i), None
+
+        zeros = jax.tree.map(jnp.zeros_like, jax.eval_shape(outputs, jnp.int32(0)))
+        start = jax.vmap(lambda _: zeros, out_axes=1)(jnp.arange(self.n))
+        return lax.scan(body, start, self._numbers())[0]
+
+    def forward(self, whole: list, rows: list, closed_over: list) -> tuple[Any, Any]:
+        """Returns the outputs, and what `backward` needs."""
+        for x in closed_over:
+            if x.perturbed:
+                raise TypeError(
+                    f"`fun` closes over a value, {describe(x.value)}, that is being "
+                    "differentiated, but only its arguments have gradients here; pass it as an "
+                    "argument"
+                )
+        trained = [{k: x.value for k, x in enumerate(xs) if x.perturbed} for xs in (whole, rows)]
+        _gradients.check_parameters(trained, self.accumulator_dtype)
+        values = [[x.value for x in xs] for xs in (whole, rows, closed_over)]
+        return self.run(*values), (trained, *values)
+
+    def backward(self, residuals: Any, cotangents: Any) -> tuple[list, list, list]:
+        """Returns the cotangents of whole arrays, of rows and of what the function closes over."""
+        (of_whole, of_rows), whole, rows, closed_over = residuals
+        shared = share(whole, self.devices)
+        trained = {k: shared[k] for k in of_whole}, of_rows
+        pull = functools.partial(self._pull, (trained, shared, rows, closed_over), cotangents)
+
+        def body(carried, i):
+            sums, joined, seen = carried
+            (of_rows, of_whole), holds = _scatters.trace(functools.partial(pull, i))
+            of_whole = _scatters.apart(of_whole, holds, seen)
+            return (_window.add(sums, of_whole), _batch.put(joined, of_rows, i), seen + 1), None
+
+        # Zeros of the cotangents' type: if it is `unreduced`, the type of the arguments is not.
+        zeros, joined = jax.grad(lambda _: 0.0)(trained)
+        start = _window.open_sums(zeros, self.accumulator_dtype), joined, jnp.float32(0)
+        (sums, joined, _), _ = lax.scan(body, start, self._numbers())
+        sums = {k: _devices.reduce_like(s, whole[k], self.devices) for k, s in sums.items()}
+        sums = cast_like(sums, of_whole)
+        return (
+            [sums.get(k) for k in range(len(whole))],
+            [joined.get(k) for k in range(len(rows))],
+            [None] * len(closed_over),
+        )
+
+    def _pull(self, residuals: Any, cotangents: Any, i: jax.Array) -> tuple[Any, Any]:
+        """Returns the cotangents of the rows of microbatch i, and of whole arrays."""
+        (of_whole, of_rows), whole, rows, closed_over = residuals
+        rows = _batch.take(rows, i)
+
+        # With the fences of `jax.checkpoint` compilers go through the parts of `fun` one after the
+        # other. Without, XLA:GPU keeps what two towers compute at the same time.
+        @jax.checkpoint
+        def fun(some_whole, some_rows):
+            arrays = [some_whole.get(k, x) for k, x in enumerate(whole)]
+            arrays += [some_rows.get(k, x) for k, x in enumerate(rows)]
+            return self.fun(closed_over, i, *arrays)
+
+        outputs, vjp = jax.vjp(fun, of_whole, {k: rows[k] for k in of_rows})
+        of_whole, of_rows = vjp(jax.tree.map(functools.partial(_cotangent, i), outputs, cotangents))
+        return of_rows, of_whole
+
+    def _numbers(self) -> jax.Array:
+        return jnp.arange(self.n, dtype=jnp.int32)
 
 
-def own_cotangents(found: Any, of_all: Any, i: jax.Array) -> Any:
-    """Returns the cotangents of the outputs of microbatch i, with zeros where there are none.
-
-    Args:
-        found: the outputs of microbatch i.
-        of_all: cotangents of the outputs of all, leaves [m, n, ...] or symbolic zeros.
-        i: the microbatch.
-    """
-
-    def own(y, cotangent):
-        if not jnp.issubdtype(y.dtype, jnp.inexact):
-            return np.zeros(y.shape, jax.dtypes.float0)
-        if isinstance(cotangent, SymbolicZero):
-            return jnp.zeros_like(y)
-        return _batch.take(cotangent, i)
-
-    return jax.tree.map(own, found, of_all)
+def _cotangent(i: jax.Array, y: jax.Array, cotangent: Any) -> Any:
+    """Returns the cotangent of an output of microbatch i, from the one of all, [m, n, ...]."""
+    if not jnp.issubdtype(y.dtype, jnp.inexact):
+        return np.zeros(y.shape, jax.dtypes.float0)
+    if isinstance(cotangent, SymbolicZero):
+        return jnp.zeros_like(y)
+    return _batch.take(cotangent, i)
 
 
-def _room(tree: Any, n: int) -> Any:
-    """Returns zeros [m, n, ...] for n trees with leaves [m, ...], on devices as these are."""
-    zeros = jax.tree.map(jnp.zeros_like, tree)
-    return jax.vmap(lambda _: zeros, out_axes=1)(jnp.arange(n))
+def share(tree: Any, devices: _devices.Replicated) -> Any:
+    """Returns a tree whose arrays that can have a gradient vary over the devices."""
+
+    def leaf(x):
+        inexact = isinstance(x, jax.Array) and jnp.issubdtype(x.dtype, jnp.inexact)
+        return devices.share(x) if inexact else x
+
+    return jax.tree.map(leaf, tree)

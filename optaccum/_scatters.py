@@ -1,17 +1,17 @@
-"""Scatters: keeps the gradients of lookups right on compilers that lose them.
+"""Scatters: keeps gradients of lookups right on compilers that lose them.
 
-The gradient of `table[ids]` is a scatter. When a loop adds scatters up, XLA for GPUs and TPUs moves
+The gradient of `table[ids]` is a scatter. If a loop adds scatters up, XLA for GPUs and TPUs moves
 their reduction over devices behind the loop. The versions of `AFFECTED` then forget, in each trip,
 what all devices but the first have summed (openxla/xla issue 49143). Two forms prevent that:
 
-* a select between scatter and sum: one reduction behind the loop, and a temporary of the scatter's
-  size. Our own loops use it.
-* a fence around the sum: one reduction per trip, in place. The loops of a loss get it.
+* `apart`, a select between scatter and sum: one reduction behind the loop, and a temporary of the
+  scatter's size. Our loops use it.
+* `fence`, a barrier around the sum: one reduction per trip, in place. The loops of a loss get it.
 
-Programs for CPUs, for one device and for `jax.shard_map` are not changed.
+Programs for CPUs, for one device and for `jax.shard_map` stay as they are.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 import importlib.metadata
 import math
 import re
@@ -24,6 +24,8 @@ from jax.extend import core
 from jax.interpreters import ad, batching, mlir
 import jax.numpy as jnp
 
+from optaccum._cotangents import flat_jaxpr
+
 # The first version of jaxlib with the fault, and the first without it.
 AFFECTED = (0, 10, 1), (0, 12, 0)
 VERSION = tuple(map(int, re.findall(r"\d+", importlib.metadata.version("jaxlib"))[:3]))
@@ -35,40 +37,33 @@ _OF_ELEMENTS = "update_jaxpr"  # a scatter's parameter: how it adds two elements
 def trace(fun: Callable[[], Any]) -> tuple[Any, list[bool]]:
     """Returns `fun()`, with fences in its loops, and which of its leaves hold a scatter.
 
-    With a version that is right it returns `fun()` and []. So it does where nothing is traced,
-    with one microbatch outside `jax.jit` or under `jax.disable_jit`: `fun` may read its arguments.
+    With a version that is right it returns `fun()` and []. So it does if nothing is traced (one
+    microbatch outside `jax.jit`, or `jax.disable_jit`): `fun` may read its arguments.
     """
     if not (_affected() and isinstance(jnp.zeros([]), Tracer)):
         return fun(), []
-    structure: Any = None
-
-    def flat():  # not every class of a pytree can be rebuilt from shapes
-        nonlocal structure
-        leaves, structure = jax.tree.flatten(fun())
-        return leaves
-
-    closed = jax.make_jaxpr(flat)()
-    jaxpr, holds = _fenced(closed.jaxpr, [])
+    closed, structure = flat_jaxpr(fun)
+    jaxpr, holds = _with_fences(closed.jaxpr, [])
     results = core.jaxpr_as_fun(core.ClosedJaxpr(jaxpr, closed.consts))()
     return structure.unflatten(results), holds
 
 
-def apart(tree: Any, holds: list[bool], seen: jax.Array) -> Any:
+def apart(tree: Any, holds: list[bool], total: jax.Array) -> Any:
     """Returns a tree that is about to be summed, with a select behind each scatter in it.
 
     Args:
         tree: a tree of arrays, the last of a result of `trace`.
         holds: which leaves of that result hold a scatter, or [].
-        seen: f32[] >= 0 that changes from trip to trip: no compiler knows that it is not negative.
+        total: f32[] >= 0 that changes from trip to trip: no compiler knows that it is not negative.
     """
     leaves, structure = jax.tree.flatten(tree)
-    last = holds[len(holds) - len(leaves) :]
-    if not any(last):
+    holds = holds[len(holds) - len(leaves) :]
+    if not any(holds):
         return tree
-    always = _unknown_p.bind(seen >= 0)
+    always = _unknown_p.bind(total >= 0)
     return structure.unflatten(
         lax.select(always, x, jnp.full_like(x, -0.0)) if held else x
-        for x, held in zip(leaves, last, strict=True)
+        for x, held in zip(leaves, holds, strict=True)
     )
 
 
@@ -81,17 +76,15 @@ def _affected() -> bool:
     return AFFECTED[0] <= VERSION < AFFECTED[1]
 
 
-def _fenced(jaxpr: core.Jaxpr, holds: list[bool]) -> tuple[core.Jaxpr, list[bool]]:
+def _with_fences(jaxpr: core.Jaxpr, holds: list[bool]) -> tuple[core.Jaxpr, list[bool]]:
     """Returns a jaxpr with fences in its loops, and which of its results hold a scatter.
 
-    Args:
-        jaxpr: a jaxpr.
-        holds: which of its arguments hold a scatter.
+    `holds` says which of its arguments do.
     """
     held = {v for v, holds_one in zip(jaxpr.invars, holds, strict=True) if holds_one}
     eqns = []
     for eqn in jaxpr.eqns:
-        inputs = [isinstance(v, core.Var) and v in held for v in eqn.invars]
+        inputs = _among(eqn.invars, held)
         params, within = dict(eqn.params), []
         for key, value in params.items():
             leaves, structure = jax.tree.flatten(value)  # the branches of a conditional are several
@@ -104,8 +97,11 @@ def _fenced(jaxpr: core.Jaxpr, holds: list[bool]) -> tuple[core.Jaxpr, list[bool
         elif eqn.primitive is lax.scatter_add_p or (any(inputs) and not _mixes(eqn)):
             held |= set(eqn.outvars)
         eqns.append(eqn.replace(params=params))
-    results = [isinstance(v, core.Var) and v in held for v in jaxpr.outvars]
-    return jaxpr.replace(eqns=eqns), results
+    return jaxpr.replace(eqns=eqns), _among(jaxpr.outvars, held)
+
+
+def _among(values: Iterable[Any], held: set[Any]) -> list[bool]:
+    return [isinstance(v, core.Var) and v in held for v in values]
 
 
 def _mixes(eqn: core.JaxprEqn) -> bool:
@@ -124,32 +120,29 @@ def _mixes(eqn: core.JaxprEqn) -> bool:
 
 
 def _inside(inner: Any, eqn: core.JaxprEqn, inputs: list[bool]) -> tuple[Any, list[bool]]:
-    """Returns a jaxpr of an equation with fences, and which of its results hold a scatter."""
+    """Does what `_with_fences` does with a jaxpr of an equation, of which `inputs` hold one."""
     jaxpr = inner.jaxpr if isinstance(inner, core.ClosedJaxpr) else inner
-    count = len(jaxpr.invars)  # the last inputs; those before them are for another jaxpr
+    count = len(jaxpr.invars)  # the last inputs; what comes before them is for another jaxpr
     holds = ([False] * count + inputs)[len(inputs) :]
-    # Consts and carries come into a loop in the shape that they have outside, slices do not.
-    carries = first = 0
-    if eqn.primitive.name in ("scan", "while") and len(jaxpr.outvars) == len(eqn.outvars):
-        carries = _alike(jaxpr.outvars, eqn.outvars)
-        first = _alike(jaxpr.invars, eqn.invars[len(inputs) - count :]) - carries
-    while True:  # what a trip carries, the next one is given
-        fenced, results = _fenced(jaxpr, holds)
-        carried = {first + i for i in range(carries) if results[i]}
-        if all(holds[i] for i in carried):
-            break
-        holds = [one or i in carried for i, one in enumerate(holds)]
-    eqns: list[Any] = list(fenced.eqns)
-    outvars: list[Any] = list(fenced.outvars)
-    made = {v: one for one in eqns for v in one.outvars}
-    for i in range(carries):
-        if results[i] and outvars[i] in made:
-            carry, outvars[i] = outvars[i], core.Var(outvars[i].aval)
-            fence = {"primitive": _fence_p, "params": {}, "effects": frozenset()}
-            eqns.append(made[carry].replace(invars=[carry], outvars=[outvars[i]], **fence))
-    fenced = fenced.replace(eqns=eqns, outvars=outvars)
+    carries = _carries(jaxpr, eqn)
+    fenced, results = _with_fences(jaxpr, holds)
+    while any(results[k] and not holds[j] for k, j in carries.items()):
+        for k, j in carries.items():  # what a trip carries, the next one gets
+            holds[j] |= results[k]
+        fenced, results = _with_fences(jaxpr, holds)
+    fenced = _fence_results(fenced, [k for k in carries if results[k]])
     closed = isinstance(inner, core.ClosedJaxpr)
     return core.ClosedJaxpr(fenced, inner.consts) if closed else fenced, results
+
+
+def _carries(jaxpr: core.Jaxpr, eqn: core.JaxprEqn) -> dict[int, int]:
+    """Returns {result: argument} of a loop's jaxpr for what a trip hands on to the next."""
+    if eqn.primitive.name not in ("scan", "while") or len(jaxpr.outvars) != len(eqn.outvars):
+        return {}
+    # Consts and carries come into a loop in the shape that they have outside, slices do not.
+    carries = _alike(jaxpr.outvars, eqn.outvars)
+    first = _alike(jaxpr.invars, eqn.invars[len(eqn.invars) - len(jaxpr.invars) :]) - carries
+    return {k: first + k for k in range(carries)}
 
 
 def _alike(inside: Sequence[Any], outside: Sequence[Any]) -> int:
@@ -157,41 +150,47 @@ def _alike(inside: Sequence[Any], outside: Sequence[Any]) -> int:
     return sum(jnp.shape(a.aval) == jnp.shape(b.aval) for a, b in zip(inside, outside, strict=True))
 
 
+def _fence_results(jaxpr: core.Jaxpr, which: list[int]) -> core.Jaxpr:
+    """Returns a jaxpr with fences behind some of its results, if it does not just pass them on."""
+    eqns, outvars = list[Any](jaxpr.eqns), list[Any](jaxpr.outvars)
+    made = {v: eqn for eqn in eqns for v in eqn.outvars}
+    for k in which:
+        if eqn := made.get(outvars[k]):
+            result, outvars[k] = outvars[k], core.Var(outvars[k].aval)
+            fence = {"primitive": _fence_p, "params": {}, "effects": frozenset()}
+            eqns.append(eqn.replace(invars=[result], outvars=[outvars[k]], **fence))
+    return jaxpr.replace(eqns=eqns, outvars=outvars)
+
+
 def _partitioned(context: mlir.LoweringRuleContext) -> bool:
     """Returns whether XLA will divide this program among devices."""
-    where: Any = context.module_context.axis_context
-    if mesh := getattr(where, "mesh", None):  # in `jax.shard_map`, by the axes that it leaves
-        automatic = set(mesh.axis_names) - set(where.manual_axes)
+    axes: Any = context.module_context.axis_context
+    if mesh := getattr(axes, "mesh", None):  # in `jax.shard_map`, by the axes that it leaves
+        automatic = set(mesh.axis_names) - set(axes.manual_axes)
         return math.prod(mesh.shape[name] for name in automatic) > 1
-    return getattr(where, "num_devices", 1) != 1
+    return getattr(axes, "num_devices", 1) != 1
 
 
-def _lower(
-    when_partitioned: Callable[..., Any], otherwise: Callable[..., Any]
-) -> Callable[..., Any]:
-    def rule(context, x):
-        fun = when_partitioned if _partitioned(context) else otherwise
-        return mlir.lower_fun(fun, multiple_results=False)(context, x)
-
-    return rule
-
-
-def _identity(x: Any) -> Any:
-    return x
-
-
-def _primitive(name: str, when_partitioned: Callable, otherwise: Callable) -> core.Primitive:
-    """Returns an identity that chips lower in one way, if devices share the program, or another."""
+def _primitive(name: str, if_partitioned: Callable, otherwise: Callable) -> core.Primitive:
+    """Returns an identity, and how to lower it for chips and for all else."""
     primitive = core.Primitive(name)
     primitive.def_impl(_identity)
     primitive.def_abstract_eval(_identity)
     batching.defvectorized(primitive)
     ad.deflinear2(primitive, lambda cotangent, _: [cotangent])
     mlir.register_lowering(primitive, mlir.lower_fun(otherwise, multiple_results=False))
+
+    def on_chip(context, x):
+        fun = if_partitioned if _partitioned(context) else otherwise
+        return mlir.lower_fun(fun, multiple_results=False)(context, x)
+
     for platform in ("cuda", "rocm", "tpu"):
-        rule = _lower(when_partitioned, otherwise)
-        mlir.register_lowering(primitive, rule, platform=platform)
+        mlir.register_lowering(primitive, on_chip, platform=platform)
     return primitive
+
+
+def _identity(x: Any) -> Any:
+    return x
 
 
 _fence_p = _primitive("scatters_fence", lax.optimization_barrier, _identity)

@@ -5,7 +5,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from optaccum._batch import is_typed_key
+from optaccum._keys import is_typed_key
 
 LARGEST = 2**24  # elements; larger leaves are no masks
 VALUES = 64  # of an integer leaf that are tried as the one to ignore

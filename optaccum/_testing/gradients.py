@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from optaccum import _batch
+from optaccum import _batch, _keys
 from optaccum._value_and_grad import value_and_grad
 
 
@@ -129,7 +129,7 @@ def depends_on_keys(loss: Loss, tolerance: float) -> bool:
     differentiate = jax.jit(jax.grad(lambda trained, rest: loss({**rest, **trained})))
     trained = {j: loss.args[j] for j in loss.argnums}
     rest = {j: x for j, x in loss.arrays.items() if j not in trained}
-    others = {j: _batch.own_keys(loss.args[j], jnp.asarray(1)) for j in loss.rngs}
+    others = {j: _keys.fold_in(loss.args[j], jnp.asarray(1)) for j in loss.rngs}
     a, b = (flat(differentiate(trained, x)) for x in (rest, {**rest, **others}))
     return not float(np.linalg.norm(a - b)) <= tolerance * max(np.linalg.norm(a), 1e-300)
 

@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from optaccum import _roles, _rows, _validate
+from optaccum import _batch, _call, _validate
 from optaccum._testing import counts, gradients, numbers, structure
 from optaccum._testing.gradients import Loss
 from optaccum._testing.report import Finding, Report
@@ -42,7 +42,7 @@ def check(
     numbers.check_tolerance(tolerance)
     if not isinstance(kwargs, dict) or not all(isinstance(name, str) for name in kwargs):
         raise TypeError(f"`kwargs` must be the keyword arguments of `fun`, a dict, got {kwargs!r}")
-    roles = _roles.check_roles(
+    roles = _call.check_roles(
         {
             "`argnums`": argnums,
             "`batch_argnums`": batch_argnums,
@@ -52,12 +52,12 @@ def check(
         batch_argnames,
         has_aux,
     )
-    call = _roles.Call(fun, roles, args, kwargs)
-    trained, rows, rngs, _ = call.roles.values()
-    of_batch = {title: jax.tree.map(_array, x) for title, x in call.some(rows).items()}
-    _rows.check_batch(of_batch, n)
+    call = _call.Call(fun, roles, args, kwargs)
+    trained, rows, rngs, _ = call.roles
+    of_batch = {title: jax.tree.map(_array, x) for title, x in call.titled(rows).items()}
+    _batch.check_batch(of_batch, n)
     # Rows by position that nobody named are for the report to tell.
-    _roles.check_no_other_rows(call, roles._replace(by_default=False))
+    _call.check_no_other_rows(call, roles._replace(by_default=False))
     names = [structure.argument_name(fun, j) for j in range(call.count)] + call.names
     if weight_fn is not None:
         weight_fn = call.by_position(weight_fn)

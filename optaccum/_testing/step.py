@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from optaccum import _rows, _validate
+from optaccum import _batch, _validate
 from optaccum._testing import numbers, probes, runs
 from optaccum._testing.numbers import LARGEST_TOLERANCE
 from optaccum._testing.report import Finding, Report
@@ -35,7 +35,7 @@ def check(
     if k == 1:
         raise ValueError("`every_k` must be >= 2 to compare with one step, got 1")
     numbers.check_tolerance(tolerance)
-    _rows.check_batch({"argument 2": jax.tree.map(np.asarray, batch)}, k)
+    _batch.check_batch({"argument 2": jax.tree.map(np.asarray, batch)}, k)
     program = Program(make_step, params, k, inside_step, get_params)
     try:
         return _check(program, batch, tolerance)
