@@ -1,9 +1,9 @@
 """Adds gradients to sums inside the backward pass, where they are made.
 
-Layers in a `lax.scan` have a stack of gradients: each trip of the backward scan makes one slice of
-it. Added to the sums behind the scan, the stack is a temporary as large as the parameters. Here each
-slice is added in its trip, `sums[i] = add(sums[i], gradient of layer i)`. The arithmetic on each
-number stays the same.
+Layers in a `lax.scan` have a stack of gradients: each trip of the backward scan makes one slice.
+Added to the sums behind the scan, the stack is a temporary as large as the parameters. Here a trip
+adds its slice, `sums[i] = add(sums[i], gradient of layer i)`. The arithmetic on each number stays
+the same.
 """
 
 from collections.abc import Callable, Sequence
@@ -11,8 +11,12 @@ from typing import Any, NamedTuple
 
 import jax
 from jax import lax
+from jax.core import Tracer
 from jax.extend import core
 import jax.numpy as jnp
+
+from optaccum import _scatters, _window
+from optaccum._cotangents import flat_jaxpr
 
 _Add = Callable[[jax.Array, jax.Array], jax.Array]
 
@@ -29,16 +33,44 @@ class _Target(NamedTuple):
     path: tuple[Any, ...] = ()
 
 
-def add_results(closed: core.ClosedJaxpr, sums: dict[int, jax.Array], add: _Add) -> list[Any]:
-    """Evaluates a program without arguments; results in `sums` are added to their sums.
+def add_gradients(
+    fun: Callable[[], tuple[Any, Any]],
+    sums: Any,
+    microbatch: _window.Microbatch,
+    total: jax.Array,
+) -> tuple[Any, Any]:
+    """Returns `value` and `sums` with `grads`, for `fun() -> (value, grads)`.
 
     Args:
-        closed: the program.
-        sums: {position of a result: its sum}.
-        add: `(sum, value) -> sum`, which works on each element by itself.
+        fun: a gradient, which is traced once. It may close over tracers.
+        sums: a pytree like `grads`.
+        microbatch: how gradients are added.
+        total: f32[] >= 0 that changes from trip to trip, as `_scatters.apart` needs it.
     """
-    targets = {i: _Target(total) for i, total in sums.items()}
-    return _evaluate(closed.jaxpr, closed.consts, [], targets, add)
+    if not isinstance(jnp.zeros([]), Tracer):  # under `jax.disable_jit`, `fun` may read arrays
+        value, grads = fun()
+        return value, _window.add(sums, grads, microbatch)
+    closed, structure = flat_jaxpr(fun)
+    closed, holds = _scatters.with_fences(closed)
+    leaves = jax.tree.leaves(sums)
+    first = len(holds) - len(leaves)
+    # A scatter is added behind the program, and a select stands before the sum.
+    targets = {j: _Target(s) for j, s in enumerate(leaves, first) if not holds[j]}
+
+    def add(s, x):
+        return _window.add(s, x, microbatch)
+
+    try:
+        results = _evaluate(closed.jaxpr, closed.consts, [], targets, add)
+    except Exception:  # a loop that cannot be rebuilt, such as one over a stack that is sharded
+        results = core.jaxpr_as_fun(closed)()
+        results = [_plus(targets[j], x, add) if j in targets else x for j, x in enumerate(results)]
+    for j, s in enumerate(leaves, first):
+        if j not in targets:
+            x = results[j]
+            x = _scatters.apart(x, [True], total) if microbatch.weight is None else x
+            results[j] = add(s, x)
+    return structure.unflatten(results)
 
 
 def _evaluate(
@@ -125,11 +157,10 @@ def _can_hold_slices(eqn: core.JaxprEqn, j: int) -> bool:
 
 def _run(eqns: list[core.JaxprEqn], jaxpr: core.Jaxpr, env: dict[Any, Any]) -> None:
     """Evaluates equations, and adds what they make to `env`."""
-    made = [v for e in eqns for v in e.outvars]
-    inside = set(made)
-    reads = {v for e in eqns for v in e.invars if isinstance(v, core.Var)}
-    needed = [v for v in reads if v not in inside]
-    part = core.Jaxpr((), needed, made, eqns, jaxpr.effects)
+    made = dict.fromkeys(v for e in eqns for v in e.outvars)
+    reads = dict.fromkeys(v for e in eqns for v in e.invars if isinstance(v, core.Var))
+    needed = [v for v in reads if v not in made]
+    part = jaxpr.replace(constvars=[], invars=needed, outvars=[*made], eqns=eqns)
     outs = core.jaxpr_as_fun(core.ClosedJaxpr(part, ()))(*[env[v] for v in needed])
     env |= zip(made, outs, strict=True)
 
@@ -222,13 +253,8 @@ def _checkpoint(eqn: core.JaxprEqn, values: list, targets: dict[int, _Target], a
         return _evaluate(jaxpr, consts, values, within, add)
 
     closed = jax.make_jaxpr(inside)(values, totals)
-    hoisted = core.Jaxpr(
-        (),
-        (*closed.jaxpr.constvars, *closed.jaxpr.invars),
-        closed.jaxpr.outvars,
-        closed.jaxpr.eqns,
-        closed.jaxpr.effects,
-    )
+    invars = [*closed.jaxpr.constvars, *closed.jaxpr.invars]
+    hoisted = closed.jaxpr.replace(constvars=[], invars=invars)
     args = *closed.consts, *jax.tree.leaves((values, totals))
     return eqn.primitive.bind(*args, **(eqn.params | {"jaxpr": hoisted}))
 

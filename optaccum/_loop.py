@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 import dataclasses
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -9,6 +10,7 @@ from jax import lax
 import jax.numpy as jnp
 
 from optaccum import _devices, _extra_args, _reduce_axes, _scatters, _validate, _window
+from optaccum._backward import add_gradients
 from optaccum._batch import named_leaves
 from optaccum._call import Roles
 from optaccum._cotangents import call_with_drops, drop_unless
@@ -64,7 +66,10 @@ class Loop:
         """Returns loss, aux, carry and gradients of one microbatch, without a scan or sums."""
         args = self.arguments(0, self._first_carry())
         weight, counts = self.weigh(args, 0)
-        loss, aux, carry, grads = self.run(args, weight, counts, 0)
+        run = functools.partial(self.run, args, weight, counts)
+        ((loss, aux), grads), holds = _scatters.trace(run)
+        grads = _scatters.apart(grads, holds, 0) if counts is None else grads
+        carry, aux = self.carry_on(args, counts, aux)
         if self.summed:
             each = Sums(jnp.asarray(weight), grads, loss)
             grads, loss = _window.mean(each, each)
@@ -97,10 +102,11 @@ class Loop:
         sums, total, carry = carried
         args = self.arguments(i, carry)
         weight, counts = self.weigh(args, total)
-        loss, aux, carry, grads = self.run(args, weight, counts, total)
         unequal = None if counts is None else weight  # equal weights cancel
         microbatch = _window.Microbatch(unequal, adds=counts, summed=self.summed)
-        sums = _window.add(sums, grads, microbatch)
+        run = functools.partial(self.run, args, weight, counts)
+        (loss, aux), sums = add_gradients(run, sums, microbatch, total)
+        carry, aux = self.carry_on(args, counts, aux)
         total += weight if counts is None else jnp.where(counts, weight, 0)
         return Carried(sums, total, carry), Microbatch(loss, aux, unequal, counts)
 
@@ -125,38 +131,29 @@ class Loop:
         counts = _window.adds(weight, total, self.devices.largest)
         return drop_unless(counts, weight), counts
 
-    def run(
-        self, args: list[Any], weight: Any, counts: jax.Array | None, total: Any
-    ) -> tuple[Any, Any, Any, Any]:
-        """Returns loss, aux, carry and gradients of a microbatch.
+    def run(self, args: list[Any], weight: Any, counts: jax.Array | None) -> tuple[Any, Any]:
+        """Returns `(loss, aux)` and the gradients of a microbatch.
 
         Args:
             args: its arguments.
             weight: its weight.
             counts: whether that counts, as `weigh` returns both.
-            total: sum of the weights before it.
         """
-        found, holds = _scatters.trace(
-            lambda: call_with_drops(counts, lambda: self._differentiated(args))
-        )
-        (loss, aux), grads = found
-        _reduce_axes.check_gradients(loss, grads, weight, self.devices)
-        carry = None
-        if self.roles.carry:
-            old = args[self.roles.carry[0]]
-            new, aux = as_carry_and_aux(aux)
-            check_carry(new, old)
-            new = _scatters.fence(self.devices.share(cast_like(new, old)))
-            carry = new if counts is None else where(counts, new, old)
-        if counts is None:  # else it is selected when it is added
-            grads = _scatters.apart(grads, holds, total)
-        return loss, aux, carry, grads
-
-    def _differentiated(self, args: list[Any]) -> tuple[tuple[Any, Any], Any]:
-        value, grads = self.differentiate(*args)
+        value, grads = call_with_drops(counts, functools.partial(self.differentiate, *args))
         loss, aux = value if self.has_aux else (value, None)
         check_aux(aux)
+        _reduce_axes.check_gradients(loss, grads, weight, self.devices)
         return (loss, aux), grads
+
+    def carry_on(self, args: list[Any], counts: jax.Array | None, aux: Any) -> tuple[Any, Any]:
+        """Returns the carry of the next microbatch, and what is left of `aux`."""
+        if not self.roles.carry:
+            return None, aux
+        old = args[self.roles.carry[0]]
+        new, aux = as_carry_and_aux(aux)
+        check_carry(new, old)
+        new = _scatters.fence(self.devices.share(cast_like(new, old)))
+        return (new if counts is None else where(counts, new, old)), aux
 
     def _first_carry(self) -> Any:
         if not self.roles.carry:

@@ -17,9 +17,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from optaccum import _batch, _devices, _gradients, _keys, _scatters, _window
+from optaccum._backward import add_gradients
 from optaccum._call import Roles
 from optaccum._trees import cast_like
 from optaccum._validate import describe
+from optaccum._window import UNWEIGHTED
 
 Arrays = list[jax.Array]
 
@@ -110,9 +112,8 @@ class Passes:
 
         def body(carried, i):
             sums, joined, seen = carried
-            (of_rows, of_whole), holds = _scatters.trace(functools.partial(pull, i))
-            of_whole = _scatters.apart(of_whole, holds, seen)
-            return (_window.add(sums, of_whole), _batch.put(joined, of_rows, i), seen + 1), None
+            of_rows, sums = add_gradients(functools.partial(pull, i), sums, UNWEIGHTED, seen)
+            return (sums, _batch.put(joined, of_rows, i), seen + 1), None
 
         # Zeros of the cotangents' type: if it is `unreduced`, the type of the arguments is not.
         zeros, joined = jax.grad(lambda _: 0.0)(trained)

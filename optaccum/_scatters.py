@@ -43,9 +43,19 @@ def trace(fun: Callable[[], Any]) -> tuple[Any, list[bool]]:
     if not (_affected() and isinstance(jnp.zeros([]), Tracer)):
         return fun(), []
     closed, structure = flat_jaxpr(fun)
+    closed, holds = with_fences(closed)
+    return structure.unflatten(core.jaxpr_as_fun(closed)()), holds
+
+
+def with_fences(closed: core.ClosedJaxpr) -> tuple[core.ClosedJaxpr, list[bool]]:
+    """Returns a program with fences in its loops, and which of its results hold a scatter.
+
+    With a version that is right it returns the same program, and that none does.
+    """
+    if not _affected():
+        return closed, [False] * len(closed.jaxpr.outvars)
     jaxpr, holds = _with_fences(closed.jaxpr, [])
-    results = core.jaxpr_as_fun(core.ClosedJaxpr(jaxpr, closed.consts))()
-    return structure.unflatten(results), holds
+    return core.ClosedJaxpr(jaxpr, closed.consts), holds
 
 
 def apart(tree: Any, holds: list[bool], total: jax.Array) -> Any:
