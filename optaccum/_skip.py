@@ -5,7 +5,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from optaccum import _devices, _mesh_axes, _window
+from optaccum._mesh_axes import unreduced
+from optaccum._window import times
 
 
 def skip_not_finite(updates: Any, gradient_step: Any, params: Any) -> tuple[jax.Array, Any]:
@@ -15,7 +16,7 @@ def skip_not_finite(updates: Any, gradient_step: Any, params: Any) -> tuple[jax.
 
         skip = not isfinite(sum_j 0 * g_j)        0 * g is NaN if g is not finite, else 0
 
-    so it accepts unreduced gradients too, and reduces one scalar.
+    so it takes unreduced gradients too, and reduces one scalar.
 
     >>> import jax.numpy as jnp, optax
     >>> from optaccum import accumulate, skip_not_finite
@@ -26,7 +27,7 @@ def skip_not_finite(updates: Any, gradient_step: Any, params: Any) -> tuple[jax.
     1 0 {'should_skip': Array(True, dtype=bool)}
 
     Args:
-        updates: gradients, some of which may be None.
+        updates: gradients, with or without None.
         gradient_step: not used.
         params: not used.
 
@@ -34,15 +35,15 @@ def skip_not_finite(updates: Any, gradient_step: Any, params: Any) -> tuple[jax.
         Whether to skip, bool[], and the report `{"should_skip": bool[]}`.
     """
     del gradient_step, params
-    sums: dict[frozenset[str], Any] = {}  # by the axes over which they are unreduced
+    sums: dict[frozenset[str], jax.Array] = {}  # by the axes over which they are unreduced
     for g in jax.tree.leaves(updates):
         if jnp.issubdtype(jnp.result_type(g), jnp.inexact):
             g = jnp.asarray(g)
-            # Before the sum, since a float64 may not fit into its float32.
-            zeros = _window.times(g, jnp.zeros([], g.dtype))
+            # Zeros first, since a float64 may not fit into the dtype of the sum.
+            zeros = times(g, jnp.zeros([], g.dtype))
             dtype = jnp.complex64 if jnp.iscomplexobj(g) else jnp.float32
-            total, axes = jnp.sum(zeros, dtype=dtype), _mesh_axes.unreduced(g)
+            total, axes = jnp.sum(zeros, dtype=dtype), unreduced(g)
             sums[axes] = sums[axes] + total if axes in sums else total
-    whole = (_devices.over(tuple(axes)).reduce(x, ())[0] for axes, x in sums.items())
+    whole = [jax.reshard(x, jax.P()) if axes else x for axes, x in sums.items()]
     skip = ~jnp.isfinite(jnp.asarray(sum(whole)))
     return skip, {"should_skip": skip}
