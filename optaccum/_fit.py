@@ -17,8 +17,7 @@ class Fit(NamedTuple):
     Attributes:
         num_microbatches: the fewest microbatches that fit.
         step: the compiled step with that many. Call it with arguments as they were passed.
-        peak_bytes: {candidate: bytes on each device} for each that was compiled, infinite if the
-            compiler itself ran out of memory.
+        peak_bytes: bytes on each device by candidate, infinite if its compiler ran out of memory.
         memory_limit: the bytes that it had to fit in.
     """
 
@@ -36,12 +35,12 @@ def fit_num_microbatches(
 ) -> Fit:
     """Return the fewest microbatches with which a training step fits in memory.
 
-    Compiles the step ahead of time for each candidate, fewest first, and stops at the first whose
-    peak on each device is within the limit::
+    It compiles the step ahead of time for each candidate, fewest first, until the peak on each
+    device is within the limit. Nothing runs and nothing is allocated::
 
         peak = arguments + arrays closed over + outputs - donated outputs + temporaries
 
-    Nothing runs and nothing is allocated. Other programs and arrays on the device are not counted.
+    Whatever else is on the device is not counted.
 
     >>> import jax, jax.numpy as jnp, optaccum
     >>> def make_step(n):
@@ -59,16 +58,15 @@ def fit_num_microbatches(
         candidates: numbers of microbatches to try. Each must divide the rows of the batch.
         *args: arguments of the step, arrays or `jax.ShapeDtypeStruct`s, with their shardings.
         memory_limit: bytes on each device, a number or text like "8GB" (8 * 10**9) or "16GiB"
-            (16 * 2**30). None asks the device, which a CPU cannot answer.
+            (16 * 2**30). None asks the devices, but a CPU does not know.
 
     Returns:
         A :class:`Fit`.
 
     Raises:
         TypeError: if a candidate is not an integer.
-        ValueError: if there is no candidate, one is below 1, none fits, or the limit is not a
-            number above 0 and the device does not say how much memory it has.
-        Exception: what `make_step` and the tracing of its step raise.
+        ValueError: if `candidates` is empty, one is below 1, none fits, or the limit is unknown or
+            not above 0.
     """
     check_function("`make_step`", make_step)
     if not isinstance(candidates, Iterable):
@@ -90,7 +88,7 @@ def fit_num_microbatches(
                 raise
             peaks[n] = math.inf
             continue
-        peaks[n] = _peak_bytes(compiled) + _bytes_closed_over(step, args)
+        peaks[n] = _peak_bytes(step, args, compiled)
         if peaks[n] <= limit:
             return Fit(n, compiled, peaks, limit)
     table = ", ".join(f"{n}: {peak:,}" for n, peak in peaks.items())
@@ -123,18 +121,14 @@ def _bytes(limit: Any) -> Any:
     return number
 
 
-def _peak_bytes(compiled: Any) -> int:
-    """Returns the bytes that a compiled step needs on each device."""
+def _peak_bytes(step: Any, args: tuple, compiled: Any) -> int:
+    """Returns the bytes that a step needs on each device, with the arrays that it closes over."""
     # `equinox.filter_jit` wraps the compiled program.
     program = compiled if hasattr(compiled, "memory_analysis") else compiled.compiled
     sizes = program.memory_analysis()
     outputs = sizes.output_size_in_bytes - sizes.alias_size_in_bytes
-    return sizes.argument_size_in_bytes + outputs + sizes.temp_size_in_bytes
-
-
-def _bytes_closed_over(step: Any, args: tuple) -> int:
-    """Returns the bytes on each device of the arrays that a jitted step closes over."""
     traced = step.trace(*args) if hasattr(step, "trace") else None
     consts = getattr(getattr(traced, "jaxpr", None), "consts", ())
     arrays = [x for x in consts if isinstance(x, jax.Array)]
-    return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in arrays)
+    closed = sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in arrays)
+    return sizes.argument_size_in_bytes + closed + outputs + sizes.temp_size_in_bytes

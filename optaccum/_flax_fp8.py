@@ -8,7 +8,7 @@ import jax
 from jax import lax
 import jax.numpy as jnp
 
-from optaccum._state import AccumulateState, accumulates, get_state
+from optaccum._state import accumulates, get_state
 from optaccum._window import counts
 
 
@@ -44,27 +44,18 @@ def init(params: Any, opt_state: Any) -> Any:
 
 def step(train: Callable[..., Any], weight: Any, grads: Any, state: Any, params: Any) -> Any:
     """Returns parameters and state after a microbatch, of which `train` takes what is trained."""
-    if accumulates(state) and not isinstance(state, OverwriteState):
-        raise ValueError(
-            f"the optimizer state has no room for a window of {OVERWRITE_WITH_GRADIENT!r}; make "
-            "the train state with `optaccum.flax.TrainState.create`, or give it one as "
-            "`optaccum.flax.OverwriteState` says"
-        )
     values = grads[OVERWRITE_WITH_GRADIENT]
-    before = state.opt_state if isinstance(state, OverwriteState) else state
-    trained, after = train(grads["params"], before, params["params"])
-    if isinstance(state, OverwriteState):
-        old, new = get_state(before), get_state(after)
-        largest = _largest(state.largest, values, old, new, weight)
-        values = _select(new.released, largest, params[OVERWRITE_WITH_GRADIENT])
-        after = OverwriteState(largest, after)
-    return {"params": trained, OVERWRITE_WITH_GRADIENT: values}, after
-
-
-def _largest(
-    largest: Any, values: Any, old: AccumulateState, new: AccumulateState, weight: Any
-) -> Any:
-    """Returns the largest values of the window after a microbatch that gave `values`."""
+    if not isinstance(state, OverwriteState):
+        if accumulates(state):
+            raise ValueError(
+                f"the optimizer state has no room for a window of {OVERWRITE_WITH_GRADIENT!r}; "
+                "make the train state with `optaccum.flax.TrainState.create`, or give it one as "
+                "`optaccum.flax.OverwriteState` says"
+            )
+        trained, state = train(grads["params"], state, params["params"])
+        return {"params": trained, OVERWRITE_WITH_GRADIENT: values}, state
+    trained, opt_state = train(grads["params"], state.opt_state, params["params"])
+    old, new = get_state(state.opt_state), get_state(opt_state)
     if old.weight.ndim:
         raise ValueError(
             f"parameters with the collection {OVERWRITE_WITH_GRADIENT!r} cannot be trained with "
@@ -75,8 +66,11 @@ def _largest(
     if weight is not None:
         accepted &= counts(jnp.asarray(weight, jnp.float32))
     opens = (old.mini_step == 0) | (old.weight == 0)
-    maxima = jax.tree.map(lambda x, y: jnp.maximum(_float(x), _float(y)), largest, values)
-    return _select(accepted, _select(opens, values, maxima), largest)
+    maxima = jax.tree.map(lambda x, y: jnp.maximum(_float(x), _float(y)), state.largest, values)
+    largest = _select(accepted, _select(opens, values, maxima), state.largest)
+    overwritten = _select(new.released, largest, params[OVERWRITE_WITH_GRADIENT])
+    state = OverwriteState(largest, opt_state)
+    return {"params": trained, OVERWRITE_WITH_GRADIENT: overwritten}, state
 
 
 def _select(predicate: jax.Array, on_true: Any, on_false: Any) -> Any:

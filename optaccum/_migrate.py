@@ -9,18 +9,15 @@ from jax.core import Tracer
 import jax.numpy as jnp
 import optax
 
-from optaccum import _mesh_axes, _window
+from optaccum._mesh_axes import unreduce, unreduced
 from optaccum._state import AccumulateState, by_name
 from optaccum._trees import cast_like
-from optaccum._validate import check_count, leaf_name
+from optaccum._validate import check_count, describe, leaf_name
+from optaccum._window import open_sums
 
 
 def from_multi_steps(
-    tx: optax.GradientTransformation,
-    state: Any,
-    params: Any,
-    *,
-    use_grad_mean: bool = True,
+    tx: optax.GradientTransformation, state: Any, params: Any, *, use_grad_mean: bool = True
 ) -> Any:
     """Return the state with which `tx` goes on after `optax.MultiSteps`.
 
@@ -68,12 +65,7 @@ def from_multi_steps(
 
 
 def to_multi_steps(
-    tx: Any,
-    state: Any,
-    params: Any,
-    *,
-    use_grad_mean: bool = True,
-    every_k: int | None = None,
+    tx: Any, state: Any, params: Any, *, use_grad_mean: bool = True, every_k: int | None = None
 ) -> Any:
     """Return the state with which `optax.MultiSteps` goes on after an `accumulate`.
 
@@ -122,9 +114,9 @@ def _from_multi_steps(old: Any, new: Any, *, params: Any, use_grad_mean: bool) -
     mini_step = _mini_step(old)
     n, grad_sum = int(mini_step), new.grad_sum
     if not jax.tree.leaves(grad_sum):  # `every_k` is 1, which closes an open window at once
-        grad_sum = _window.open_sums(old.acc_grads if params is None else params)
-    _check_same("the accumulator in `state`", old.acc_grads, "`params`", grad_sum)
-    _check_same("`state.inner_opt_state`", old.inner_opt_state, _INNER, new.inner_state)
+        grad_sum = open_sums(old.acc_grads if params is None else params)
+    _check_same("the accumulator in `state`", old.acc_grads, grad_sum, "`params`")
+    _check_same("`state.inner_opt_state`", old.inner_opt_state, new.inner_state)
     if n and new.arg_sums:
         raise ValueError(
             "optax.MultiSteps has not summed what `average_args` and `metrics` name, "
@@ -132,18 +124,13 @@ def _from_multi_steps(old: Any, new: Any, *, params: Any, use_grad_mean: bool) -
             "go on with it until `mini_step` is 0"
         )
     count = n if use_grad_mean else 1
-    grad_sum = jax.tree.map(
-        lambda s, x: _mesh_axes.unreduce(
-            jnp.asarray(x, s.dtype) * count, tuple(_mesh_axes.unreduced(s))
-        ),
-        grad_sum,
-        old.acc_grads,
-    )
+    sums = jax.tree.map(lambda x, s: jnp.asarray(x, s.dtype) * count, old.acc_grads, grad_sum)
+    sums = jax.tree.map(lambda x, s: unreduce(x, tuple(unreduced(s))), sums, grad_sum)
     return new._replace(
         mini_step=mini_step,
         gradient_step=jnp.asarray(old.gradient_step, jnp.int32),
         weight=mini_step.astype(jnp.float32),
-        grad_sum=grad_sum if n else new.grad_sum,
+        grad_sum=sums if n else new.grad_sum,
         skip_state=_report(old, new),
         inner_state=cast_like(old.inner_opt_state, new.inner_state),
     )
@@ -153,9 +140,9 @@ def _to_multi_steps(old: Any, new: Any, *, length: Any, use_grad_mean: bool) -> 
     """Returns `new`, a MultiStepsState, with what an AccumulateState holds."""
     mini_step = _mini_step(old)
     n, acc_grads = int(mini_step), new.acc_grads
-    _check_same("`state.inner_state`", old.inner_state, _INNER, new.inner_opt_state)
+    _check_same("`state.inner_state`", old.inner_state, new.inner_opt_state)
     if n:
-        _check_same("`state.grad_sum`", old.grad_sum, "`params`", acc_grads)
+        _check_same("`state.grad_sum`", old.grad_sum, acc_grads, "`params`")
         k = None if length is None else int(length(old.gradient_step))
         if problem := _inexpressible(old, acc_grads, k, use_grad_mean):
             raise ValueError(
@@ -178,7 +165,7 @@ def _inexpressible(
 ) -> str:
     """Returns why `optax.MultiSteps` cannot go on with an open window, or an empty string."""
     sums, n = jax.tree.leaves(state.grad_sum), int(state.mini_step)
-    if jnp.ndim(state.weight) or any(map(_mesh_axes.unreduced, sums)):
+    if jnp.ndim(state.weight) or any(map(unreduced, sums)):
         return "each device has its own sums"
     if state.arg_sums:
         names = tuple(by_name(state.arg_sums))
@@ -223,7 +210,7 @@ def _exchange(
         if isinstance(x, kind):
             leaves.append(convert(x, y))
         else:
-            _check_same(f"`state{jax.tree_util.keystr(path)}`", x, "that of `tx`", y)
+            _check_same(f"`state{jax.tree_util.keystr(path)}`", x, y)
             leaves.append(cast_like(x, y))
     return jax.tree.unflatten(wanted, leaves)
 
@@ -231,12 +218,10 @@ def _exchange(
 def _mini_step(state: Any) -> jax.Array:
     """Returns the count of one state, whose value is known."""
     mini_step = jnp.asarray(state.mini_step, jnp.int32)
-    if isinstance(mini_step, Tracer):
-        raise TypeError("`state` must be one state, outside of jax.jit and jax.vmap")
-    if mini_step.ndim:
+    if mini_step.ndim or isinstance(mini_step, Tracer):
         raise TypeError(
-            f"`state` must be one state, but has a {type(state).__name__} for each of "
-            f"{mini_step.shape}; after jax.pmap take one device's, "
+            "`state` must be one state, outside of jax.jit and jax.vmap, but its `mini_step` is "
+            f"{describe(mini_step)}; after jax.pmap take one device's, "
             "`flax.jax_utils.unreplicate(state)` and of the parameters too, convert, and replicate "
             "again"
         )
@@ -249,25 +234,23 @@ def _report(old: Any, new: Any) -> Any:
     return old.skip_state if same else new.skip_state
 
 
-_INNER = "the inner optimizer of `tx`"
-
-
-def _check_same(name: str, tree: Any, other: str, like: Any) -> None:
+def _check_same(name: str, tree: Any, like: Any, other: str = "that of `tx`") -> None:
     """Raises unless both trees have the same structure and shapes."""
-    found, expected = (
+    shapes, wanted = (
         {leaf_name(path): jnp.shape(x) for path, x in jax.tree_util.tree_leaves_with_path(t)}
         for t in (tree, like)
     )
-    different = [path for path in found | expected if found.get(path) != expected.get(path)]
-    if not different and jax.tree.structure(tree) == jax.tree.structure(like):
-        return
-    problem = "the leaves are in other containers"
-    if different:
-        path, missing = different[0], "missing"
-        a, b = found.get(path, missing), expected.get(path, missing)
-        problem = f"leaf {path} is {a} in the first and {b} in the second"
-    raise ValueError(
-        f"{name} does not fit {other}: {problem}; build `tx` with the inner optimizer of "
-        "optax.MultiSteps, for the same parameters, and pass arrays, not variables of flax.nnx "
-        "(nnx.as_pure takes them out)"
-    )
+    problems = [
+        f"leaf {path} is {shapes.get(path, 'missing')} in the first and "
+        f"{wanted.get(path, 'missing')} in the second"
+        for path in shapes | wanted
+        if shapes.get(path) != wanted.get(path)
+    ]
+    if jax.tree.structure(tree) != jax.tree.structure(like):
+        problems.append("the leaves are in other containers")
+    if problems:
+        raise ValueError(
+            f"{name} does not fit {other}: {problems[0]}; build `tx` with the inner optimizer of "
+            "optax.MultiSteps, for the same parameters, and pass arrays, not variables of "
+            "flax.nnx (nnx.as_pure takes them out)"
+        )

@@ -1,5 +1,6 @@
 """The gradient noise scale: how much the gradients of microbatches differ."""
 
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -24,13 +25,13 @@ LEAST_FREEDOM = 2.0**-10
 class NoiseScale(NamedTuple):
     """A running estimate of the gradient noise scale, by :func:`update_noise_scale`.
 
-    Its three results are properties, NaN before the first estimate:
+    Three properties, f32[], are its results. They are NaN before the first estimate:
 
-    * `trace`: f32[], estimate of tr(Sigma), if a microbatch of weight w has a gradient of
-      covariance Sigma / w. It may be negative by chance.
-    * `signal`: f32[], estimate of `|E g|^2`. It may be negative by chance.
-    * `batch_size`: f32[], `trace / signal`, in units of `weight`. A batch of that weight has a
-      gradient with as much noise as signal. It is inf if `signal` is not positive.
+    * `trace` estimates tr(Sigma), if a microbatch of weight w has a gradient of covariance
+      Sigma / w. By chance it may be negative, and so may `signal`.
+    * `signal` estimates `|E g|^2`.
+    * `batch_size` is `trace / signal`, the weight of a batch whose gradient has as much noise as
+      signal. It is inf if `signal` is not positive.
 
     Attributes:
         squares: f32[], sum of `w_i |g_i|^2` over the measured microbatches of the open window.
@@ -89,7 +90,7 @@ def update_noise_scale(
         signal = |G|^2 - trace / W
 
     are unbiased for any weights, if g_i has the covariance Sigma / w_i. A release adds both to
-    their averages. `batch_size` is the ratio of the averages.
+    their averages. `batch_size` is the ratio of the averages, in units of `weight`.
 
     >>> import jax.numpy as jnp, optax
     >>> from optaccum import accumulate, apply_gradients, init_noise_scale, update_noise_scale
@@ -103,17 +104,15 @@ def update_noise_scale(
     2.0 3.0 0.6667
 
     Guarantees:
-        * `batch_size` counts what `weight` counts: tokens, examples, or microbatches without one.
         * Microbatches that are rejected or have weight 0 are not measured.
-        * A window is left out if m - V / W <= 2**-10 (one microbatch has nearly all the weight),
-          if W is outside of 2**-40..2**40 (sums have no squares in float32), or if its estimates
-          are not finite. Nothing of it reaches the next window.
-        * A window that is measured in part has an estimate if its release was measured.
+        * A window has an estimate if its release is measured and m - V / W > 2**-10 (more than one
+          microbatch has weight), W is in 2**-40..2**40 and its estimates are finite. Nothing of
+          any other reaches the next window.
         * In the jitted step of `apply_gradients` a hold on a GPU or TPU moves no more bytes, as
           norm and addition are fused. On a CPU it reads the gradients once more.
-        * With `reduce_axes` in `jax.shard_map` each device contributes a sample, so a window of
-          one microbatch has an estimate too. The result is replicated. A call reduces three
-          scalars, and a release reduces the sums once more.
+        * With `reduce_axes` in `jax.shard_map` each device gives a sample, so a window of one
+          microbatch has an estimate too. The result is replicated. A call reduces three scalars,
+          and a release reduces the sums once more.
         * In `jax.shard_map` a sharded model has one norm, by its types. With `check_vma=False` and
           in `jax.pmap` gradients count as replicated.
 
@@ -137,40 +136,38 @@ def update_noise_scale(
     w = jnp.asarray(1.0 if weight is None else as_weight("`weight`", weight), jnp.float32)
     _check_reduced(grads)
     state = read_one(opt_state, "update_noise_scale")
-    total, released, skipped = state.weight, state.released, state.skipped
+    total, released = state.weight, state.released
     # The total has an axis only if each device keeps its weight and sums.
     axes = tuple(sorted(varying(total))) if jnp.ndim(total) else ()
 
     # `accumulate` rejects a device's weight beyond the bound, or the window is left out.
-    counts = (skipped == noise.skipped) & (w >= SMALLEST) & (w < LARGEST_SQUARED)
+    counts = (state.skipped == noise.skipped) & (w >= SMALLEST) & (w < LARGEST_SQUARED)
     w = jnp.where(counts, w, 1)
     square = squared_norm(grads, axes)
     sample = square / w if summed else square * w, w, jnp.ones_like(w)
-    sample = jax.tree.map(lambda x: jnp.where(counts, x, 0), sample)
+    sample = where(counts, sample, (0, 0, 0))
     if axes:
         sample = lax.psum(vary(sample, axes), axes)
     # Discard stale samples, of a window whose release was not measured.
-    same_window = noise.gradient_step == state.gradient_step - released
-    samples = [x + jnp.where(same_window, y, 0) for x, y in zip(sample, noise[:3], strict=True)]
+    stale = noise.gradient_step != state.gradient_step - released
+    samples = [x + jnp.where(stale, 0, y) for x, y in zip(sample, noise[:3], strict=True)]
 
     sums = Sums(total, jax.tree.leaves(state.grad_sum), ())
-    averages = branch(
-        released, released, lambda *old: _average(old, decay, samples, sums), noise[3:6]
-    )
-    samples = [jnp.where(released, 0, x) for x in samples]
-    return NoiseScale(*samples, *averages, gradient_step=state.gradient_step, skipped=skipped)
+    step = functools.partial(_average, decay, samples, sums)
+    averages = branch(released, released, step, noise[3:6])
+    samples = where(released, [0, 0, 0], samples)
+    return NoiseScale(*samples, *averages, gradient_step=state.gradient_step, skipped=state.skipped)
 
 
-def _average(old: Any, decay: Any, samples: list[jax.Array], sums: Sums) -> Any:
+def _average(decay: Any, samples: list[jax.Array], sums: Sums, *old: jax.Array) -> Any:
     """Returns the averages with the estimates of a window, or as they are if it has none."""
-    squares, measured, count = samples
+    squares, weight, count = samples
     total, grad_sum, _ = of_all(sums)
     # To scale sums before they are squared would cost a CPU a temporary.
     square = squared_norm(grad_sum) / total / total
-    freedom = count - measured / total
-    known = (total > 1 / LARGEST_SQUARED) & (total < LARGEST_SQUARED)
-    known &= freedom > LEAST_FREEDOM
-    trace = (squares - measured * square) / jnp.where(known, freedom, 1)
+    freedom = count - weight / total
+    known = (total > 1 / LARGEST_SQUARED) & (total < LARGEST_SQUARED) & (freedom > LEAST_FREEDOM)
+    trace = (squares - weight * square) / jnp.where(known, freedom, 1)
     signal = square - trace / total
     known &= jnp.isfinite(trace) & jnp.isfinite(signal)
     estimates = trace, signal, jnp.ones_like(trace)

@@ -1,4 +1,4 @@
-"""What an accumulating optimizer remembers, and how to find it in a larger state."""
+"""The state of an accumulating optimizer, and how to find it in a larger state."""
 
 from typing import Any, NamedTuple
 
@@ -87,13 +87,13 @@ def get_state(opt_state: Any) -> AccumulateState:
 def read_one(opt_state: Any, caller: str) -> AccumulateState:
     """Returns the state of one optimizer, its scalars out of the variables of flax.nnx."""
     state = get_state(opt_state)
-    scalars = [jax.tree.leaves(x)[0] for x in state[:5]]
-    if shape := jnp.shape(scalars[0]):
+    scalars = {name: jax.tree.leaves(getattr(state, name))[0] for name in state._fields[:5]}
+    if shape := jnp.shape(scalars["mini_step"]):
         raise ValueError(
             f"`opt_state` is that of several members of jax.vmap, {shape}; pass that of one: "
             f"`jax.vmap({caller})(...)`"
         )
-    return AccumulateState(*scalars, *state[5:])
+    return state._replace(**scalars)
 
 
 def has_released(opt_state: Any) -> jax.Array:

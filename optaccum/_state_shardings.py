@@ -61,7 +61,7 @@ def state_shardings(tx: optax.GradientTransformation, params: Any, shardings: An
         A tree like `tx.init(params)` of `NamedSharding`s or, if `shardings` are specs, of specs.
 
     Raises:
-        TypeError: if `tx` is no transformation, or a sharding is of another kind.
+        TypeError: if `tx` is not a transformation, or a sharding is of another kind.
         ValueError: if trees or meshes differ, or if `reduce_axes` of an :func:`accumulate` are
             not axes of the mesh, or Auto axes of `NamedSharding`s.
     """
