@@ -8,7 +8,6 @@ import jax.numpy as jnp
 
 from optaccum import _devices
 from optaccum._state import by_name, read_one
-from optaccum._trees import where
 from optaccum._validate import check_loss_reduction
 from optaccum._window import Sums
 
@@ -20,9 +19,9 @@ def window_metrics(
 ) -> dict[str, jax.Array]:
     """Return what is worth logging of the window that an optimizer's state is in.
 
-    After a release these are the numbers of the released window, and before it those of the open
-    window so far. Log them if `released` is True. All are computed from the state, and under
-    `jax.jit` unused ones cost nothing.
+    After a release these are the numbers of the released window, else of the open window so far, so
+    log them if `released` is True. All are computed from the state. Under `jax.jit` unused ones
+    cost nothing.
 
     >>> import jax.numpy as jnp, optax
     >>> from optaccum import accumulate, window_metrics
@@ -50,11 +49,11 @@ def window_metrics(
     =========================================  ==================================================
 
     Guarantees:
-        * No NaN that was not there before. Means and norm are 0 before the first microbatch.
-        * At the constant `every_k` 1 no sums are kept. The same program returns the same numbers
-          if it passes that call's `grads`, with a norm of 0 unless the call released.
-        * With `reduce_axes` all numbers are over all devices, and using `grad_norm` reduces the
-          sums in that call.
+        * It adds no NaN. Means and norm are 0 before the first microbatch.
+        * At the constant `every_k` 1, which keeps no sums, the same program has the same numbers
+          if it passes that call's `grads`. The norm is then 0 unless the call released.
+        * With `reduce_axes` all numbers are over all devices. Whoever uses `grad_norm` reduces the
+          sums for it.
         * In `jax.shard_map` a sharded model has one norm, by its types. With `check_vma=False` and
           in `jax.pmap` gradients count as replicated.
         * The norm is computed of the sums, so weights from 2**-40 to 2**40 are safe.
@@ -69,9 +68,8 @@ def window_metrics(
         A dict of scalars.
 
     Raises:
-        ValueError: if `every_k` is the constant 1 and `grads` is None, if an average has the name
-            of another key, if the state has several members of `jax.vmap`, or as
-            :func:`optaccum.get_state` does.
+        ValueError: if there are neither sums nor `grads`, if an average has the name of another
+            key, if the state has several members of `jax.vmap`, or as :func:`get_state` does.
     """
     summed = check_loss_reduction(loss_reduction) == "sum"
     state = read_one(opt_state, "window_metrics")
@@ -88,7 +86,7 @@ def window_metrics(
         )
     weight, grad_sum, scalars = _devices.of_all(Sums(state.weight, state.grad_sum, scalars))
     known = weight > 0
-    divisor = where(known, weight, jnp.ones_like(weight))
+    divisor = jnp.where(known, weight, 1)
 
     def mean(x):
         return jnp.where(known, x / divisor, 0).astype(x.dtype)

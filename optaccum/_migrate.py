@@ -69,9 +69,8 @@ def to_multi_steps(
 ) -> Any:
     """Return the state with which `optax.MultiSteps` goes on after an `accumulate`.
 
-    The way back of :func:`from_multi_steps`. An open window of n microbatches goes on if
-    `optax.MultiSteps`, which counts each further microbatch as one of n + 1, can express it: its
-    weights must sum to n.
+    The way back of :func:`from_multi_steps`. The weights of an open window of n microbatches must
+    sum to n, since `optax.MultiSteps` takes the next microbatch for one of n + 1.
 
     >>> import jax.numpy as jnp, optax
     >>> from optaccum import accumulate, to_multi_steps
@@ -97,20 +96,19 @@ def to_multi_steps(
     Raises:
         TypeError: if `tx` and the old transformation are wrapped differently.
         ValueError: if the inner optimizers or the parameters differ, or if a window is open that
-            `optax.MultiSteps` cannot express: other weights, `average_args` or `metrics`, sums per
-            device (`reduce_axes`) or in a wider dtype, or too many microbatches.
+            `optax.MultiSteps` cannot express, with other weights, `average_args`, `metrics`, sums
+            per device (`reduce_axes`) or in a wider dtype, or too many microbatches.
     """
     owner = tx if isinstance(tx, optax.MultiSteps) else getattr(tx.update, "__self__", None)
     length = getattr(owner, "_every_k_schedule", None)
     if every_k is not None:
-        count = check_count("`every_k`", every_k)
-        length = lambda _: count  # noqa: E731
+        length = optax.constant_schedule(check_count("`every_k`", every_k))
     convert = functools.partial(_to_multi_steps, length=length, use_grad_mean=use_grad_mean)
     return _exchange(state, AccumulateState, tx.init(params), optax.MultiStepsState, convert)
 
 
 def _from_multi_steps(old: Any, new: Any, *, params: Any, use_grad_mean: bool) -> Any:
-    """Returns `new` with what a MultiStepsState holds; `params` if it is the whole state."""
+    """Returns `new` with what a MultiStepsState holds. Without `params` it is part of a state."""
     mini_step = _mini_step(old)
     n, grad_sum = int(mini_step), new.grad_sum
     if not jax.tree.leaves(grad_sum):  # `every_k` is 1, which closes an open window at once
@@ -128,7 +126,7 @@ def _from_multi_steps(old: Any, new: Any, *, params: Any, use_grad_mean: bool) -
     sums = jax.tree.map(lambda x, s: unreduce(x, tuple(unreduced(s))), sums, grad_sum)
     return new._replace(
         mini_step=mini_step,
-        gradient_step=jnp.asarray(old.gradient_step, jnp.int32),
+        gradient_step=cast_like(old.gradient_step, new.gradient_step),
         weight=mini_step.astype(jnp.float32),
         grad_sum=sums if n else new.grad_sum,
         skip_state=_report(old, new),
@@ -152,8 +150,8 @@ def _to_multi_steps(old: Any, new: Any, *, length: Any, use_grad_mean: bool) -> 
         count = n if use_grad_mean else 1
         acc_grads = jax.tree.map(lambda x, s: s.astype(x.dtype) / count, acc_grads, old.grad_sum)
     return new._replace(
-        mini_step=jnp.asarray(mini_step, jnp.result_type(new.mini_step)),
-        gradient_step=jnp.asarray(old.gradient_step, jnp.result_type(new.gradient_step)),
+        mini_step=cast_like(mini_step, new.mini_step),
+        gradient_step=cast_like(old.gradient_step, new.gradient_step),
         inner_opt_state=cast_like(old.inner_state, new.inner_opt_state),
         acc_grads=acc_grads,
         skip_state=_report(old, new),

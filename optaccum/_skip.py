@@ -27,7 +27,7 @@ def skip_not_finite(updates: Any, gradient_step: Any, params: Any) -> tuple[jax.
     1 0 {'should_skip': Array(True, dtype=bool)}
 
     Args:
-        updates: gradients, with or without None.
+        updates: gradients.
         gradient_step: not used.
         params: not used.
 

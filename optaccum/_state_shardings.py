@@ -81,15 +81,15 @@ def state_shardings(tx: optax.GradientTransformation, params: Any, shardings: An
         with jax.sharding.use_abstract_mesh(layout.replicated.mesh.abstract_mesh):
             jax.eval_shape(trace, shapes)
         return found[0]
-    # Specs are for `jax.shard_map`. Only in there types say which leaves differ between devices.
+    # Specs are for `jax.shard_map`. Only there do types say which leaves vary.
     try:
         jax.eval_shape(trace, shapes)
-        differ = any(getattr(spec, "unreduced", ()) for spec in jax.tree.leaves(found))
+        per_device = any(getattr(spec, "unreduced", ()) for spec in jax.tree.leaves(found))
     except AxisError:
         if jax.sharding.get_abstract_mesh().empty:
             raise
-        differ = True
-    if differ:
+        per_device = True
+    if per_device:
         mapped = jax.shard_map(trace, in_specs=PartitionSpec(), out_specs=PartitionSpec())
         jax.eval_shape(mapped, shapes)
     return found[0]
@@ -131,7 +131,7 @@ class _Layout(NamedTuple):
 
 
 def _shard(sharding: Any, extra: int, x: Any) -> Any:
-    """Returns `sharding` for `x`, which has `extra` axes in front and may differ by device."""
+    """Returns the sharding of `x`, which has `extra` axes in front and may vary or be unreduced."""
     spec = sharding if isinstance(sharding, PartitionSpec) else sharding.spec
     entries: list[Any] = [None] * extra + list(getattr(spec, "partitions", spec))
     used = set(jax.tree.leaves(tuple(entries)))

@@ -1,12 +1,12 @@
 """Train states of Flax that accumulate: `TrainState` for linen, `Optimizer` for nnx.
 
 Change the import, build `tx` with :func:`optaccum.accumulate`, and call the training step once for
-each microbatch. Some things move with every call, and some once per window:
+each microbatch. What moves with every call, and what once per window:
 
 * **Learning-rate schedules** inside `inner` count windows. `optax.cosine_decay_schedule(1e-3,
   steps)` spans `steps * k` calls.
-* **Hyperparameters** of `optax.inject_hyperparams` are those of the last release:
-  `optaccum.get_state(state.opt_state).inner_state.hyperparams["learning_rate"]`.
+* **Hyperparameters** of `optax.inject_hyperparams` are those of the last release, in
+  `optaccum.get_state(state.opt_state).inner_state.hyperparams`.
 * **Averages of parameters** must move once per window, as only a release changes parameters::
 
       ema = jax.lax.cond(
@@ -22,11 +22,11 @@ each microbatch. Some things move with every call, and some once per window:
   call. For a momentum of m per window pass m ** (1 / k). In linen hand the averages on with
   `state.apply_gradients(grads=grads, batch_stats=updates["batch_stats"])`.
 
-Take over a checkpoint of `optax.MultiSteps` in linen (`opt_state` and `params` as saved) by::
+To go on from `optax.MultiSteps` in linen (`opt_state` and `params` as they were saved)::
 
     state = state.replace(tx=tx, opt_state=from_multi_steps(tx, opt_state, params))
 
-and in nnx by::
+and in nnx::
 
     pure = nnx.as_pure  # nnx.pure in Flax 0.12.0
     opt_state, params = pure(old.opt_state), pure(nnx.state(model, nnx.Param))
@@ -111,9 +111,6 @@ class TrainState(_Counters, train_state.TrainState):
     computes with one set of scales and adds one entry to the histories, as one batch would, and
     microbatches that are rejected or have weight 0 leave no trace.
 
-    Attributes:
-        step: i32[] or int, calls of `apply_gradients`, as in Flax.
-
     A subclass cannot have fields named like the arguments and properties here.
     """
 
@@ -134,7 +131,6 @@ class TrainState(_Counters, train_state.TrainState):
             TypeError: for an argument that is almost a field or an argument of the transformation,
                 and for `batch_stats` without such a field.
             ValueError: if a collection is to be overwritten in a state that `create` did not make.
-            Exception: what the `update` of the transformation raises.
         """
         names = {field.name for field in dataclasses.fields(self)}
         fields = {name: value for name, value in kwargs.items() if name in names}
@@ -150,14 +146,7 @@ class TrainState(_Counters, train_state.TrainState):
 
     @classmethod
     def create(cls, *, apply_fn: Any, params: Any, tx: optax.GradientTransformation, **kwargs):
-        """Return a state with `step` 0 and a fresh optimizer state.
-
-        Args:
-            apply_fn: usually the model's `apply`.
-            params: the parameters.
-            tx: any Optax transformation.
-            **kwargs: the fields that a subclass adds.
-        """
+        """Return a state with `step` 0 and a fresh optimizer state, as in Flax."""
         state = super().create(apply_fn=apply_fn, params=params, tx=tx, **kwargs)
         return state.replace(opt_state=_flax_fp8.init(params, state.opt_state))
 
@@ -186,9 +175,6 @@ class Optimizer(_Counters, nnx.Optimizer):
     ...     print(optimizer.mini_step, optimizer.gradient_step, model.w[...])
     1 0 [1. 2.]
     0 1 [0.  1.5]
-
-    Attributes:
-        step: calls of `update`, as in Flax.
     """
 
     def update(self, model: Any, grads: Any, /, **extra_args: Any) -> Any:
@@ -202,9 +188,6 @@ class Optimizer(_Counters, nnx.Optimizer):
         Returns:
             New parameters less old ones, if `tx` accumulates: the updates as far as rounding let
             them in. Under `jit` unused ones cost nothing. Otherwise what Flax returns.
-
-        Raises:
-            Exception: what the `update` of the transformation raises.
         """
         if not accumulates(self.opt_state):
             return super().update(model, grads, **extra_args)
