@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from optaccum import _devices
-from optaccum._state import by_name, read_one
+from optaccum._state import by_name, read
 from optaccum._validate import check_loss_reduction
 from optaccum._window import Sums
 
@@ -72,7 +72,7 @@ def window_metrics(
             key, if the state has several members of `jax.vmap`, or as :func:`get_state` does.
     """
     summed = check_loss_reduction(loss_reduction) == "sum"
-    state = read_one(opt_state, "window_metrics")
+    state = read(opt_state, "window_metrics")
     sums = {name: jax.tree.leaves(x) for name, x in by_name(state.arg_sums).items()}
     # Averaged trees are left out. With `reduce_axes` a scalar has an axis, as the weight does.
     ndims = [jnp.ndim(state.weight)]

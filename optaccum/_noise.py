@@ -11,7 +11,7 @@ from optaccum._conditional import branch
 from optaccum._devices import of_all, squared_norm
 from optaccum._extra_args import as_weight
 from optaccum._mesh_axes import unreduced, vary, varying
-from optaccum._state import read_one
+from optaccum._state import read
 from optaccum._trees import where
 from optaccum._validate import check_decay, check_loss_reduction, leaf_name
 from optaccum._window import SMALLEST, Sums
@@ -135,7 +135,7 @@ def update_noise_scale(
     decay = check_decay("`decay`", decay)
     w = jnp.asarray(1.0 if weight is None else as_weight("`weight`", weight), jnp.float32)
     _check_reduced(grads)
-    state = read_one(opt_state, "update_noise_scale")
+    state = read(opt_state, "update_noise_scale")
     total, released = state.weight, state.released
     # The total has an axis only if each device keeps its weight and sums.
     axes = tuple(sorted(varying(total))) if jnp.ndim(total) else ()

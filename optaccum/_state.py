@@ -84,7 +84,7 @@ def get_state(opt_state: Any) -> AccumulateState:
     )
 
 
-def read_one(opt_state: Any, caller: str) -> AccumulateState:
+def read(opt_state: Any, caller: str) -> AccumulateState:
     """Returns the state of one optimizer, its scalars out of the variables of flax.nnx."""
     state = get_state(opt_state)
     scalars = {name: jax.tree.leaves(getattr(state, name))[0] for name in state._fields[:5]}

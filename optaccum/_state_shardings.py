@@ -121,8 +121,9 @@ class _Layout(NamedTuple):
         owners = (self.parameters.get(path[:n]) for n in range(len(path), -1, -1))
         p, sharding = next(filter(None, owners), (x, self.replicated))
         extra = x.ndim - p.ndim
-        fits = x.shape[extra:] == p.shape
-        return _shard(sharding, extra, x) if fits else _shard(self.replicated, 0, x)
+        if x.shape[extra:] == p.shape:
+            return _shard(sharding, extra, x)
+        return _shard(self.replicated, 0, x)
 
     def of_suffix(self, path: tuple, x: Any) -> Any:
         """Fallback: matches a parameter by the end of a path in the whole state."""
@@ -142,7 +143,7 @@ def _shard(sharding: Any, extra: int, x: Any) -> Any:
                 f"a parameter is sharded as {spec}, over {sorted(used & set(axes))} of "
                 "`reduce_axes`; in jax.shard_map all its devices must have it whole"
             )
-        entries[:1] = [axes[0] if len(axes) == 1 else tuple(axes)]
+        entries[:1] = [axes[0] if len(axes) == 1 else tuple(axes)]  # sums per device
     waiting = unreduced(x) - used
     spec = PartitionSpec(*entries, unreduced=waiting, reduced=spec.reduced - waiting)
     return spec if isinstance(sharding, PartitionSpec) else sharding.update(spec=spec)

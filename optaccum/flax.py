@@ -133,10 +133,9 @@ class TrainState(_Counters, train_state.TrainState):
             ValueError: if a collection is to be overwritten in a state that `create` did not make.
         """
         names = {field.name for field in dataclasses.fields(self)}
-        fields = {name: value for name, value in kwargs.items() if name in names}
+        fields = {name: kwargs.pop(name) for name in names.intersection(kwargs)}
         ours = {"weight": weight, "release": release}
-        extra_args = {name: value for name, value in kwargs.items() if name not in names}
-        extra_args |= {name: value for name, value in ours.items() if value is not None}
+        extra_args = kwargs | {name: value for name, value in ours.items() if value is not None}
         check_fields(type(self), names, self.tx.update, extra_args)
         step = functools.partial(apply_gradients, self.tx, **extra_args)
         if _flax_fp8.holds(grads):
