@@ -16,10 +16,8 @@ class Fit(NamedTuple):
 
     Attributes:
         num_microbatches: the fewest microbatches that fit.
-        step: the step with that many, compiled (by whoever jitted it): call it with arguments as
-            they were lowered.
-        peak_bytes: {candidate: bytes on each device}, of those that were compiled; infinite where
-            the compiler itself found that they cannot fit.
+        step: the compiled step with that many. Call it with arguments as they were passed.
+        peak_bytes: bytes on each device by candidate, infinite if its compiler ran out of memory.
         memory_limit: the bytes that it had to fit in.
     """
 
@@ -37,13 +35,12 @@ def fit_num_microbatches(
 ) -> Fit:
     """Return the fewest microbatches with which a training step fits in memory.
 
-    Compiles the step ahead of time for one candidate after the other, fewest first, and stops at
-    the first whose peak, on each device, is within the limit::
+    It compiles the step ahead of time for each candidate, fewest first, until the peak on each
+    device is within the limit. Nothing runs and nothing is allocated::
 
-        peak = arguments + outputs - donated outputs + temporaries
+        peak = arguments + arrays closed over + outputs - donated outputs + temporaries
 
-    where arrays that the step closes over are arguments. Nothing runs and no array is needed. What
-    else lies on the device is not in the sum.
+    Whatever else is on the device is not counted.
 
     >>> import jax, jax.numpy as jnp, optaccum
     >>> def make_step(n):
@@ -56,22 +53,20 @@ def fit_num_microbatches(
     (16, [False, False, False, False, True])
 
     Args:
-        make_step: returns the step with that many microbatches: a function, best one of `jax.jit`
-            with the donation that it will run with.
-        candidates: numbers of microbatches to try; each has to divide the rows of the batch.
-        *args: the arguments of the step: arrays, or `jax.ShapeDtypeStruct`s with the shardings
-            that they will have.
-        memory_limit: bytes on each device, a number or text like "8GB" (10**9 bytes each) or
-            "16GiB" (2**30); None for what the device gives the process (a CPU does not say).
+        make_step: returns the step with that many microbatches, preferably jitted with the
+            donation that it will run with.
+        candidates: numbers of microbatches to try. Each must divide the rows of the batch.
+        *args: arguments of the step, arrays or `jax.ShapeDtypeStruct`s, with their shardings.
+        memory_limit: bytes on each device, a number or text like "8GB" (8 * 10**9) or "16GiB"
+            (16 * 2**30). None asks the devices, but a CPU does not know.
 
     Returns:
         A :class:`Fit`.
 
     Raises:
         TypeError: if a candidate is not an integer.
-        ValueError: if there is no candidate, one is below 1, none fits, or the limit is not a
-            number above 0 and the device does not say how much memory it has.
-        Exception: what `make_step` and the tracing of its step raise.
+        ValueError: if `candidates` is empty, one is below 1, none fits, or the limit is unknown or
+            not above 0.
     """
     check_function("`make_step`", make_step)
     if not isinstance(candidates, Iterable):
@@ -79,7 +74,7 @@ def fit_num_microbatches(
     counts = sorted({check_count("each of `candidates`", n) for n in candidates})
     if not counts:
         raise ValueError("`candidates` must hold at least one number of microbatches, got none")
-    limit = _limit(memory_limit)
+    limit = _bytes(memory_limit)
     peaks: dict[int, float] = {}
     for n in counts:
         step: Any = make_step(n)
@@ -93,12 +88,7 @@ def fit_num_microbatches(
                 raise
             peaks[n] = math.inf
             continue
-        # `equinox.filter_jit` puts the compiled program into one of its own.
-        program = compiled if hasattr(compiled, "memory_analysis") else compiled.compiled
-        sizes = program.memory_analysis()
-        given = sizes.argument_size_in_bytes + _bytes_closed_over(step, args)
-        kept = sizes.output_size_in_bytes - sizes.alias_size_in_bytes
-        peaks[n] = given + kept + sizes.temp_size_in_bytes
+        peaks[n] = _peak_bytes(step, args, compiled)
         if peaks[n] <= limit:
             return Fit(n, compiled, peaks, limit)
     table = ", ".join(f"{n}: {peak:,}" for n, peak in peaks.items())
@@ -108,36 +98,37 @@ def fit_num_microbatches(
     )
 
 
-def _limit(given: Any) -> Any:
-    """Returns the bytes that a `memory_limit` means."""
-    limit = _device_limit() if given is None else given
-    if isinstance(given, str):
-        match = re.fullmatch(r"\s*(\d+\.?\d*)\s*([kmgt]?)(i?)b\s*", given, re.IGNORECASE)
-        if match:
-            number, prefix, binary = match.groups()
-            power = " kmgt".index(prefix.lower() or " ")
-            limit = float(number) * (1024 if binary else 1000) ** power
-    if not isinstance(limit, numbers.Real) or isinstance(limit, bool) or not float(limit) > 0:
+def _bytes(limit: Any) -> Any:
+    """Returns `memory_limit` as a number of bytes."""
+    if limit is None:
+        devices = jax.local_devices()
+        limits = [(device.memory_stats() or {}).get("bytes_limit", 0) for device in devices]
+        if all(limits):
+            return min(limits)
         raise ValueError(
-            f"`memory_limit` must be a number of bytes > 0, got {given!r}; text is like '8GB'"
+            f"`memory_limit` is needed: {devices[0].device_kind} does not say how much memory it "
+            "has; pass that of the device to train on, such as memory_limit='80GB'"
         )
-    return limit
+    number = limit
+    pattern = r"\s*(\d+\.?\d*)\s*([kmgt]?)(i?)b\s*"
+    if isinstance(limit, str) and (match := re.fullmatch(pattern, limit, re.IGNORECASE)):
+        digits, prefix, binary = match.groups()
+        number = float(digits) * (1024 if binary else 1000) ** " kmgt".index(prefix.lower() or " ")
+    if not isinstance(number, numbers.Real) or isinstance(number, bool) or not float(number) > 0:
+        raise ValueError(
+            f"`memory_limit` must be a number of bytes > 0, got {limit!r}; text is like '8GB'"
+        )
+    return number
 
 
-def _bytes_closed_over(step: Any, args: tuple) -> int:
-    """Returns the bytes on a device of the arrays that a jitted function has not as arguments."""
+def _peak_bytes(step: Any, args: tuple, compiled: Any) -> int:
+    """Returns the bytes that a step needs on each device, with the arrays that it closes over."""
+    # `equinox.filter_jit` wraps the compiled program.
+    program = compiled if hasattr(compiled, "memory_analysis") else compiled.compiled
+    sizes = program.memory_analysis()
+    outputs = sizes.output_size_in_bytes - sizes.alias_size_in_bytes
     traced = step.trace(*args) if hasattr(step, "trace") else None
     consts = getattr(getattr(traced, "jaxpr", None), "consts", ())
     arrays = [x for x in consts if isinstance(x, jax.Array)]
-    return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in arrays)
-
-
-def _device_limit() -> float:
-    """Returns the bytes that the device with the least memory gives this process."""
-    limits = [(device.memory_stats() or {}).get("bytes_limit", 0) for device in jax.local_devices()]
-    if not all(limits):
-        raise ValueError(
-            f"`memory_limit` is needed: {jax.local_devices()[0].device_kind} does not say how much "
-            "memory it has; pass that of the device to train on, such as memory_limit='80GB'"
-        )
-    return min(limits)
+    closed = sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in arrays)
+    return sizes.argument_size_in_bytes + closed + outputs + sizes.temp_size_in_bytes

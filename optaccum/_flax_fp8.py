@@ -1,6 +1,6 @@
 """Collections of Flax whose gradients are their new values, through a window of microbatches."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 from flax.linen.fp8_ops import OVERWRITE_WITH_GRADIENT
@@ -8,19 +8,19 @@ import jax
 from jax import lax
 import jax.numpy as jnp
 
-from optaccum._state import get_state
+from optaccum._state import accumulates, get_state
 from optaccum._window import adds
 
 
 class OverwriteState(NamedTuple):
-    """Optimizer state of a :class:`TrainState` with collections to be overwritten.
+    """Optimizer state of a :class:`TrainState` with a collection to be overwritten.
 
     Attributes:
-        largest: the values to overwrite with when the window is released, a tree like the
-            parameters' collection: the largest of the microbatches that count, element by element.
+        largest: the elementwise largest values of the window's microbatches that count, a tree
+            like the collection, which a release overwrites.
         opt_state: the state of `tx`.
 
-    A state from elsewhere is given one by `state.replace(opt_state=OverwriteState(
+    A state from elsewhere becomes one by `state.replace(opt_state=OverwriteState(
     jax.tree.map(jnp.copy, state.params["_overwrite_with_gradient"]), state.opt_state))`.
     """
 
@@ -33,35 +33,56 @@ def holds(tree: Any) -> bool:
     return isinstance(tree, Mapping) and OVERWRITE_WITH_GRADIENT in tree
 
 
-def take_in(
-    old: Any, new: Any, weight: Any, state: OverwriteState, after: Any
-) -> tuple[Any, OverwriteState]:
-    """Returns the collection after a microbatch that gave `new`, and the state with it."""
-    window, advanced = get_state(state.opt_state), get_state(after)
-    if window.weight.ndim:
+def init(params: Any, opt_state: Any) -> Any:
+    """Returns the state of an optimizer, with room for the collection if it accumulates."""
+    if not holds(params) or not accumulates(opt_state):
+        return opt_state
+    get_state(opt_state)  # of several windows, none could say when to overwrite
+    # A copy, since one buffer cannot be donated as a parameter and as a state.
+    return OverwriteState(jax.tree.map(jnp.copy, params[OVERWRITE_WITH_GRADIENT]), opt_state)
+
+
+def step(train: Callable[..., Any], weight: Any, grads: Any, state: Any, params: Any) -> Any:
+    """Returns parameters and state after a microbatch, of which `train` takes what is trained."""
+    values = grads[OVERWRITE_WITH_GRADIENT]
+    if not isinstance(state, OverwriteState):
+        if accumulates(state):
+            raise ValueError(
+                f"the optimizer state has no room for a window of {OVERWRITE_WITH_GRADIENT!r}; "
+                "make the train state with `optaccum.flax.TrainState.create`, or give it one as "
+                "`optaccum.flax.OverwriteState` says"
+            )
+        trained, state = train(grads["params"], state, params["params"])
+        return {"params": trained, OVERWRITE_WITH_GRADIENT: values}, state
+    trained, opt_state = train(grads["params"], state.opt_state, params["params"])
+    old, new = get_state(state.opt_state), get_state(opt_state)
+    if old.weight.ndim:
         raise ValueError(
             f"parameters with the collection {OVERWRITE_WITH_GRADIENT!r} cannot be trained with "
             "`reduce_axes` in jax.shard_map, where each device would overwrite it with its own "
             "values; leave `reduce_axes` out and use jax.jit"
         )
-    counts = advanced.skipped == window.skipped
+    accepted = new.skipped == old.skipped
     if weight is not None:
-        counts &= adds(jnp.asarray(weight, jnp.float32))
-    first = (window.mini_step == 0) | (window.weight == 0)
-
-    def merge(largest, x):
-        a, b = _as_float(largest), _as_float(x)
-        merged = jnp.where(counts, jnp.where(first, b, jnp.maximum(a, b)), a)
-        return lax.convert_element_type(merged, largest.dtype)
-
-    def take(x, largest):
-        chosen = jnp.where(advanced.released, _as_float(largest), _as_float(x))
-        return lax.convert_element_type(chosen, x.dtype)
-
-    largest = jax.tree.map(merge, state.largest, new)
-    return jax.tree.map(take, old, largest), OverwriteState(largest, after)
+        accepted &= adds(jnp.asarray(weight, jnp.float32))
+    opens = (old.mini_step == 0) | (old.weight == 0)
+    maxima = jax.tree.map(lambda x, y: jnp.maximum(_float(x), _float(y)), state.largest, values)
+    largest = _select(accepted, _select(opens, values, maxima), state.largest)
+    overwritten = _select(new.released, largest, params[OVERWRITE_WITH_GRADIENT])
+    state = OverwriteState(largest, opt_state)
+    return {"params": trained, OVERWRITE_WITH_GRADIENT: overwritten}, state
 
 
-def _as_float(x: Any) -> jax.Array:
-    """Returns a number as float32: the type that Flax has for these values knows no arithmetic."""
+def _select(predicate: jax.Array, on_true: Any, on_false: Any) -> Any:
+    """`jnp.where` of two trees, in the dtypes of `on_false`."""
+
+    def leaf(x, y):
+        chosen = jnp.where(predicate, _float(x), _float(y))
+        return lax.convert_element_type(chosen, jax.typeof(y).dtype)
+
+    return jax.tree.map(leaf, on_true, on_false)
+
+
+def _float(x: Any) -> jax.Array:
+    """Returns `x` as float32, since Flax's dtype for these values has no arithmetic."""
     return lax.convert_element_type(x, jnp.float32)

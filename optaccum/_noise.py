@@ -1,5 +1,6 @@
 """The gradient noise scale: how much the gradients of microbatches differ."""
 
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -10,8 +11,7 @@ from optaccum._conditional import branch
 from optaccum._devices import of_all, squared_norm
 from optaccum._extra_args import as_weight
 from optaccum._mesh_axes import unreduced, vary, varying
-from optaccum._metrics import check_one_member
-from optaccum._state import get_state
+from optaccum._state import read
 from optaccum._trees import where
 from optaccum._validate import check_decay, check_loss_reduction, leaf_name
 from optaccum._window import SMALLEST, Sums
@@ -25,21 +25,21 @@ LEAST_FREEDOM = 2.0**-10
 class NoiseScale(NamedTuple):
     """A running estimate of the gradient noise scale, by :func:`update_noise_scale`.
 
-    Its three results are properties, NaN before the first estimate:
+    Three properties, f32[], are its results. They are NaN before the first estimate:
 
-    * `trace`: f32[], estimate of tr(Sigma), where Sigma / w is the covariance of the gradient of a
-      microbatch of weight w. It may be negative by chance.
-    * `signal`: f32[], estimate of `|E g|^2`. It may be negative by chance.
-    * `batch_size`: f32[], `trace / signal`, in units of `weight`: the weight of a batch whose
-      gradient has as much noise as signal. It is inf if `signal` is not positive.
+    * `trace` estimates tr(Sigma), if a microbatch of weight w has a gradient of covariance
+      Sigma / w. By chance it may be negative, and so may `signal`.
+    * `signal` estimates `|E g|^2`.
+    * `batch_size` is `trace / signal`, the weight of a batch whose gradient has as much noise as
+      signal. It is inf if `signal` is not positive.
 
     Attributes:
         squares: f32[], sum of `w_i |g_i|^2` over the measured microbatches of the open window.
         weight: f32[], sum of their w_i.
-        count: f32[], how many there are.
-        trace_sum: f32[], decayed sum of the estimates of `trace`; only a release changes it.
-        signal_sum: f32[], decayed sum of the estimates of `signal`; only a release changes it.
-        mass: f32[], what both are divided by; 0 before the first estimate.
+        count: f32[], their number.
+        trace_sum: f32[], decayed sum of the estimates of `trace`, which only a release changes.
+        signal_sum: f32[], decayed sum of the estimates of `signal`, which only a release changes.
+        mass: f32[], the divisor of both, 0 before the first estimate.
         gradient_step: i32[], the optimizer's at the last call.
         skipped: i32[], the optimizer's at the last call.
     """
@@ -82,15 +82,15 @@ def update_noise_scale(
 ) -> NoiseScale:
     """Return the estimate with one more microbatch. Call it after each update.
 
-    It reads the window's sums, which stay in the optimizer's state after a release. The measured
+    It reads the window's sums, which stay in the optimizer's state after a release. The m measured
     microbatches have weights w_i and gradients g_i, the window has the mean gradient G and the
-    weight W. With `S = sum_i w_i |g_i|^2`, `V = sum_i w_i` and their number m::
+    weight W. With `S = sum_i w_i |g_i|^2` and `V = sum_i w_i`::
 
         trace  = (S - V |G|^2) / (m - V / W)
         signal = |G|^2 - trace / W
 
-    are free of bias for any weights, if g_i has the covariance Sigma / w_i. A release adds both to
-    their averages. `batch_size` is the ratio of the averages.
+    are unbiased for any weights, if g_i has the covariance Sigma / w_i. A release adds both to
+    their averages. `batch_size` is the ratio of the averages, in units of `weight`.
 
     >>> import jax.numpy as jnp, optax
     >>> from optaccum import accumulate, apply_gradients, init_noise_scale, update_noise_scale
@@ -104,33 +104,30 @@ def update_noise_scale(
     2.0 3.0 0.6667
 
     Guarantees:
-        * `batch_size` counts what `weight` counts: tokens, examples, or microbatches without one.
-        * Microbatches that are rejected or of weight 0 are not measured.
-        * A window is left out if m - V / W is at most 2**-10 (one microbatch has all or nearly all
-          of the weight), if W is outside of 2**-40..2**40, where sums have no squares in float32,
-          or if its estimates are not finite. Nothing of it reaches the next window.
-        * A window that is measured in part, since measuring began or paused there, has an estimate
-          of what was measured if its release was, and else none.
-        * In the jitted step of `apply_gradients` a hold on a GPU or TPU moves no more bytes than
-          without, as norm and addition are fused. On a CPU it reads the gradients once more.
-        * With `reduce_axes` in `jax.shard_map` the part of each device is a sample, so that a
-          window of one microbatch has an estimate too. The result is the same on all devices
-          (`PartitionSpec()`). A call reduces three scalars, and a release the sums once more.
-        * The pieces of a model in `jax.shard_map` are known by their types, and have one norm.
-          With `check_vma=False` and in `jax.pmap` gradients are taken for whole.
+        * Microbatches that are rejected or have weight 0 are not measured.
+        * A window has an estimate if its release is measured and m - V / W > 2**-10 (more than one
+          microbatch has weight), W is in 2**-40..2**40 and its estimates are finite. Nothing of
+          any other reaches the next window.
+        * In the jitted step of `apply_gradients` a hold on a GPU or TPU moves no more bytes, as
+          norm and addition are fused. On a CPU it reads the gradients once more.
+        * With `reduce_axes` in `jax.shard_map` each device gives a sample, so a window of one
+          microbatch has an estimate too. The result is replicated. A call reduces three scalars,
+          and a release reduces the sums once more.
+        * In `jax.shard_map` a sharded model has one norm, by its types. With `check_vma=False` and
+          in `jax.pmap` gradients count as replicated.
 
     Args:
         noise: the estimate so far.
-        grads: the gradients that the update took in, as they came to :func:`optaccum.accumulate`.
+        grads: the gradients of the update, as :func:`optaccum.accumulate` got them.
         opt_state: as for :func:`optaccum.get_state`, after that update.
-        weight: scalar, as the update was given it.
-        decay: in 0..1 without 1, how much of the averages a release keeps.
+        weight: scalar, as the update got it.
+        decay: a float in [0, 1), how much of the averages a release keeps.
         loss_reduction: as :func:`optaccum.accumulate` was built, which the state does not show.
 
     Raises:
-        TypeError: if `grads` wait to be reduced under explicit sharding: they have no norm.
-        ValueError: if an argument is out of its range; if the state is that of several members of
-            `jax.vmap`; as :func:`optaccum.get_state` does.
+        TypeError: if `grads` are unreduced under explicit sharding, since they have no norm.
+        ValueError: if an argument is out of its range, if the state has several members of
+            `jax.vmap`, or as :func:`optaccum.get_state` does.
 
     References: McCandlish et al., arXiv:1812.06162, appendix A.1, which has equal weights.
     """
@@ -138,48 +135,48 @@ def update_noise_scale(
     decay = check_decay("`decay`", decay)
     w = jnp.asarray(1.0 if weight is None else as_weight("`weight`", weight), jnp.float32)
     _check_reduced(grads)
-    state = get_state(opt_state)
-    # Containers of arrays, such as the variables of flax.nnx, are leaves here that hold a leaf.
-    released, step, skipped, total = jax.tree.leaves(
-        (state.released, state.gradient_step, state.skipped, state.weight)
-    )
-    check_one_member("update_noise_scale", released)
-    # Only where every device has its own weight and sums do they have an axis.
+    state = read(opt_state, "update_noise_scale")
+    total, released = state.weight, state.released
+    # The total has an axis only if each device keeps its weight and sums.
     axes = tuple(sorted(varying(total))) if jnp.ndim(total) else ()
 
-    # A device's weight beyond the bound is either not accepted, or its window is left out.
-    counts = (skipped == noise.skipped) & (w >= SMALLEST) & (w < LARGEST_SQUARED)
+    # `accumulate` rejects a device's weight beyond the bound, or the window is left out.
+    counts = (state.skipped == noise.skipped) & (w >= SMALLEST) & (w < LARGEST_SQUARED)
     w = jnp.where(counts, w, 1)
     square = squared_norm(grads, axes)
     sample = square / w if summed else square * w, w, jnp.ones_like(w)
-    sample = jax.tree.map(lambda x: jnp.where(counts, x, 0), sample)
+    sample = where(counts, sample, (0, 0, 0))
     if axes:
         sample = lax.psum(vary(sample, axes), axes)
-    same_window = noise.gradient_step == step - released
-    samples = [x + jnp.where(same_window, y, 0) for x, y in zip(sample, noise[:3], strict=True)]
+    # Discard stale samples, of a window whose release was not measured.
+    stale = noise.gradient_step != state.gradient_step - released
+    samples = [x + jnp.where(stale, 0, y) for x, y in zip(sample, noise[:3], strict=True)]
 
-    def estimate(*averages):
-        squares, measured, count = samples
-        whole, grad_sum, _ = of_all(Sums(total, jax.tree.leaves(state.grad_sum), ()))
-        square = squared_norm(grad_sum) / whole / whole
-        freedom = count - measured / whole
-        # To scale sums before they are squared would cost a CPU a temporary.
-        known = (whole > 1 / LARGEST_SQUARED) & (whole < LARGEST_SQUARED)
-        known &= freedom > LEAST_FREEDOM
-        trace = (squares - measured * square) / jnp.where(known, freedom, 1)
-        signal = square - trace / whole
-        known &= jnp.isfinite(trace) & jnp.isfinite(signal)
-        own = trace, signal, jnp.ones_like(trace)
-        new = jax.tree.map(lambda x, y: decay * x + (1 - decay) * y, averages, own)
-        return where(known, new, averages)
+    sums = Sums(total, jax.tree.leaves(state.grad_sum), ())
+    step = functools.partial(_average, decay, samples, sums)
+    averages = branch(released, step, noise[3:6])
+    samples = where(released, [0, 0, 0], samples)
+    return NoiseScale(*samples, *averages, gradient_step=state.gradient_step, skipped=state.skipped)
 
-    averages = branch(released, estimate, noise[3:6])
-    samples = [jnp.where(released, 0, x) for x in samples]
-    return NoiseScale(*samples, *averages, gradient_step=step, skipped=skipped)
+
+def _average(decay: Any, samples: list[jax.Array], sums: Sums, *old: jax.Array) -> Any:
+    """Returns the averages with the estimates of a window, or as they are if it has none."""
+    squares, weight, count = samples
+    total, grad_sum, _ = of_all(sums)
+    # To scale sums before they are squared would cost a CPU a temporary.
+    square = squared_norm(grad_sum) / total / total
+    freedom = count - weight / total
+    known = (total > 1 / LARGEST_SQUARED) & (total < LARGEST_SQUARED) & (freedom > LEAST_FREEDOM)
+    trace = (squares - weight * square) / jnp.where(known, freedom, 1)
+    signal = square - trace / total
+    known &= jnp.isfinite(trace) & jnp.isfinite(signal)
+    estimates = trace, signal, jnp.ones_like(trace)
+    new = jax.tree.map(lambda x, y: decay * x + (1 - decay) * y, old, estimates)
+    return where(known, new, old)
 
 
 def _check_reduced(grads: Any) -> None:
-    """Raises where a gradient waits to be reduced over devices."""
+    """Raises if a gradient is unreduced."""
     for path, g in jax.tree_util.tree_leaves_with_path(grads):
         if axes := unreduced(g):
             raise TypeError(

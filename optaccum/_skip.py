@@ -1,22 +1,22 @@
-"""Judge a microbatch by its gradients, where no device may have them whole."""
+"""Judge a microbatch by its gradients, which may be unreduced."""
 
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from optaccum import _devices, _mesh_axes, _window
+from optaccum._mesh_axes import unreduced
+from optaccum._window import times
 
 
 def skip_not_finite(updates: Any, gradient_step: Any, params: Any) -> tuple[jax.Array, Any]:
     """Reject a microbatch whose gradients hold a NaN or an infinity.
 
-    For `should_skip_update_fn`. It decides what `optax.skip_not_finite` does, but by a sum::
+    For `should_skip_update_fn`. It decides like `optax.skip_not_finite`, but by a sum::
 
-        skip = not isfinite(sum_j 0 * g_j)        0 * g is NaN where g is not finite, else 0
+        skip = not isfinite(sum_j 0 * g_j)        0 * g is NaN if g is not finite, else 0
 
-    which can be taken of gradients that wait to be reduced over devices, for the reduction of one
-    scalar.
+    so it takes unreduced gradients too, and reduces one scalar.
 
     >>> import jax.numpy as jnp, optax
     >>> from optaccum import accumulate, skip_not_finite
@@ -27,7 +27,7 @@ def skip_not_finite(updates: Any, gradient_step: Any, params: Any) -> tuple[jax.
     1 0 {'should_skip': Array(True, dtype=bool)}
 
     Args:
-        updates: gradients; None leaves pass.
+        updates: gradients.
         gradient_step: not used.
         params: not used.
 
@@ -35,18 +35,15 @@ def skip_not_finite(updates: Any, gradient_step: Any, params: Any) -> tuple[jax.
         Whether to skip, bool[], and the report `{"should_skip": bool[]}`.
     """
     del gradient_step, params
-    sums: dict[frozenset[str], list] = {}  # by the axes over which they wait to be reduced
+    sums: dict[frozenset[str], jax.Array] = {}  # by the axes over which they are unreduced
     for g in jax.tree.leaves(updates):
-        if not jnp.issubdtype(jnp.result_type(g), jnp.inexact):
-            continue
-        g = jnp.asarray(g)
-        # The dtype of the sum must not matter to it: a float64 may not fit into a float32.
-        zeros = _window.times(g, jnp.zeros([], g.dtype))
-        dtype = jnp.complex64 if jnp.iscomplexobj(g) else jnp.float32
-        sums.setdefault(_mesh_axes.unreduced(g), []).append(jnp.sum(zeros, dtype=dtype))
-    whole = [
-        _devices.along(tuple(axes)).reduce(sum(others, first), ())[0]
-        for axes, (first, *others) in sums.items()
-    ]
+        if jnp.issubdtype(jnp.result_type(g), jnp.inexact):
+            g = jnp.asarray(g)
+            # Zeros first, since a float64 may not fit into the dtype of the sum.
+            zeros = times(g, jnp.zeros([], g.dtype))
+            dtype = jnp.complex64 if jnp.iscomplexobj(g) else jnp.float32
+            total, axes = jnp.sum(zeros, dtype=dtype), unreduced(g)
+            sums[axes] = sums[axes] + total if axes in sums else total
+    whole = [jax.reshard(x, jax.P()) if axes else x for axes, x in sums.items()]
     skip = ~jnp.isfinite(jnp.asarray(sum(whole)))
     return skip, {"should_skip": skip}

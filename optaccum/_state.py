@@ -1,8 +1,9 @@
-"""What an accumulating optimizer remembers, and how to find it in a larger state."""
+"""The state of an accumulating optimizer, and how to find it in a larger state."""
 
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import optax
 
 
@@ -10,21 +11,21 @@ class AccumulateState(NamedTuple):
     """State of :func:`optaccum.accumulate`.
 
     Every leaf is a strongly typed `jax.Array` whose dtype never changes. Sums and weight stay
-    readable after a release, when `grad_sum / weight` is the mean that was released, until the
-    next accepted microbatch overwrites them.
+    readable after a release, until the next accepted microbatch overwrites them. Then
+    `grad_sum / weight` is the mean that was released.
 
     Attributes:
-        mini_step: i32[], microbatches accepted in the open window; 0 once it is closed.
-        gradient_step: i32[], windows released so far: the steps of the inner optimizer.
+        mini_step: i32[], microbatches accepted in the open window, 0 once it is closed.
+        gradient_step: i32[], windows released so far, which are the steps of the inner optimizer.
         released: bool[], whether the last call released a window.
         skipped: i32[], microbatches rejected so far.
         weight: f32[], sum of the weights of the window's microbatches.
         grad_sum: weighted sums of the window's gradients, a tree like the parameters in the
-            accumulator dtype; () where `every_k` is the constant 1.
-        arg_sums: weighted sums of the `average_args` and `metrics`, that of `value` as
-            `{"sum_of_value": f32[]}`; those of a tree are a tree.
-        skip_state: what `should_skip_update_fn` last reported; () without one.
-        inner_state: state of the inner optimizer; only a release changes it.
+            accumulator dtype, or () if `every_k` is the constant 1.
+        arg_sums: weighted sums of the `average_args` and `metrics`, under `sum_of_value` for
+            `value`. They are f32[], or a tree if the argument is one.
+        skip_state: what `should_skip_update_fn` last reported, () without one.
+        inner_state: state of the inner optimizer, which only a release changes.
     """
 
     mini_step: jax.Array
@@ -41,26 +42,31 @@ class AccumulateState(NamedTuple):
 def key_of(name: str) -> str:
     """Returns the key in `arg_sums` of an argument.
 
-    Not its name: `optax.value_and_grad_from_state` looks for the one "value" of a line search.
+    Not its name, since `optax.value_and_grad_from_state` looks for the one "value" in a state.
     """
     return f"sum_of_{name}"
 
 
 def by_name(arg_sums: dict[str, Any]) -> dict[str, Any]:
-    """Returns the sums of arguments by the names of these."""
+    """Returns `arg_sums` by the names of the arguments."""
     return {key.removeprefix(key_of("")): x for key, x in arg_sums.items()}
+
+
+def accumulates(opt_state: Any) -> bool:
+    """Returns whether a state holds an AccumulateState."""
+    return bool(optax.tree.get_all_with_path(opt_state, AccumulateState.__name__))
 
 
 def get_state(opt_state: Any) -> AccumulateState:
     """Find the :class:`AccumulateState` in the state of any optimizer.
 
     Args:
-        opt_state: an optimizer state that holds one AccumulateState, however deep: the state of
-            `optax.chain(optax.clip(1.0), accumulate(4, optax.adam(1e-3)))`, for example.
+        opt_state: an optimizer state with one AccumulateState at any depth, such as the state of
+            `optax.chain(optax.clip(1.0), accumulate(4, optax.adam(1e-3)))`.
 
     Raises:
-        ValueError: if `opt_state` holds none, or several (as under `optax.partition` with one
-            :func:`accumulate` a group, or with one inside another).
+        ValueError: if `opt_state` holds none or several, for example under `optax.partition` with
+            one :func:`accumulate` per group.
     """
     found = optax.tree.get_all_with_path(opt_state, AccumulateState.__name__)
     if len(found) == 1:
@@ -78,6 +84,18 @@ def get_state(opt_state: Any) -> AccumulateState:
     )
 
 
+def read(opt_state: Any, caller: str) -> AccumulateState:
+    """Returns the state of one optimizer, its scalars out of the variables of flax.nnx."""
+    state = get_state(opt_state)
+    scalars = {name: jax.tree.leaves(getattr(state, name))[0] for name in state._fields[:5]}
+    if shape := jnp.shape(scalars["mini_step"]):
+        raise ValueError(
+            f"`opt_state` is that of several members of jax.vmap, {shape}; pass that of one: "
+            f"`jax.vmap({caller})(...)`"
+        )
+    return state._replace(**scalars)
+
+
 def has_released(opt_state: Any) -> jax.Array:
     """Return whether the last update released a window, as a bool[] (one per member under vmap).
 
@@ -90,6 +108,5 @@ def has_released(opt_state: Any) -> jax.Array:
     Raises:
         ValueError: as :func:`get_state` does.
     """
-    # Containers of arrays, such as the variables of flax.nnx, are leaves here that hold a leaf.
-    (released,) = jax.tree.leaves(get_state(opt_state).released)
+    (released,) = jax.tree.leaves(get_state(opt_state).released)  # it may be a variable of flax.nnx
     return released

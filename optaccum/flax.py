@@ -1,12 +1,12 @@
 """Train states of Flax that accumulate: `TrainState` for linen, `Optimizer` for nnx.
 
 Change the import, build `tx` with :func:`optaccum.accumulate`, and call the training step once for
-each microbatch. What changes from call to call and what changes from window to window:
+each microbatch. What moves with every call, and what once per window:
 
-* **Learning-rate schedules** inside `inner` count windows: `optax.cosine_decay_schedule(1e-3,
+* **Learning-rate schedules** inside `inner` count windows. `optax.cosine_decay_schedule(1e-3,
   steps)` spans `steps * k` calls.
-* **Hyperparameters** that `optax.inject_hyperparams` keeps are those of the last release:
-  `optaccum.get_state(state.opt_state).inner_state.hyperparams["learning_rate"]`.
+* **Hyperparameters** of `optax.inject_hyperparams` are those of the last release, in
+  `optaccum.get_state(state.opt_state).inner_state.hyperparams`.
 * **Averages of parameters** must move once per window, as only a release changes parameters::
 
       ema = jax.lax.cond(
@@ -15,27 +15,26 @@ each microbatch. What changes from call to call and what changes from window to 
           lambda: ema,
       )
 
-  An average that is kept inside `inner` moves by itself and costs a hold nothing. `optax.ema` is
-  none: it averages updates.
-* **Keys** are folded from `step`, which counts calls. A count of the optimizer's stands still
-  within a window, so that its microbatches would share their noise.
-* **BatchNorm** computes with, and averages, the statistics of each microbatch. Its averages move
-  with every call, `state.apply_gradients(grads=grads, batch_stats=updates["batch_stats"])` in
-  linen and by themselves in nnx: for a momentum of m a window pass m ** (1 / k).
+  An average inside `inner` does so by itself (but `optax.ema` averages updates).
+* **Keys** are folded from `step`, which counts calls. With a count of windows the microbatches of
+  a window would share their noise.
+* **BatchNorm** normalizes with the statistics of each microbatch, and its averages move with every
+  call. For a momentum of m per window pass m ** (1 / k). In linen hand the averages on with
+  `state.apply_gradients(grads=grads, batch_stats=updates["batch_stats"])`.
 
-A state of `optax.MultiSteps`, from a checkpoint of Flax's train states, is taken over by::
+To go on from `optax.MultiSteps` in linen (`opt_state` and `params` as they were saved)::
 
-    state = state.replace(tx=tx, opt_state=from_multi_steps(tx, state.opt_state, state.params))
+    state = state.replace(tx=tx, opt_state=from_multi_steps(tx, opt_state, params))
 
-in linen (`state` one of ours; `opt_state` and `params` those that were saved), and in nnx by::
+and in nnx::
 
     pure = nnx.as_pure  # nnx.pure in Flax 0.12.0
     opt_state, params = pure(old.opt_state), pure(nnx.state(model, nnx.Param))
     optimizer = Optimizer(model, tx, wrt=nnx.Param)
     nnx.update(optimizer.opt_state, nnx.state(from_multi_steps(tx, opt_state, params)))
 
-To go on with another `every_k`, set `state.replace(tx=new)` or `optimizer.tx = new`. An
-`Optimizer` whose `every_k` was the constant 1 keeps no sums: make a new one, and
+To change `every_k`, set `state.replace(tx=new)` or `optimizer.tx = new`. An `Optimizer` whose
+`every_k` was the constant 1 has no sums, so make a new one and
 `nnx.update(new.opt_state, nnx.state(old.opt_state))`.
 """
 
@@ -58,19 +57,37 @@ except ModuleNotFoundError as error:
 
 from optaccum import _flax_fp8
 from optaccum._accumulate import apply_gradients
-from optaccum._flax_fp8 import OVERWRITE_WITH_GRADIENT, OverwriteState
+from optaccum._flax_fp8 import OverwriteState
 from optaccum._spelling import check_fields
-from optaccum._state import AccumulateState, get_state, has_released
+from optaccum._state import accumulates, get_state, has_released
 
 __all__ = ("Optimizer", "OverwriteState", "TrainState")
 
 
-class TrainState(train_state.TrainState):
+class _Counters:
+    """The counters of the :func:`optaccum.accumulate` in `opt_state`."""
+
+    @property
+    def mini_step(self: Any) -> jax.Array:
+        """i32[], microbatches in the open window."""
+        return _as_arrays(get_state(self.opt_state).mini_step)
+
+    @property
+    def gradient_step(self: Any) -> jax.Array:
+        """i32[], windows released so far."""
+        return _as_arrays(get_state(self.opt_state).gradient_step)
+
+    @property
+    def has_released(self: Any) -> jax.Array:
+        """bool[], whether the last call released a window."""
+        return has_released(self.opt_state)
+
+
+class TrainState(_Counters, train_state.TrainState):
     """Drop-in for `flax.training.train_state.TrainState` that accumulates.
 
-    With an :func:`optaccum.accumulate` as `tx`, `apply_gradients` is
-    :func:`optaccum.apply_gradients`: a hold neither writes zeros nor touches the parameters. With
-    any other transformation it computes what Flax's does.
+    `apply_gradients` is :func:`optaccum.apply_gradients`, so a hold neither writes zeros nor
+    touches the parameters. With a `tx` that does not accumulate it computes what Flax's does.
 
     >>> import jax, jax.numpy as jnp, optax
     >>> from optaccum import accumulate
@@ -88,15 +105,11 @@ class TrainState(train_state.TrainState):
     1 1 0 [1. 2.]
     2 0 1 [0.  1.5]
 
-    Flax's FP8 layers keep their scales and histories in a collection whose "gradients" are its
-    new values. Flax overwrites it with every call. Here it is overwritten when a window is
-    released, with the largest values that the window's microbatches gave, which JAX too takes
-    where such a value is used twice. So all microbatches of a window compute with the same scales,
-    as one batch would, its largest activations enter the history, in one entry, and a microbatch
-    that is rejected or has a weight of 0 leaves no trace.
-
-    Attributes:
-        step: i32[] or int, calls of `apply_gradients`, as in Flax.
+    Flax's FP8 layers keep scales and histories in a collection whose "gradients" are its new
+    values, and Flax overwrites it in every call. Here a release overwrites it, with the
+    elementwise largest values of the window (as JAX does if a value is used twice). So a window
+    computes with one set of scales and adds one entry to the histories, as one batch would, and
+    microbatches that are rejected or have weight 0 leave no trace.
 
     A subclass cannot have fields named like the arguments and properties here.
     """
@@ -106,96 +119,42 @@ class TrainState(train_state.TrainState):
 
         Args:
             grads: gradients, a tree like `params`.
-            weight: how much the microbatch counts; see :func:`optaccum.accumulate`.
-            release: whether to close the window; see :func:`optaccum.accumulate`.
-            **kwargs: fields to replace, as in Flax. Others, which Flax does not take, are extra
-                arguments for the transformation, such as `value=loss`.
+            weight: how much the microbatch counts, as in :func:`optaccum.accumulate`.
+            release: whether to close the window, as in :func:`optaccum.accumulate`.
+            **kwargs: fields to replace, as in Flax. All others are extra arguments of the
+                transformation, such as `value=loss`.
 
         Returns:
-            A state with `step` one higher and the parameters, the optimizer's state and the named
-            fields replaced.
+            The state after this call, with `step` one higher.
 
         Raises:
             TypeError: for an argument that is almost a field or an argument of the transformation,
                 and for `batch_stats` without such a field.
-            ValueError: if the parameters hold a collection to be overwritten but the state was
-                not made with `create`.
-            Exception: what the `update` of the transformation raises.
+            ValueError: if a collection is to be overwritten in a state that `create` did not make.
         """
         names = {field.name for field in dataclasses.fields(self)}
-        fields = {name: value for name, value in kwargs.items() if name in names}
-        extra_args = {name: value for name, value in kwargs.items() if name not in names}
-        given = {"weight": weight, "release": release}
-        extra_args |= {name: value for name, value in given.items() if value is not None}
+        fields = {name: kwargs.pop(name) for name in names.intersection(kwargs)}
+        ours = {"weight": weight, "release": release}
+        extra_args = kwargs | {name: value for name, value in ours.items() if value is not None}
         check_fields(type(self), names, self.tx.update, extra_args)
         step = functools.partial(apply_gradients, self.tx, **extra_args)
-
-        if not _flax_fp8.holds(grads):
-            params, opt_state = step(grads, self.opt_state, self.params)
-            return self.replace(step=self.step + 1, params=params, opt_state=opt_state, **fields)
-
-        state: Any = self.opt_state
-        wrapped = isinstance(state, OverwriteState)
-        before = state.opt_state if wrapped else state
-        if not wrapped and _accumulates(before):
-            raise ValueError(
-                f"the optimizer state has no room for a window of {OVERWRITE_WITH_GRADIENT!r}; "
-                "make the train state with `optaccum.flax.TrainState.create`, or give it one as "
-                "`optaccum.flax.OverwriteState` says"
-            )
-        params, opt_state = step(grads["params"], before, self.params["params"])
-        overwritten = grads[OVERWRITE_WITH_GRADIENT]
-        if wrapped:
-            overwritten, opt_state = _flax_fp8.take_in(
-                self.params[OVERWRITE_WITH_GRADIENT], overwritten, weight, state, opt_state
-            )
-        return self.replace(
-            step=self.step + 1,
-            params={"params": params, OVERWRITE_WITH_GRADIENT: overwritten},
-            opt_state=opt_state,
-            **fields,
-        )
+        if _flax_fp8.holds(grads):
+            step = functools.partial(_flax_fp8.step, step, weight)
+        params, opt_state = step(grads, self.opt_state, self.params)
+        return self.replace(step=self.step + 1, params=params, opt_state=opt_state, **fields)
 
     @classmethod
     def create(cls, *, apply_fn: Any, params: Any, tx: optax.GradientTransformation, **kwargs):
-        """Return a state with `step` 0 and a fresh optimizer state.
-
-        Args:
-            apply_fn: usually the model's `apply`.
-            params: the parameters.
-            tx: any Optax transformation.
-            **kwargs: the fields that a subclass adds.
-        """
+        """Return a state with `step` 0 and a fresh optimizer state, as in Flax."""
         state = super().create(apply_fn=apply_fn, params=params, tx=tx, **kwargs)
-        if _flax_fp8.holds(params) and _accumulates(state.opt_state):
-            get_state(state.opt_state)  # of several windows, none could say when to overwrite
-            # A copy: one buffer cannot be donated as a parameter and as a state.
-            largest = jax.tree.map(jnp.copy, params[OVERWRITE_WITH_GRADIENT])
-            state = state.replace(opt_state=OverwriteState(largest, state.opt_state))
-        return state
-
-    @property
-    def mini_step(self) -> jax.Array:
-        """i32[], microbatches in the open window."""
-        return get_state(self.opt_state).mini_step
-
-    @property
-    def gradient_step(self) -> jax.Array:
-        """i32[], windows released so far."""
-        return get_state(self.opt_state).gradient_step
-
-    @property
-    def has_released(self) -> jax.Array:
-        """bool[], whether the last call released a window."""
-        return has_released(self.opt_state)
+        return state.replace(opt_state=_flax_fp8.init(params, state.opt_state))
 
 
-class Optimizer(nnx.Optimizer):
+class Optimizer(_Counters, nnx.Optimizer):
     """Drop-in for `flax.nnx.Optimizer` that accumulates.
 
-    With an :func:`optaccum.accumulate` in `tx`, `update` is :func:`optaccum.apply_gradients`: a
-    hold neither writes zeros nor touches the parameters. Any other transformation is left to
-    Flax's own `update`.
+    `update` is :func:`optaccum.apply_gradients`, so a hold neither writes zeros nor touches the
+    parameters. With a `tx` that does not accumulate it is Flax's.
 
     >>> import jax.numpy as jnp, optax
     >>> from flax import nnx
@@ -215,9 +174,6 @@ class Optimizer(nnx.Optimizer):
     ...     print(optimizer.mini_step, optimizer.gradient_step, model.w[...])
     1 0 [1. 2.]
     0 1 [0.  1.5]
-
-    Attributes:
-        step: calls of `update`, as in Flax.
     """
 
     def update(self, model: Any, grads: Any, /, **extra_args: Any) -> Any:
@@ -226,18 +182,13 @@ class Optimizer(nnx.Optimizer):
         Args:
             model: the module that the optimizer was made for.
             grads: what `nnx.grad` returns for the variables that `wrt` selects.
-            **extra_args: passed on to the transformation; `weight=` and `release=` for
-                :func:`optaccum.accumulate`.
+            **extra_args: passed on to the transformation, such as `weight=` and `release=`.
 
         Returns:
-            Where `tx` accumulates, what changed in the parameters, new less old: the updates as
-            far as rounding let them in. Under `jit` it costs nothing unless it is used. Otherwise
-            what Flax returns.
-
-        Raises:
-            Exception: what the `update` of the transformation raises.
+            New parameters less old ones, if `tx` accumulates: the updates as far as rounding let
+            them in. Under `jit` unused ones cost nothing. Otherwise what Flax returns.
         """
-        if not _accumulates(self.opt_state):
+        if not accumulates(self.opt_state):
             return super().update(model, grads, **extra_args)
         options = {"graph": self.graph} if hasattr(self, "graph") else {}  # of newer Flax
         old = _as_arrays(nnx.state(model, self.wrt, **options))
@@ -253,25 +204,6 @@ class Optimizer(nnx.Optimizer):
         nnx.update(self.opt_state, nnx.state(opt_state, **options))
         self.step[...] += 1
         return jax.tree.map(lambda x, y: jnp.where(x == y, 0, x - y).astype(x.dtype), new, old)
-
-    @property
-    def mini_step(self) -> jax.Array:
-        """i32[], microbatches in the open window."""
-        return _as_arrays(get_state(self.opt_state).mini_step)
-
-    @property
-    def gradient_step(self) -> jax.Array:
-        """i32[], windows released so far."""
-        return _as_arrays(get_state(self.opt_state).gradient_step)
-
-    @property
-    def has_released(self) -> jax.Array:
-        """bool[], whether the last call released a window."""
-        return has_released(self.opt_state)
-
-
-def _accumulates(opt_state: Any) -> bool:
-    return bool(optax.tree.get_all_with_path(opt_state, AccumulateState.__name__))
 
 
 def _as_arrays(tree: Any) -> Any:
