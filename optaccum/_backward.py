@@ -17,8 +17,7 @@ import jax.numpy as jnp
 
 from optaccum import _scatters, _window
 from optaccum._cotangents import flat_jaxpr
-
-_Add = Callable[[jax.Array, jax.Array], jax.Array]
+from optaccum._window import Microbatch
 
 
 class _Target(NamedTuple):
@@ -27,17 +26,24 @@ class _Target(NamedTuple):
     Attributes:
         total: the sum.
         path: what happens to the value before: dtypes that it is cast to, and permutations.
+        seen: what `_scatters.apart` needs.
+        apart: whether it has to keep the value and the sum apart.
     """
 
     total: jax.Array
+    seen: jax.Array
+    apart: bool = False
     path: tuple[Any, ...] = ()
+
+
+_Targets = dict[int, _Target]  # by the position of a result
 
 
 def add_gradients(
     fun: Callable[[], tuple[Any, Any]],
     sums: Any,
-    microbatch: _window.Microbatch,
-    total: jax.Array,
+    microbatch: Microbatch,
+    seen: jax.Array,
 ) -> tuple[Any, Any]:
     """Returns `value` and `sums` with `grads`, for `fun() -> (value, grads)`.
 
@@ -45,7 +51,7 @@ def add_gradients(
         fun: a gradient, which is traced once. It may close over tracers.
         sums: a pytree like `grads`.
         microbatch: how gradients are added.
-        total: f32[] >= 0 that changes from trip to trip, as `_scatters.apart` needs it.
+        seen: f32[] >= 0 that changes from trip to trip, as `_scatters.apart` needs it.
     """
     if not isinstance(jnp.zeros([]), Tracer):  # under `jax.disable_jit`, `fun` may read arrays
         value, grads = fun()
@@ -54,27 +60,22 @@ def add_gradients(
     closed, holds = _scatters.with_fences(closed)
     leaves = jax.tree.leaves(sums)
     first = len(holds) - len(leaves)
-    # A scatter is added behind the program, and a select stands before the sum.
-    targets = {j: _Target(s) for j, s in enumerate(leaves, first) if not holds[j]}
-
-    def add(s, x):
-        return _window.add(s, x, microbatch)
-
+    targets = {j: _Target(s, seen, holds[j]) for j, s in enumerate(leaves, first)}
     try:
-        results = _evaluate(closed.jaxpr, closed.consts, [], targets, add)
+        results = _evaluate(closed.jaxpr, closed.consts, [], targets, microbatch)
     except Exception:  # a loop that cannot be rebuilt, such as one over a stack that is sharded
         results = core.jaxpr_as_fun(closed)()
-        results = [_plus(targets[j], x, add) if j in targets else x for j, x in enumerate(results)]
-    for j, s in enumerate(leaves, first):
-        if j not in targets:
-            x = results[j]
-            x = _scatters.apart(x, [True], total) if microbatch.weight is None else x
-            results[j] = add(s, x)
+        for j, target in targets.items():
+            results[j] = _plus(target, results[j], microbatch)
     return structure.unflatten(results)
 
 
 def _evaluate(
-    jaxpr: core.Jaxpr, consts: Sequence[Any], args: Sequence[Any], targets: dict[int, _Target], add
+    jaxpr: core.Jaxpr,
+    consts: Sequence[Any],
+    args: Sequence[Any],
+    targets: _Targets,
+    microbatch: Microbatch,
 ) -> list[Any]:
     """Evaluates a jaxpr; returns new sums in place of the results that have targets."""
     env: dict[Any, Any] = dict(
@@ -89,7 +90,7 @@ def _evaluate(
             eqn, inner = jaxpr.eqns[at], plan[at]
             values = [_read(env, v) for v in eqn.invars]
             within = {j: target for j, (_, target) in inner.items()}
-            outs = _HANDLERS[eqn.primitive.name](eqn, values, within, add)
+            outs = _HANDLERS[eqn.primitive.name](eqn, values, within, microbatch)
             env |= zip(eqn.outvars, outs, strict=True)
             for j, (i, _) in inner.items():
                 results[i] = jnp.reshape(outs[j], targets[i].total.shape)
@@ -97,11 +98,11 @@ def _evaluate(
     for i, v in enumerate(jaxpr.outvars):
         if i not in results:
             x = _read(env, v)
-            results[i] = _plus(targets[i], x, add) if i in targets else x
+            results[i] = _plus(targets[i], x, microbatch) if i in targets else x
     return [results[i] for i in range(len(jaxpr.outvars))]
 
 
-def _plan(jaxpr: core.Jaxpr, targets: dict[int, _Target]) -> tuple[dict, set[int]]:
+def _plan(jaxpr: core.Jaxpr, targets: _Targets) -> tuple[dict, set[int]]:
     """Returns which results of which equations to add inside, and the equations that this skips.
 
     A result is added inside if nothing else reads it, and if only casts and transposes lie between
@@ -117,7 +118,8 @@ def _plan(jaxpr: core.Jaxpr, targets: dict[int, _Target]) -> tuple[dict, set[int
         while isinstance(v, core.Var) and v in made and reads.count(v) == 1:
             at, j = made[v]
             eqn = jaxpr.eqns[at]
-            if _can_hold_slices(eqn, j):
+            slices = not target.apart and _can_hold_slices(eqn, j)
+            if slices or _is_lookup(eqn, target, made, jaxpr):
                 plan.setdefault(at, {})[j] = i, target
                 skipped |= set(map(id, passed))
                 break
@@ -152,7 +154,18 @@ def _can_hold_slices(eqn: core.JaxprEqn, j: int) -> bool:
     if eqn.primitive.name in ("jit", "pjit"):
         shardings = *eqn.params["in_shardings"], *eqn.params["out_shardings"]
         return all(type(s).__name__ == "UnspecifiedValue" for s in shardings)
-    return eqn.primitive.name in _HANDLERS and isinstance(eqn.params["prevent_cse"], bool)
+    checkpoint = eqn.primitive.name in ("remat2", "checkpoint")
+    return checkpoint and isinstance(eqn.params["prevent_cse"], bool)
+
+
+def _is_lookup(eqn: core.JaxprEqn, target: _Target, made: dict, jaxpr: core.Jaxpr) -> bool:
+    """Returns whether an equation scatters into zeros, in the dtype of the sum."""
+    if eqn.primitive is not lax.scatter_add_p or eqn.invars[0] not in made:
+        return False
+    zeros = jaxpr.eqns[made[eqn.invars[0]][0]]
+    value = zeros.invars[0] if zeros.primitive is lax.broadcast_in_dim_p else None
+    same = eqn.invars[2].aval.dtype == target.total.dtype
+    return isinstance(value, core.Literal) and value.val == 0 and same
 
 
 def _run(eqns: list[core.JaxprEqn], jaxpr: core.Jaxpr, env: dict[Any, Any]) -> None:
@@ -169,10 +182,12 @@ def _read(env: dict[Any, Any], v: Any) -> Any:
     return v.val if isinstance(v, core.Literal) else env[v]
 
 
-def _plus(target: _Target, x: jax.Array, add: _Add) -> jax.Array:
+def _plus(target: _Target, x: jax.Array, microbatch: Microbatch) -> jax.Array:
     for step in target.path:
         x = jnp.transpose(x, step) if _permutes(step) else x.astype(step)
-    return add(target.total, x)
+    if target.apart and microbatch.weight is None:  # otherwise the weight does
+        x = _scatters.apart(x, [True], target.seen)
+    return _window.add(target.total, x, microbatch)
 
 
 def _of_slices(path: tuple[Any, ...]) -> tuple[int, tuple[Any, ...]]:
@@ -197,7 +212,7 @@ def _open(jaxpr: Any) -> tuple[core.Jaxpr, Sequence[Any]]:
     return (jaxpr.jaxpr, jaxpr.consts) if isinstance(jaxpr, core.ClosedJaxpr) else (jaxpr, ())
 
 
-def _scan(eqn: core.JaxprEqn, values: list, targets: dict[int, _Target], add: _Add) -> list:
+def _scan(eqn: core.JaxprEqn, values: list, targets: _Targets, microbatch: Microbatch) -> list:
     """Evaluates a scan that carries the sums and adds a slice to each in every trip."""
     jaxpr, consts = _open(eqn.params["jaxpr"])
     carries = _carries(eqn)
@@ -212,10 +227,12 @@ def _scan(eqn: core.JaxprEqn, values: list, targets: dict[int, _Target], add: _A
         carry, totals = state
         i, x = x
         within = {
-            j: _Target(lax.dynamic_index_in_dim(totals[j], i, axis, keepdims=False), path)
+            j: targets[j]._replace(
+                total=lax.dynamic_index_in_dim(totals[j], i, axis, keepdims=False), path=path
+            )
             for j, (axis, path) in places.items()
         }
-        outs = _evaluate(jaxpr, consts, [*shared, *carry, *x], within, add)
+        outs = _evaluate(jaxpr, consts, [*shared, *carry, *x], within, microbatch)
         totals = {
             j: lax.dynamic_update_index_in_dim(total, outs[j], i, places[j][0])
             for j, total in totals.items()
@@ -231,26 +248,28 @@ def _scan(eqn: core.JaxprEqn, values: list, targets: dict[int, _Target], add: _A
     return [results[j] for j in range(len(eqn.outvars))]
 
 
-def _call(eqn: core.JaxprEqn, values: list, targets: dict[int, _Target], add: _Add) -> list:
+def _call(eqn: core.JaxprEqn, values: list, targets: _Targets, microbatch: Microbatch) -> list:
     """Evaluates what `jax.jit` calls."""
     jaxpr, consts = _open(eqn.params["jaxpr"])
 
     @jax.jit
     def inside(values, totals):
         within = {j: target._replace(total=totals[j]) for j, target in targets.items()}
-        return _evaluate(jaxpr, consts, values, within, add)
+        return _evaluate(jaxpr, consts, values, within, microbatch)
 
     return inside(values, {j: target.total for j, target in targets.items()})
 
 
-def _checkpoint(eqn: core.JaxprEqn, values: list, targets: dict[int, _Target], add: _Add) -> list:
+def _checkpoint(
+    eqn: core.JaxprEqn, values: list, targets: _Targets, microbatch: Microbatch
+) -> list:
     """Evaluates what `jax.checkpoint` computes again, still behind its barrier."""
     jaxpr, consts = _open(eqn.params["jaxpr"])
     totals = {j: target.total for j, target in targets.items()}
 
     def inside(values, totals):
         within = {j: target._replace(total=totals[j]) for j, target in targets.items()}
-        return _evaluate(jaxpr, consts, values, within, add)
+        return _evaluate(jaxpr, consts, values, within, microbatch)
 
     closed = jax.make_jaxpr(inside)(values, totals)
     invars = [*closed.jaxpr.constvars, *closed.jaxpr.invars]
@@ -259,10 +278,20 @@ def _checkpoint(eqn: core.JaxprEqn, values: list, targets: dict[int, _Target], a
     return eqn.primitive.bind(*args, **(eqn.params | {"jaxpr": hoisted}))
 
 
+def _scatter(eqn: core.JaxprEqn, values: list, targets: _Targets, microbatch: Microbatch) -> list:
+    """Weighs the rows of a lookup and not the table. XLA then scatters them into the sum."""
+    zeros, ids, rows = values
+    table = eqn.primitive.bind(zeros, ids, microbatch.term(rows), **eqn.params)
+    # Without a select between, XLA reduces over devices in every trip.
+    target = targets[0]._replace(apart=targets[0].apart or microbatch.weight is not None)
+    return [_plus(target, table, microbatch._replace(weight=None))]
+
+
 _HANDLERS = {
     "scan": _scan,
     "jit": _call,
     "pjit": _call,
     "remat2": _checkpoint,
     "checkpoint": _checkpoint,
+    "scatter-add": _scatter,
 }

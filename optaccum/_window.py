@@ -51,8 +51,17 @@ class Microbatch(NamedTuple):
     weight: jax.Array | None = None
     opens: jax.Array | bool = False
     counts: jax.Array | bool = True
-    adds: jax.Array | None = None
+    adds: Any = None
     summed: bool = False
+
+    def term(self, x: jax.Array) -> jax.Array:
+        """Returns what `x` adds to a sum."""
+        if self.weight is None:
+            return x
+        # x + -0.0 is x for every x. With 0.0 XLA:GPU would share, and keep, one large array with
+        # the loop of a gradient that is scanned over layers.
+        nothing = jnp.full_like(x, -0.0 if x.ndim else 0.0)
+        return lax.select(self.adds, x if self.summed else times(x, self.weight), nothing)
 
 
 def fits(weight: jax.Array, before: Any = 0, largest: float = LARGEST) -> jax.Array:
@@ -106,20 +115,16 @@ def add(sums: Any, values: Any, microbatch: Microbatch = UNWEIGHTED) -> Any:
         values: a pytree like `sums`; a None adds nothing.
         microbatch: how they are added.
     """
-    weight, opens, counts, adding, summed = microbatch
-    adding: Any = adds(weight) if adding is None and weight is not None else adding
+    opens, counts, weight = microbatch.opens, microbatch.counts, microbatch.weight
+    if weight is not None and microbatch.adds is None:
+        microbatch = microbatch._replace(adds=adds(weight))
 
     def leaf(x, s):
         if x is None:
             return jax.tree.map(keep, s)
         s = jnp.asarray(s)
         dtype = at_least_float32(s.dtype)
-        old, term = s.astype(dtype), jnp.asarray(x).astype(dtype)
-        if weight is not None:
-            # x + -0.0 is x for every x. With 0.0 XLA:GPU would share, and keep, one large array
-            # with the loop of a gradient that is scanned over layers.
-            nothing = jnp.full_like(term, -0.0 if term.ndim else 0.0)
-            term = lax.select(adding, term if summed else times(term, weight), nothing)
+        old, term = s.astype(dtype), microbatch.term(jnp.asarray(x).astype(dtype))
         new = select(counts, select(opens, term, old + term).astype(s.dtype), s)
         return jnp.copy(new) if new is x and not isinstance(new, Tracer) else new
 
