@@ -63,7 +63,7 @@ def check_batch(batch: dict[str, Any], n: int, remedy: str = PAD) -> None:
         if not getattr(leaf, "shape", ()):
             raise ValueError(
                 f"batch leaf {name} has no leading axis to split, got {describe(leaf)}; pass it as "
-                "another argument"
+                "an argument of its own"
             )
         (first, whole), rows = leaves[0], leaf.shape[0]
         if rows != whole.shape[0]:
@@ -92,7 +92,9 @@ def _devices_of_rows(x: Any) -> int:
 def check_objects(batch: dict[str, Any], n: int) -> None:
     """Raises if an object in a batch cannot hold the rows of a microbatch."""
     remedy = "pass its arrays (`x.array` of haliax), and build the object inside `fun`"
-    for name, x in named_leaves(batch, is_object) if n > 1 else ():
+    if n == 1:
+        return
+    for name, x in named_leaves(batch, is_object):
         name = f"{name}, an object of type {type(x).__name__},"
         try:
             shape = stale_shape(x, lambda x: take(split(x, n), jnp.int32(0)))
@@ -114,7 +116,7 @@ def is_object(x: Any) -> bool:
 
 
 def stale_shape(x: Any, change: Callable[[Any], Any]) -> tuple[int, ...] | None:
-    """Returns the shape of an array in `x` that `change(x)` says to have, after it changed.
+    """Returns the shape of an array in `x`, if `change(x)` keeps it though its arrays changed.
 
     haliax's NamedArrays keep axes, with their sizes, in their tree structure. Nothing tells them
     that an array was sliced.
@@ -135,7 +137,7 @@ def stale_shape(x: Any, change: Callable[[Any], Any]) -> tuple[int, ...] | None:
 
 
 def _shapes(x: Any) -> list[tuple[tuple, bool]]:
-    """Returns the attributes of an object that may be shapes, and whether they are for sure."""
+    """Returns the attributes of an object that may be shapes, and whether one surely is."""
     if jax.tree_util.all_leaves([x]):
         return []
     names = [*getattr(x, "__dict__", ()), *getattr(type(x), "__slots__", ())]
