@@ -1,6 +1,6 @@
 """Batches: how rows are split into microbatches and joined again, and which cannot be."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 import math
 from typing import Any
 
@@ -128,22 +128,24 @@ def stale_shape(x: Any, change: Callable[[Any], Any]) -> tuple[int, ...] | None:
         nodes = []
         changed = change(structure.unflatten(leaves))
         jax.tree.leaves(changed, is_leaf=lambda node: bool(nodes.append(node)))  # visits all
-        found.extend(_shapes(node) for node in nodes if is_object(node))
+        shapes = [x.shape for x in leaves]
+        found.extend(shape for node in nodes for shape in _kept_shapes(node, shapes))
 
     if not jax.tree_util.treedef_is_leaf(structure):
         jax.eval_shape(rebuild, leaves)
-    shapes = [x.shape for x in leaves]
-    return next((s for kept in found for s, sure in kept if s and (sure or s in shapes)), None)
+    return found[0] if found else None
 
 
-def _shapes(x: Any) -> list[tuple[tuple, bool]]:
-    """Returns the attributes of an object that may be shapes, and whether one surely is."""
-    if jax.tree_util.all_leaves([x]):
-        return []
-    names = [*getattr(x, "__dict__", ()), *getattr(type(x), "__slots__", ())]
-    # A sparse matrix has the shape of none of its arrays.
-    sparse = hasattr(x, "dtype")
-    return [(_as_shape(getattr(x, name, None)), sparse and name == "shape") for name in names]
+def _kept_shapes(x: Any, shapes: list[tuple[int, ...]]) -> Iterator[tuple[int, ...]]:
+    """Yields those of `shapes` that an object has among its attributes."""
+    if not is_object(x) or jax.tree_util.all_leaves([x]):
+        return
+    for name in (*getattr(x, "__dict__", ()), *getattr(type(x), "__slots__", ())):
+        shape = _as_shape(getattr(x, name, None))
+        # A sparse matrix has the shape of none of its arrays.
+        sparse = name == "shape" and hasattr(x, "dtype")
+        if shape and (shape in shapes or sparse):
+            yield shape
 
 
 def _as_shape(x: Any) -> tuple[int, ...]:

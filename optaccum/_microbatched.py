@@ -139,7 +139,7 @@ def microbatched(
             check_outputs(outputs, call.num_rows)
             return outputs
         args = call.roles.split(call.args, n)
-        for j in call.roles.keys:
+        for j in call.roles.keys:  # raw ones may be NumPy's
             args[j] = jax.tree.map(jnp.asarray, args[j])
         whole, rows, join = _passes.take_apart(args, call.roles)
         first = jnp.int32(0)

@@ -109,10 +109,10 @@ class Passes:
         pull = functools.partial(self._pull, (trained, shared, rows, closed_over), cotangents)
 
         def body(carried, i):
-            sums, joined, seen = carried
+            sums, joined, total = carried
             (of_rows, of_whole), holds = _scatters.trace(functools.partial(pull, i))
-            of_whole = _scatters.apart(of_whole, holds, seen)
-            return (_window.add(sums, of_whole), _batch.put(joined, of_rows, i), seen + 1), None
+            of_whole = _scatters.apart(of_whole, holds, total)
+            return (_window.add(sums, of_whole), _batch.put(joined, of_rows, i), total + 1), None
 
         # Zeros of the cotangents' type: if it is `unreduced`, the type of the arguments is not.
         zeros, joined = jax.grad(lambda _: 0.0)(trained)
