@@ -1,6 +1,6 @@
 """Batches: how rows are split into microbatches and joined again, and which cannot be."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 import math
 from typing import Any
 
@@ -63,7 +63,7 @@ def check_batch(batch: dict[str, Any], n: int, remedy: str = PAD) -> None:
         if not getattr(leaf, "shape", ()):
             raise ValueError(
                 f"batch leaf {name} has no leading axis to split, got {describe(leaf)}; pass it as "
-                "another argument"
+                "an argument of its own"
             )
         (first, whole), rows = leaves[0], leaf.shape[0]
         if rows != whole.shape[0]:
@@ -92,7 +92,9 @@ def _devices_of_rows(x: Any) -> int:
 def check_objects(batch: dict[str, Any], n: int) -> None:
     """Raises if an object in a batch cannot hold the rows of a microbatch."""
     remedy = "pass its arrays (`x.array` of haliax), and build the object inside `fun`"
-    for name, x in named_leaves(batch, is_object) if n > 1 else ():
+    if n == 1:
+        return
+    for name, x in named_leaves(batch, is_object):
         name = f"{name}, an object of type {type(x).__name__},"
         try:
             shape = stale_shape(x, lambda x: take(split(x, n), jnp.int32(0)))
@@ -114,7 +116,7 @@ def is_object(x: Any) -> bool:
 
 
 def stale_shape(x: Any, change: Callable[[Any], Any]) -> tuple[int, ...] | None:
-    """Returns the shape of an array in `x` that `change(x)` says to have, after it changed.
+    """Returns the shape of an array in `x`, if `change(x)` keeps it though its arrays changed.
 
     haliax's NamedArrays keep axes, with their sizes, in their tree structure. Nothing tells them
     that an array was sliced.
@@ -126,22 +128,24 @@ def stale_shape(x: Any, change: Callable[[Any], Any]) -> tuple[int, ...] | None:
         nodes = []
         changed = change(structure.unflatten(leaves))
         jax.tree.leaves(changed, is_leaf=lambda node: bool(nodes.append(node)))  # visits all
-        found.extend(_shapes(node) for node in nodes if is_object(node))
+        shapes = [x.shape for x in leaves]
+        found.extend(shape for node in nodes for shape in _kept_shapes(node, shapes))
 
     if not jax.tree_util.treedef_is_leaf(structure):
         jax.eval_shape(rebuild, leaves)
-    shapes = [x.shape for x in leaves]
-    return next((s for kept in found for s, sure in kept if s and (sure or s in shapes)), None)
+    return found[0] if found else None
 
 
-def _shapes(x: Any) -> list[tuple[tuple, bool]]:
-    """Returns the attributes of an object that may be shapes, and whether they are for sure."""
-    if jax.tree_util.all_leaves([x]):
-        return []
-    names = [*getattr(x, "__dict__", ()), *getattr(type(x), "__slots__", ())]
-    # A sparse matrix has the shape of none of its arrays.
-    sparse = hasattr(x, "dtype")
-    return [(_as_shape(getattr(x, name, None)), sparse and name == "shape") for name in names]
+def _kept_shapes(x: Any, shapes: list[tuple[int, ...]]) -> Iterator[tuple[int, ...]]:
+    """Yields those of `shapes` that an object has among its attributes."""
+    if not is_object(x) or jax.tree_util.all_leaves([x]):
+        return
+    for name in (*getattr(x, "__dict__", ()), *getattr(type(x), "__slots__", ())):
+        shape = _as_shape(getattr(x, name, None))
+        # A sparse matrix has the shape of none of its arrays.
+        sparse = name == "shape" and hasattr(x, "dtype")
+        if shape and (shape in shapes or sparse):
+            yield shape
 
 
 def _as_shape(x: Any) -> tuple[int, ...]:

@@ -1,4 +1,4 @@
-"""Changes in place: refuses those of `fun` that nobody would see."""
+"""Changes in place: refuses a function that changes what is lost afterwards."""
 
 from collections.abc import Callable
 import functools
@@ -23,9 +23,9 @@ def refuse_changes(
         title: returns what an error calls the argument at a position.
         carry: position of the carry, which may change; None if there cannot be one.
     """
-    remedy = "let `fun` change a copy (`flax.nnx.clone`) and return what you want as an output"
+    keep = "let `fun` change a copy (`flax.nnx.clone`) and return what you want of it as an output"
     if carry is not None:
-        remedy = f"pass what changes as `carry_argnum` and return it, or {remedy}, in aux"
+        keep = f"pass what changes as `carry_argnum` and return it, or {keep}, in aux"
 
     @functools.wraps(fun)
     def call(*args):
@@ -43,8 +43,8 @@ def refuse_changes(
                 if stable and leaf is not before.get(path) and id(leaf) not in returned:
                     raise TypeError(
                         f"`fun` changed {name}{path} in place, in an object of type "
-                        f"{type(x).__name__}, but each microbatch gets a copy and the change is "
-                        f"lost; {remedy}"
+                        f"{type(x).__name__}, but each microbatch is given its own and the change "
+                        f"is lost; {keep}"
                     )
         return results
 

@@ -49,13 +49,13 @@ def check_keys(keys: dict[str, Any], others: dict[str, Any], *, may_carry: bool)
             if typed and _is_raw_key(leaf) and "count" not in name:  # `flax.nnx.RngState` has one
                 raise TypeError(
                     f"`rng_argnums` names {name}, a raw key beside typed ones; make it one of "
-                    "`jax.random.key`, or pass it as another argument"
+                    "`jax.random.key`, or give it an argument of its own"
                 )
     carry = "`carry_argnum`, if `fun` advances and returns it; or " if may_carry else ""
     for name, leaf in named_leaves(others):
         if is_typed_key(leaf):
             raise TypeError(
                 f"{name} is a PRNG key, with which every microbatch would draw the same numbers; "
-                "pass it apart, by position, and name that in `rng_argnums`, and each gets another "
-                f"key ({carry}close over it, if they are to share it)"
+                "pass it apart, by position, and name that in `rng_argnums`, and each gets a key "
+                f"of its own ({carry}close over it, if they are to share it)"
             )

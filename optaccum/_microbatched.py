@@ -113,15 +113,10 @@ def microbatched(
         A function with the arguments of `fun` that returns its outputs for all rows.
 
     Raises:
-        TypeError: (here) for arguments of another kind; (when traced) for a key in the wrong
-            place, none in the right one, an object that `fun` changes in place, an output without
-            a leading axis, a differentiated value that `fun` closes over, or `reduce_axes` without
-            `check_vma`.
-        ValueError: (here) for `num_microbatches` below 1 or no batch; (when traced) for batch
-            leaves that cannot be split, an argument with two roles or with rows that nobody named,
-            an output with neither the rows of its microbatch nor one entry, `reduce_axes` that
-            name other axes than a `jax.shard_map` has, or an `accumulator_dtype` that drops an
-            imaginary part.
+        TypeError, ValueError: here for options that do not fit; when traced for rows that cannot be
+            split or that nobody named, keys in the wrong place, an object that `fun` changes in
+            place, an output without the rows of its microbatch or one entry, a differentiated value
+            that `fun` closes over, and `reduce_axes` or an `accumulator_dtype` that does not fit.
 
     References: Gao et al., "Scaling Deep Contrastive Learning Batch Size under Memory Limited
     Setup" (arXiv:2101.06983), who do it for contrastive losses.
@@ -144,7 +139,7 @@ def microbatched(
             check_outputs(outputs, call.num_rows)
             return outputs
         args = call.roles.split(call.args, n)
-        for j in call.roles.keys:
+        for j in call.roles.keys:  # raw ones may be NumPy's
             args[j] = jax.tree.map(jnp.asarray, args[j])
         whole, rows, join = _passes.take_apart(args, call.roles)
         first = jnp.int32(0)
@@ -198,6 +193,6 @@ def check_joins(outputs: Any, n: int) -> None:
             raise ValueError(
                 f"`fun` returned output {name or '(the only one)'}, an object of type "
                 f"{type(y).__name__}, which keeps the shape of its array, {shape}, in its tree "
-                "structure, which stays when the outputs of all microbatches are joined; return "
-                "its arrays (`x.array` of haliax), and build the object outside"
+                "structure, which stays when those of all microbatches are joined; return its "
+                "arrays (`x.array` of haliax), and build the object outside"
             )

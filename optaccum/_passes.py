@@ -87,7 +87,7 @@ class Passes:
 
         zeros = jax.tree.map(jnp.zeros_like, jax.eval_shape(outputs, jnp.int32(0)))
         start = jax.vmap(lambda _: zeros, out_axes=1)(jnp.arange(self.n))
-        return lax.scan(body, start, self._numbers())[0]
+        return lax.scan(body, start, jnp.arange(self.n, dtype=jnp.int32))[0]
 
     def forward(self, whole: list, rows: list, closed_over: list) -> tuple[Any, Any]:
         """Returns the outputs, and what `backward` needs."""
@@ -118,7 +118,7 @@ class Passes:
         # Zeros of the cotangents' type: if it is `unreduced`, the type of the arguments is not.
         zeros, joined = jax.grad(lambda _: 0.0)(trained)
         start = _window.open_sums(zeros, self.accumulator_dtype), joined, jnp.float32(0)
-        (sums, joined, _), _ = lax.scan(body, start, self._numbers())
+        (sums, joined, _), _ = lax.scan(body, start, jnp.arange(self.n, dtype=jnp.int32))
         sums = {k: _devices.reduce_like(s, whole[k], self.devices) for k, s in sums.items()}
         sums = cast_like(sums, of_whole)
         return (
@@ -143,9 +143,6 @@ class Passes:
         outputs, vjp = jax.vjp(fun, of_whole, {k: rows[k] for k in of_rows})
         of_whole, of_rows = vjp(jax.tree.map(functools.partial(_cotangent, i), outputs, cotangents))
         return of_rows, of_whole
-
-    def _numbers(self) -> jax.Array:
-        return jnp.arange(self.n, dtype=jnp.int32)
 
 
 def _cotangent(i: jax.Array, y: jax.Array, cotangent: Any) -> Any:

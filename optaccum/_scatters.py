@@ -13,6 +13,7 @@ Programs for CPUs, for one device and for `jax.shard_map` stay as they are.
 
 from collections.abc import Callable, Iterable, Sequence
 import importlib.metadata
+import itertools
 import math
 import re
 from typing import Any
@@ -72,8 +73,8 @@ def apart(tree: Any, holds: list[bool], total: jax.Array) -> Any:
         return tree
     always = _unknown_p.bind(total >= 0)
     return structure.unflatten(
-        lax.select(always, x, jnp.full_like(x, -0.0)) if held else x
-        for x, held in zip(leaves, holds, strict=True)
+        lax.select(always, x, jnp.full_like(x, -0.0)) if holds_one else x
+        for x, holds_one in zip(leaves, holds, strict=True)
     )
 
 
@@ -91,27 +92,28 @@ def _with_fences(jaxpr: core.Jaxpr, holds: list[bool]) -> tuple[core.Jaxpr, list
 
     `holds` says which of its arguments do.
     """
-    held = {v for v, holds_one in zip(jaxpr.invars, holds, strict=True) if holds_one}
+    holding = set(itertools.compress(jaxpr.invars, holds))
     eqns = []
     for eqn in jaxpr.eqns:
-        inputs = _among(eqn.invars, held)
+        inputs = _among(eqn.invars, holding)
         params, within = dict(eqn.params), []
         for key, value in params.items():
             leaves, structure = jax.tree.flatten(value)  # the branches of a conditional are several
             if key != _OF_ELEMENTS and any(isinstance(x, _JAXPRS) for x in leaves):
                 inner = [_inside(x, eqn, inputs) for x in leaves]
                 params[key] = structure.unflatten(x for x, _ in inner)
-                within += [out for _, out in inner]
+                within += [results for _, results in inner]
         if within:
-            held |= {v for out in within for v, one in zip(eqn.outvars, out, strict=False) if one}
+            for results in within:
+                holding.update(itertools.compress(eqn.outvars, results))
         elif eqn.primitive is lax.scatter_add_p or (any(inputs) and not _mixes(eqn)):
-            held |= set(eqn.outvars)
+            holding.update(eqn.outvars)
         eqns.append(eqn.replace(params=params))
-    return jaxpr.replace(eqns=eqns), _among(jaxpr.outvars, held)
+    return jaxpr.replace(eqns=eqns), _among(jaxpr.outvars, holding)
 
 
-def _among(values: Iterable[Any], held: set[Any]) -> list[bool]:
-    return [isinstance(v, core.Var) and v in held for v in values]
+def _among(values: Iterable[Any], holding: set[Any]) -> list[bool]:
+    return [isinstance(v, core.Var) and v in holding for v in values]
 
 
 def _mixes(eqn: core.JaxprEqn) -> bool:

@@ -154,15 +154,9 @@ def value_and_grad(
         `((loss, aux), gradients)`.
 
     Raises:
-        TypeError: (here) for arguments of another kind; (when traced) for a key in the wrong
-            place, or none in the right one, an object that `fun` changes in place, a weight that is
-            not a scalar or, in `jax.shard_map`, differs between devices whose gradients are summed,
-            a carry that changes its type, or a loss or gradients that are reduced over
-            `reduce_axes` already.
-        ValueError: (here) for `num_microbatches` below 1, no batch, or a carry without `has_aux`;
-            (when traced) for batch leaves that cannot be split, an argument with two roles or with
-            rows that nobody named, or `reduce_axes` that are not Manual or Explicit axes of the
-            mesh.
+        TypeError, ValueError: here for options that do not fit; when traced for rows that cannot be
+            split or that nobody named, keys in the wrong place, an object that `fun` changes in
+            place, and a weight, carry, loss, gradient or mesh axis that does not fit.
 
     References: `optax.microbatch`; github.com/google-research/t5x `trainer.py`.
     """
