@@ -1,5 +1,6 @@
-"""Bad input to `value_and_grad`: what is wrong is named, with the remedy, before anything runs."""
+"""Rows, keys, carries and outputs that cannot be: what is wrong is named before anything runs."""
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -196,3 +197,139 @@ def test_aux_that_cannot_be_stacked(n):
     step = optaccum.value_and_grad(named, has_aux=True, num_microbatches=n)
     with pytest.raises(TypeError, match=r"returned 'train' of type str as aux leaf \['name'\]"):
         step(PARAMS, BATCH)
+
+
+# A carry keeps its kind.
+
+
+def _carrying(new):
+    return optaccum.value_and_grad(
+        lambda w, x, carry: (jnp.sum(w) * jnp.mean(x), (new(carry), ())),
+        has_aux=True,
+        num_microbatches=2,
+        carry_argnum=2,
+    )
+
+
+@pytest.mark.parametrize(
+    ("first", "new", "was", "is_"),
+    [
+        (jnp.int8(0), lambda c: c + jnp.int32(1000), r"int8\[\]", r"int32\[\]"),
+        (jnp.float16(0), lambda c: c + jnp.float32(1e6), r"float16\[\]", r"float32\[\]"),
+        (jax.random.key(0), lambda c: jnp.float32(0), r"key<fry>\[\]", r"float32\[\]"),
+        (jnp.float32(0), lambda c: jax.random.key(0), r"float32\[\]", r"key<fry>\[\]"),
+    ],
+)
+def test_a_carry_does_not_narrow_nor_stop_being_a_key(first, new, was, is_):
+    message = rf"carry whose leaf .* is {is_}, but it began as {was}; begin with"
+    with pytest.raises(TypeError, match=message):
+        _carrying(new)(PARAMS, jnp.ones(4), first)
+
+
+def test_a_carry_may_be_narrower_than_it_began():
+    for first, new in (
+        (jnp.float32(0), lambda c: jnp.float16(2)),
+        (jnp.int8(0), lambda c: c + 1),
+        (0.0, lambda c: c + 1),
+    ):
+        (_, (carry, _)), _ = _carrying(new)(PARAMS, jnp.ones(4), first)
+        assert float(carry) == 2
+        assert carry.dtype == jnp.asarray(first).dtype
+
+
+def test_a_whole_module_in_one_step_says_how_to_take_it_apart():
+    model = eqx.nn.MLP(2, 1, 4, 1, key=jax.random.key(0))
+    step = optaccum.value_and_grad(lambda model, x: jnp.mean(x), num_microbatches=2)
+    with pytest.raises(TypeError, match=r"argument 0\.activation is no array.*equinox\.partition"):
+        step(model, jnp.ones((4, 2)))
+
+
+# Arguments of `microbatched`.
+
+
+W = jnp.ones(3)
+X = jnp.ones((12, 3))
+
+
+def _fun(w, x, *rest, **options):
+    return x @ w
+
+
+def _in(n, fun=_fun, **options):
+    return optaccum.microbatched(fun, num_microbatches=n, **options)
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"num_microbatches": 0}, ValueError, r"`num_microbatches` must be >= 1, got 0"),
+        ({"num_microbatches": 2.0}, TypeError, r"`num_microbatches` must be an integer.*got 2\.0"),
+        ({"num_microbatches": True}, TypeError, r"`num_microbatches` must be an integer.*got True"),
+        ({"batch_argnums": ()}, ValueError, r"`batch_argnums` must name at least one"),
+        ({"batch_argnums": "1"}, TypeError, r"`batch_argnums` must be an integer or a tuple.*'1'"),
+        ({"rng_argnums": 0.5}, TypeError, r"`rng_argnums` must be an integer or a tuple.*0\.5"),
+        ({"fun": W}, TypeError, r"`fun` must be a function, got float32\[3\]"),
+        ({"accumulator_dtype": int}, TypeError, r"`accumulator_dtype` must be floating-point"),
+        ({"reduce_axes": 3}, TypeError, r"`reduce_axes` must be names of mesh axes, got 3"),
+    ],
+)
+def test_arguments_of_the_factory(options, error, message):
+    with pytest.raises(error, match=message):
+        optaccum.microbatched(**{"fun": _fun, "num_microbatches": 2, **options})
+
+
+@pytest.mark.parametrize("n", [1, 2])
+@pytest.mark.parametrize(
+    ("options", "args", "kwargs", "error", "message"),
+    [
+        ({}, (W,), {"x": X}, ValueError, r"`batch_argnums` names argument 1, but the call has 1"),
+        ({"rng_argnums": -1}, (W, X), {}, ValueError, r"-1, which `batch_argnums` names already"),
+        ({}, (W, {}), {}, ValueError, r"hold no array to split"),
+        ({}, (W, {"x": X, "s": 2.0}), {}, ValueError, r"1\['s'\] has no leading axis"),
+        ({}, (W, (X, X[:6])), {}, ValueError, r"1\[0\] has 12 and argument 1\[1\] has 6"),
+        ({}, (W, X, KEY), {}, TypeError, r"argument 2 is a PRNG key.*`rng_argnums`"),
+        ({}, (W, X), {"k": KEY}, TypeError, r"argument `k` is a PRNG key"),
+        ({"rng_argnums": 2}, (W, X, W), {}, TypeError, r"argument 2, which is no PRNG key"),
+        (
+            {"fun": lambda w, x: {"loss": jnp.mean(x @ w), "y": x}},
+            (W, X),
+            {},
+            TypeError,
+            r"output leaf \['loss'\] of shape \(\).*return `x\[None\]`",
+        ),
+        (
+            {"fun": lambda w, x: jnp.mean(x @ w)},
+            (W, X),
+            {},
+            TypeError,
+            r"output leaf \(the only leaf\) of shape \(\)",
+        ),
+    ],
+)
+def test_arguments_of_a_call(n, options, args, kwargs, error, message):
+    with pytest.raises(error, match=message):
+        _in(n, **options)(*args, **kwargs)
+
+
+def test_a_key_that_is_refused_is_not_told_of_carries():
+    with pytest.raises(TypeError) as info:
+        _in(2)(W, X, KEY)
+    assert "carry" not in str(info.value)
+
+
+def test_rows_of_outputs_that_do_not_divide():
+    message = r"5 does not divide the 12 rows.*nearest are 4 and 6, or pad the batch and drop the"
+    with pytest.raises(ValueError, match=message):
+        _in(5)(W, X)
+
+
+def test_a_second_batch_that_nobody_named():
+    def encode(w, images, texts):
+        return images @ w, texts @ w
+
+    message = r"argument 2 has 12 rows.*pass `batch_argnums=\(1, 2\)` to split both, or .*=1`"
+    with pytest.raises(ValueError, match=message):
+        _in(4, fun=encode)(W, X, X)
+    assert [y.shape[0] for y in _in(4, fun=encode, batch_argnums=(1, 2))(W, X, X)] == [12, 12]
+    whole = _in(4, fun=lambda w, x, bank: x @ w + bank.mean(), batch_argnums=1)(W, X, X)
+    assert whole.shape[0] == 12
