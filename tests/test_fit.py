@@ -161,3 +161,27 @@ def test_what_makes_steps_is_a_function_and_so_is_a_step():
         optaccum.fit_num_microbatches(3, [1], W, X, memory_limit=1e9)
     with pytest.raises(TypeError, match="what `make_step` returns must be a function, got None"):
         optaccum.fit_num_microbatches(lambda n: None, [1], W, X, memory_limit=1e9)
+
+
+GRADS = jnp.ones(2)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [("8GB", 8e9), ("16GiB", 16 * 2**30), ("1.5 mib", 1.5 * 2**20), ("700kB", 7e5), ("300b", 300)],
+)
+def test_memory_limits_as_text(text, expected):
+    fit = optaccum.fit_num_microbatches(lambda n: lambda x: x, [1], GRADS, memory_limit=text)
+    assert fit.memory_limit == expected
+
+
+def test_memory_limits_that_are_none():
+    def fit(limit):
+        return optaccum.fit_num_microbatches(lambda n: lambda x: x, [1], GRADS, memory_limit=limit)
+
+    for limit in ("much", "8", "1.2.3GB", "0GB"):
+        with pytest.raises(ValueError, match=rf"bytes > 0, got '{limit}'; text is like '8GB'"):
+            fit(limit)
+    if not (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit"):
+        with pytest.raises(ValueError, match=r"is needed: cpu .* pass .*memory_limit='80GB'"):
+            fit(None)
