@@ -447,3 +447,60 @@ def test_without_flax_the_import_says_how_to_install_it():
     process = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert process.returncode != 0
     assert "pip install 'optaccum[flax]'" in process.stderr
+
+
+# Keywords that are almost fields, and extra arguments of links.
+
+
+PARAMS = {"w": jnp.ones(2)}
+GRADS = {"w": jnp.full(2, 2.0)}
+
+
+def _reading(name):
+    """Returns a transformation that names an extra argument, and scales with it."""
+    program = (
+        f"def update(g, state, params=None, *, {name}=None, **_): return times(g, {name}), state"
+    )
+    names = {"times": lambda g, x: jax.tree.map(lambda g: g * jax.tree.leaves(x)[0], g)}
+    exec(program, names)
+    return optax.GradientTransformationExtraArgs(optax.init_empty_state, names["update"])
+
+
+def _train_state(tx, **fields):
+    flax = pytest.importorskip("optaccum.flax")
+    annotations = dict.fromkeys(fields, object)
+    State = type("State", (flax.TrainState,), {"__annotations__": annotations})
+    return State.create(apply_fn=None, params=PARAMS, tx=tx, **fields)
+
+
+@pytest.mark.parametrize("jit", [False, True])
+@pytest.mark.parametrize("every_k", [None, 1, 2])
+def test_a_keyword_that_is_almost_a_field_is_refused(every_k, jit):
+    tx = optax.adam(0.1) if every_k is None else optaccum.accumulate(every_k, optax.adam(0.1))
+    state = _train_state(tx, key=jax.random.key(0))
+
+    def step(state, **kwargs):
+        return state.apply_gradients(grads=GRADS, **kwargs)
+
+    step = jax.jit(step) if jit else step
+    message = r"`keey` is no field of State and no argument of its `tx`, did you mean `key`\?"
+    with pytest.raises(TypeError, match=message):
+        step(state, keey=jax.random.key(1))
+    with pytest.raises(TypeError, match="did you mean `apply_fn`"):
+        state.apply_gradients(grads=GRADS, aply_fn=lambda: None)
+    with pytest.raises(TypeError, match="did you mean `value`"):
+        step(state, vlaue=1.0)
+    state = step(state, key=jax.random.key(1), value=1.0)
+    assert jax.random.key_data(state.key)[1] == 1
+
+
+@pytest.mark.parametrize("every_k", [None, 1, 2])
+@pytest.mark.parametrize("value", [3.0, {"a": jnp.float32(3), "b": jnp.ones(2)}], ids=type)
+def test_extra_arguments_of_links_are_passed_on(every_k, value):
+    """A link of a chain does not show in the signature."""
+    inner = optax.chain(optax.clip(9.0), _reading("hyper"))
+    tx = inner if every_k is None else optaccum.accumulate(every_k, inner)
+    state = _train_state(tx)
+    for _ in range(every_k or 1):
+        state = state.apply_gradients(grads=GRADS, hyper=value)
+    np.testing.assert_array_equal(state.params["w"], np.full(2, 1 + 6.0))
