@@ -13,6 +13,7 @@ import numpy as np
 import optax
 import pytest
 
+import optaccum
 from optaccum import accumulate, apply_gradients, get_state, window_metrics
 
 
@@ -418,3 +419,47 @@ def test_a_state_of_before_says_how_to_go_on():
     before = state._replace(arg_sums={"value": jnp.zeros(())})
     with pytest.raises(ValueError, match=re.escape("arg_sums=tx.init(params).arg_sums")):
         tx.update(PARAMS, before, value=1.0)
+
+
+# Extra arguments that are almost ours: most of Optax takes any and says nothing.
+
+
+ONES = {"w": jnp.ones(2)}
+TWOS = {"w": jnp.full(2, 2.0)}
+
+
+# Extra arguments that are almost ours: most of Optax takes any and says nothing.
+
+
+@pytest.mark.parametrize(
+    ("typed", "meant"),
+    [("weights", "weight"), ("wieght", "weight"), ("Weight", "weight"), ("realease", "release")],
+)
+@pytest.mark.parametrize("every_k", [1, 2])
+def test_a_mistyped_extra_argument(typed, meant, every_k):
+    tx = optaccum.accumulate(every_k, optax.adam(0.1))
+    message = rf"`{typed}` is no argument of `accumulate`; did you mean `{meant}`\?"
+    for step in (tx.update, lambda *args, **kwargs: optaccum.apply_gradients(tx, *args, **kwargs)):
+        with pytest.raises(TypeError, match=message):
+            step(TWOS, tx.init(ONES), ONES, **{typed: 3.0})
+    tx.update(TWOS, tx.init(ONES), ONES, value=3.0, weight_decay=0.1)
+
+
+def _reading(name):
+    """Returns a transformation that names an extra argument, and scales with it."""
+    program = (
+        f"def update(g, state, params=None, *, {name}=None, **_): return times(g, {name}), state"
+    )
+    names = {"times": lambda g, x: jax.tree.map(lambda g: g * jax.tree.leaves(x)[0], g)}
+    exec(program, names)
+    return optax.GradientTransformationExtraArgs(optax.init_empty_state, names["update"])
+
+
+def test_an_argument_that_inner_names_is_not_mistyped():
+    for inner in (_reading("weights"), _reading("wieght")):
+        (name,) = set(optaccum._extra_args.named_by(inner.update)) & {"weights", "wieght"}
+        tx = optaccum.accumulate(1, inner)
+        updates, _ = tx.update(TWOS, tx.init(ONES), ONES, **{name: 3.0})
+        np.testing.assert_array_equal(updates["w"], np.full(2, 6.0))
+    tx = optaccum.accumulate(1, optax.sgd(1.0), average_args=("weights",))
+    tx.update(TWOS, tx.init(ONES), ONES, weights=3.0)
