@@ -9,7 +9,7 @@ import numpy as np
 import optax
 import pytest
 
-from optaccum import accumulate, get_state, has_released
+from optaccum import accumulate, apply_gradients, get_state, has_released
 
 K, WINDOWS = 4, 3
 PARAMS = {"w": jax.random.normal(jax.random.key(0), (4, 3)), "b": jnp.ones(3)}
@@ -49,11 +49,6 @@ def _adam():
 
 ONLY_W, ONLY_B = {"w": True, "b": False}, {"w": False, "b": True}
 PAIRS = {
-    "alone": (lambda: accumulate(K, _adam()), _adam),
-    "before a stateless link": (
-        lambda: optax.chain(accumulate(K), optax.sgd(0.1)),
-        lambda: optax.sgd(0.1),
-    ),
     "last link": (
         lambda: optax.chain(optax.scale(2.0), accumulate(K, _adam())),
         lambda: optax.chain(optax.scale(2.0), _adam()),
@@ -107,14 +102,6 @@ PAIRS = {
         lambda: accumulate(K, optax.apply_if_finite(_adam(), 3)),
         _adam,
     ),
-    "schedule_free_adamw": (
-        lambda: accumulate(K, optax.contrib.schedule_free_adamw(0.1)),
-        lambda: optax.contrib.schedule_free_adamw(0.1),
-    ),
-    "muon": (
-        lambda: accumulate(K, optax.contrib.muon(0.1)),
-        lambda: optax.contrib.muon(0.1),
-    ),
     "ema inside": (
         lambda: accumulate(K, optax.chain(_adam(), optax.ema(0.5))),
         lambda: optax.chain(_adam(), optax.ema(0.5)),
@@ -128,27 +115,24 @@ def _full_batch(name):
 
 
 @pytest.mark.parametrize("name", PAIRS)
-@every_step
-def test_equals_the_full_batch(name, step):
-    params, _ = _train(PAIRS[name][0](), MICROBATCHES, step)
+def test_equals_the_full_batch(name):
+    params, _ = _train(PAIRS[name][0](), MICROBATCHES, apply_gradients)
     _assert_equal(params, _full_batch(name))
 
 
-@every_step
-def test_partition_with_another_k_for_each_group(step):
+def test_partition_with_another_k_for_each_group():
     tx = optax.partition(
         {"slow": accumulate(K, _adam()), "fast": accumulate(2, optax.sgd(0.1))},
         {"w": "slow", "b": "fast"},
     )
-    params, _ = _train(tx, MICROBATCHES, step)
+    params, _ = _train(tx, MICROBATCHES, apply_gradients)
     pairs = [_mean(MICROBATCHES[i : i + 2]) for i in range(0, K * WINDOWS, 2)]
     _assert_equal(params["w"], _train(_adam(), FULL_BATCHES)[0]["w"])
     _assert_equal(params["b"], _train(optax.sgd(0.1), pairs)[0]["b"])
 
 
-@every_step
 @pytest.mark.parametrize("outside", [True, False])
-def test_lookahead(step, outside):
+def test_lookahead(outside):
     """Inside, lookahead counts windows; outside, microbatches."""
     params = optax.LookaheadParams.init_synced(PARAMS)
     period = 2
@@ -158,12 +142,11 @@ def test_lookahead(step, outside):
         if outside
         else accumulate(K, optax.lookahead(_adam(), period, 0.5))
     )
-    actual, _ = _train(tx, MICROBATCHES, step, params)
+    actual, _ = _train(tx, MICROBATCHES, apply_gradients, params)
     _assert_equal(actual, full)
 
 
-@every_step
-def test_reduce_on_plateau_sees_the_mean_value_of_the_window(step):
+def test_reduce_on_plateau_sees_the_mean_value_of_the_window():
     def optimizer():
         return optax.chain(
             optax.sgd(0.1), optax.contrib.reduce_on_plateau(patience=1, cooldown=0, factor=0.5)
@@ -172,7 +155,7 @@ def test_reduce_on_plateau_sees_the_mean_value_of_the_window(step):
     tx = accumulate(2, optimizer(), average_args=("value",))
     # The means are 4, 5, 6: no improvement. The last values, 7, 5, 3, would be improvements.
     values = [1.0, 7.0, 5.0, 5.0, 9.0, 3.0]
-    run, full = jax.jit(functools.partial(step, tx)), jax.jit(optimizer().update)
+    run, full = jax.jit(functools.partial(apply_gradients, tx)), jax.jit(optimizer().update)
     params, state = PARAMS, tx.init(PARAMS)
     full_state = optimizer().init(PARAMS)
     for grads, value in zip(MICROBATCHES, values, strict=False):
@@ -183,25 +166,23 @@ def test_reduce_on_plateau_sees_the_mean_value_of_the_window(step):
     assert scale == optax.tree.get(full_state, "scale") == 0.25  # halved at 5 and at 6
 
 
-@every_step
 @pytest.mark.parametrize("outside", [True, False])
-def test_hyperparameters_can_change_in_mid_window(step, outside):
+def test_hyperparameters_can_change_in_mid_window(outside):
     """The release uses the value of its own moment; the sums know nothing of it."""
     inside = optax.inject_hyperparams(optax.sgd)
     around = optax.inject_hyperparams(lambda learning_rate: accumulate(2, optax.sgd(learning_rate)))
     tx = around(learning_rate=0.1) if outside else accumulate(2, inside(learning_rate=0.1))
-    params, state = step(tx, MICROBATCHES[0], tx.init(PARAMS), PARAMS)
+    params, state = apply_gradients(tx, MICROBATCHES[0], tx.init(PARAMS), PARAMS)
     state = optax.tree.set(state, learning_rate=jnp.float32(1.0))
-    params, state = step(tx, MICROBATCHES[1], state, params)
+    params, state = apply_gradients(tx, MICROBATCHES[1], state, params)
     mean = _mean(MICROBATCHES[:2])
     _assert_equal(params, jax.tree.map(lambda p, g: p - g, PARAMS, mean))
     assert has_released(state)
 
 
-@every_step
-def test_every_k_can_change_in_mid_window(step):
+def test_every_k_can_change_in_mid_window():
     tx = optax.inject_hyperparams(accumulate)(every_k=8, inner=optax.sgd(1.0))
-    run = jax.jit(functools.partial(step, tx))
+    run = jax.jit(functools.partial(apply_gradients, tx))
     params, state = PARAMS, tx.init(PARAMS)
     for grads in MICROBATCHES[:3]:
         params, state = run(grads, state, params)
@@ -247,12 +228,11 @@ def test_random_keys_and_python_numbers_in_the_inner_state(jit):
 
 
 @pytest.mark.filterwarnings("ignore:`accumulate` and optax.MultiSteps:UserWarning")
-@every_step
-def test_multi_steps_inside_gets_the_extra_arguments(step):
+def test_multi_steps_inside_gets_the_extra_arguments():
     tx = accumulate(2, optax.MultiSteps(optax.polyak_sgd(), 1))
     state, params = tx.init(SMALL), SMALL
     for _ in range(2):
-        params, state = step(tx, _small_grads(1.0, 0.0), state, params, value=2.0)
+        params, state = apply_gradients(tx, _small_grads(1.0, 0.0), state, params, value=2.0)
     # The Polyak step is value / |g|^2 = 2 / 2.
     np.testing.assert_allclose(params["a"], np.zeros(2), atol=1e-6)
 
