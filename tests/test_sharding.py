@@ -12,7 +12,7 @@ import numpy as np
 import optax
 import pytest
 
-from optaccum import accumulate, state_shardings
+from optaccum import accumulate, apply_gradients, state_shardings
 
 ROW_PARAMS = {"w": np.arange(32, dtype=np.float32).reshape(8, 4) / 32, "b": np.ones(4, np.float32)}
 ROW_SPECS = {"w": P("data", None), "b": P(None)}
@@ -67,14 +67,13 @@ def test_init_under_jit_follows_where_sharding_is_explicit(mesh):
         ]
 
 
-@every_step
-def test_sharded_training_equals_the_full_batch(mesh, step):
+def test_sharded_training_equals_the_full_batch(mesh):
     tx = accumulate(2, optax.adam(0.1))
 
     @functools.partial(jax.jit, donate_argnums=(0, 1))
     def train_step(params, state, x, weight):
         grads = jax.grad(_row_loss)(params, x)
-        return step(tx, grads, state, params, weight=weight)
+        return apply_gradients(tx, grads, state, params, weight=weight)
 
     with jax.set_mesh(mesh):
         params = _place_rows(mesh)
@@ -89,9 +88,8 @@ def test_sharded_training_equals_the_full_batch(mesh, step):
     _assert_close(params, _expected_rows())
 
 
-@every_step
 @pytest.mark.parametrize("check_vma", [True, False])
-def test_shard_map(mesh, step, check_vma):
+def test_shard_map(mesh, check_vma):
     tx = accumulate(2, optax.adam(0.1))
 
     def train_step(params, state, x):
@@ -100,7 +98,7 @@ def test_shard_map(mesh, step, check_vma):
             grads = jax.tree.map(lambda g: g / DEVICES, grads)
         else:
             grads = jax.lax.pmean(grads, "data")
-        return step(tx, grads, state, params)
+        return apply_gradients(tx, grads, state, params)
 
     mapped = jax.shard_map(
         train_step,

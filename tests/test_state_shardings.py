@@ -8,7 +8,6 @@ from helpers.fp8 import OWG, Fp8, input_history
 from helpers.hlo import collectives
 from helpers.meshes import DEVICES, bytes_on_first, named, only_auto
 from helpers.optimizers import OPTIMIZERS, build
-from helpers.steps import every_step
 import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec as P
@@ -18,7 +17,7 @@ import orbax.checkpoint as ocp
 import pytest
 
 import optaccum
-from optaccum import accumulate, get_state, state_shardings
+from optaccum import accumulate, apply_gradients, get_state, state_shardings
 import optaccum.flax
 from optaccum.flax import TrainState
 
@@ -132,15 +131,14 @@ def test_a_flax_train_state_from_a_checkpoint(mesh, tmp_path):
         np.testing.assert_array_equal(a, b)
 
 
-@every_step
-def test_specs_of_shard_map(mesh, step):
+def test_specs_of_shard_map(mesh):
     """One member a device: everything that belongs to its parameters varies."""
     tx = accumulate(K, optax.sgd(1.0, momentum=0.5))
     params = jnp.zeros((DEVICES, 3))
     grads = jnp.arange(DEVICES * 3.0).reshape(DEVICES, 3)
     specs = state_shardings(tx, params, P("data"))
     mapped = jax.shard_map(
-        functools.partial(step, tx),
+        functools.partial(apply_gradients, tx),
         mesh=mesh,
         in_specs=(P("data"), specs, P("data")),
         out_specs=(P("data"), specs),
