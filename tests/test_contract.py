@@ -70,12 +70,18 @@ def _assert_close(actual, expected):
         np.testing.assert_allclose(a, e, rtol=4 * MICROBATCHES * eps, atol=4 * MICROBATCHES * eps)
 
 
+@functools.cache
+def _jitted(factory, step):
+    """Returns a transformation and its jitted step, which several tests share."""
+    tx = factory()
+    return tx, jax.jit(functools.partial(step, tx))
+
+
 @every_path
 @every_step
 def test_jit_equals_eager(factory, step):
-    tx = factory()
+    tx, jitted = _jitted(factory, step)
     extra = {"value": 1.0}
-    jitted = jax.jit(functools.partial(step, tx))
     params, state = PARAMS, tx.init(PARAMS)
     eager_params, eager_state = PARAMS, state
     for i in range(MICROBATCHES):
@@ -84,9 +90,15 @@ def test_jit_equals_eager(factory, step):
     _assert_close((params, state), (eager_params, eager_state))
 
 
-@every_factory
+@pytest.mark.parametrize(
+    ("factory", "dtype"),
+    [
+        *(pytest.param(factory, None, id=name) for name, factory in FACTORIES.items()),
+        *(pytest.param(FACTORIES[name], jnp.float32, id=f"{name}, wider") for name in PATHS),
+        *(pytest.param(FACTORIES[name], jnp.float16, id=f"{name}, other") for name in PATHS),
+    ],
+)
 @every_step
-@pytest.mark.parametrize("dtype", [None, jnp.float32, jnp.float16])
 def test_types_are_stable_and_strong(factory, step, dtype):
     tx = factory()
     state = tx.init(PARAMS)
@@ -149,7 +161,7 @@ def test_an_optimizer_that_begins_with_the_parameters_can_be_donated_beside_them
 @every_path
 @every_step
 def test_scan_equals_a_loop(factory, step):
-    tx = factory()
+    tx, jitted = _jitted(factory, step)
 
     def body(carry, grads):
         params, state = carry
@@ -158,7 +170,6 @@ def test_scan_equals_a_loop(factory, step):
     carry = PARAMS, tx.init(PARAMS)
     batches = jax.tree.map(lambda *x: jnp.stack(x), *map(_gradients, range(MICROBATCHES)))
     scanned, _ = jax.jit(lambda c: jax.lax.scan(body, c, batches))(carry)
-    jitted = jax.jit(functools.partial(step, tx))
     params, state = carry
     for i in range(MICROBATCHES):
         params, state = jitted(_gradients(i), state, params, value=1.0)
@@ -168,11 +179,10 @@ def test_scan_equals_a_loop(factory, step):
 @every_path
 @every_step
 def test_vmap_over_a_population_that_releases_at_different_times(factory, step):
-    tx = factory()
-    members = 3
+    tx, jitted = _jitted(factory, step)
+    run, members = functools.partial(jitted, value=1.0), 3
     population = jax.tree.map(lambda x: jnp.stack([x] * members), PARAMS)
     states = jax.vmap(tx.init)(population)
-    run = jax.jit(functools.partial(step, tx, value=1.0))
     alone = [(PARAMS, tx.init(PARAMS)) for _ in range(members)]
     # Each member has seen another number of microbatches when they are stacked.
     for member in range(members):
