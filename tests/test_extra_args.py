@@ -300,17 +300,22 @@ def distance(a, b):
     return max(jax.tree.leaves(jax.tree.map(lambda x, y: float(jnp.max(jnp.abs(x - y))), a, b)))
 
 
+@functools.cache
+def full_batch(inner, names):
+    """Returns the parameters after the windows as full batches, in double precision."""
+    return train(inner(), names, [sum(SIZES)], of_window=True)
+
+
 @every_inner
-@every_step
 @pytest.mark.usefixtures("x64")
-def test_functions_of_the_window_give_the_result_of_the_full_batch(inner, names, step):
+def test_functions_of_the_window_give_the_result_of_the_full_batch(inner, names):
     """In double precision, so that only a method can differ; a line search amplifies rounding."""
     averaged = tuple(name for name in names if name == "value")
     called = tuple(name for name in names if name.endswith("_fn"))
     tx = accumulate(len(SIZES), inner(), average_args=averaged, window_args=called)
-    full = train(inner(), names, [sum(SIZES)], of_window=True)
+    full = full_batch(inner, names)
     assert distance(full, PARAMS) > 0.1
-    held = train(tx, names, SIZES, of_window=True, step=step)
+    held = train(tx, names, SIZES, of_window=True, step=apply_gradients)
     assert distance(held, full) < 1e-6
     # Functions of the last microbatch, said to be the window's, would have been another method.
     assert distance(train(tx, names, SIZES, of_window=False), full) > 1e-3
@@ -336,9 +341,8 @@ def test_a_function_of_one_microbatch_is_refused(inner, names, step):
 @every_inner
 @pytest.mark.usefixtures("x64")
 def test_at_every_k_1_a_function_of_the_microbatch_is_the_windows(inner, names):
-    full = train(inner(), names, [sum(SIZES)], of_window=False)
     alone = train(accumulate(1, inner()), names, [sum(SIZES)], of_window=False)
-    assert distance(alone, full) < 1e-9
+    assert distance(alone, full_batch(inner, names)) < 1e-9
 
 
 @every_step
