@@ -96,24 +96,6 @@ def test_every_k_of_one_compiles_to_the_inner_optimizer(step):
 
 
 @every_step
-def test_the_inner_optimizer_runs_in_releases_alone(step):
-    calls = []
-
-    def inner_update(updates, state, params=None):
-        jax.debug.callback(lambda: calls.append(len(calls)))
-        return updates, state
-
-    inner = optax.GradientTransformation(optax.init_empty_state, inner_update)
-    tx = accumulate(4, inner)
-    run = jax.jit(functools.partial(step, tx))
-    params, state = PARAMS, tx.init(PARAMS)
-    for _ in range(8):
-        params, state = run(PARAMS, state, params)
-    jax.effects_barrier()
-    assert calls == [0, 1]
-
-
-@every_step
 @pytest.mark.parametrize(
     ("platform", "loop"), [("cpu", False), ("tpu", False), ("cuda", True), ("rocm", True)]
 )
