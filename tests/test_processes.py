@@ -2,7 +2,6 @@
 
 import argparse
 import os
-import pathlib
 from pathlib import Path
 import re
 import shutil
@@ -11,12 +10,11 @@ import subprocess
 import sys
 import time
 
-from helpers import scripts
+from helpers import parts_program, scripts
 from helpers.meshes import DEVICES
 import jax
 import numpy as np
 import optax
-import parts_program
 import pytest
 
 pytestmark = pytest.mark.slow
@@ -241,14 +239,14 @@ def test_two_processes_end_with_what_one_has(tmp_path):
     if jax.device_count() < DEVICES:
         pytest.skip(f"needs {DEVICES} devices")
     address = scripts.free_address()
-    repository = str(pathlib.Path(__file__).parents[1])
     flags = f"--xla_force_host_platform_device_count={DEVICES // 2}"
     environment = os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
-    environment |= {"PYTHONPATH": repository}
+    environment |= {"PYTHONPATH": str(REPOSITORY)}
     files = [tmp_path / f"{i}.npz" for i in range(2)]
     processes = [
         subprocess.Popen(
-            [sys.executable, parts_program.__file__, address, "2", str(i), file],
+            [sys.executable, "-m", parts_program.__name__, address, "2", str(i), file],
+            cwd=REPOSITORY / "tests",
             env=environment,
             encoding="utf-8",
             stdout=subprocess.DEVNULL,  # gloo reports to it

@@ -1,10 +1,13 @@
 """The state: found anywhere, saved and restored at any microbatch, bit for bit, on any devices."""
 
+import os
+import pathlib
 import signal
 import subprocess
 import sys
 
 from flax import nnx, serialization
+from helpers import resume_program
 from helpers.meshes import DEVICES, make_mesh, needs_reshard
 from helpers.tokens import (
     INNER,
@@ -25,7 +28,6 @@ import numpy as np
 import optax
 import orbax.checkpoint as ocp
 import pytest
-import resume_program
 
 from optaccum import accumulate, apply_gradients, get_state, has_released, state_shardings
 import optaccum.flax
@@ -151,10 +153,15 @@ def test_a_round_trip_of_the_flax_train_states(tmp_path):
     assert int(restored[1].gradient_step) == 1
 
 
+TESTS = pathlib.Path(__file__).parent
+
+
 def run_and_kill(folder, after):
     """Runs the program; kills it, without mercy, once it has said that it saved that microbatch."""
     process = subprocess.Popen(
-        [sys.executable, resume_program.__file__, str(folder), "11", str(after)],
+        [sys.executable, "-m", resume_program.__name__, str(folder), "11", str(after)],
+        cwd=TESTS,
+        env=os.environ | {"PYTHONPATH": str(TESTS.parent)},
         encoding="utf-8",
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
