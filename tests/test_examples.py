@@ -1,8 +1,6 @@
 """The examples run, and show what they say they show."""
 
 import argparse
-import os
-from pathlib import Path
 import re
 import runpy
 import signal
@@ -26,8 +24,7 @@ for requirement in ("flax", "matplotlib", "rich", "sklearn"):
     pytest.importorskip(requirement)
 pytest.importorskip("orbax.checkpoint")
 
-REPOSITORY = Path(__file__).parents[1]
-DIGITS = REPOSITORY / "examples" / "digits.py"
+DIGITS = scripts.REPOSITORY / "examples" / "digits.py"
 FULL_BATCH = "full batch"
 MICROBATCHES = ("accumulate(k, adamw)", "the same, ragged")
 TRAP = "chain(accumulate(k), adamw)"
@@ -48,7 +45,7 @@ def digits_printed(digits_figure):
     """What a short run prints; it is run once for all tests, as a reader would run it."""
     done = subprocess.run(
         [sys.executable, DIGITS, "--steps", "3", "--every-k", "8", "--output", digits_figure],
-        env={**os.environ, "PYTHONPATH": str(REPOSITORY), "COLUMNS": "100"},
+        env=scripts.ENVIRONMENT,
         encoding="utf-8",
         capture_output=True,
         timeout=300,
@@ -170,7 +167,7 @@ def test_digits_refuses_what_cannot_work(tmp_path, digits, monkeypatch, capsys, 
 
 # The contrastive example: `microbatched` trains like the full batch, averaged gradients do not.
 
-CLIP = REPOSITORY / "examples" / "clip.py"
+CLIP = scripts.REPOSITORY / "examples" / "clip.py"
 
 
 @pytest.fixture(scope="module")
@@ -183,7 +180,7 @@ def clip_table(clip_figure):
     """The printed table: {name: (reported loss, loss, largest difference, temporaries)}."""
     done = subprocess.run(
         [sys.executable, CLIP, "--steps", "3", "--output", clip_figure],
-        env={**os.environ, "PYTHONPATH": str(REPOSITORY), "COLUMNS": "100"},
+        env=scripts.ENVIRONMENT,
         encoding="utf-8",
         capture_output=True,
         timeout=300,
@@ -229,26 +226,11 @@ def test_clip_refuses_what_cannot_work(tmp_path, monkeypatch, capsys, option, va
 
 # The language model trains, is stopped and goes on, and weighs its microbatches rightly.
 
-LM = REPOSITORY / "examples" / "lm.py"
+LM = scripts.REPOSITORY / "examples" / "lm.py"
 SETTINGS = {"steps": 5, "every_k": 4, "batch_size": 2, "width": 32, "layers": 1}
 LAST = SETTINGS["steps"] * SETTINGS["every_k"]
 OPTIONS = [f"--{name.replace('_', '-')}={value}" for name, value in SETTINGS.items()]
 COMMAND = [sys.executable, "-W", "error", str(LM), *OPTIONS]
-ENVIRONMENT = {
-    **os.environ,
-    "PYTHONPATH": str(REPOSITORY),
-    "COLUMNS": "100",
-    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _runs_share_what_they_compile(tmp_path_factory):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(
-            ENVIRONMENT, "JAX_COMPILATION_CACHE_DIR", str(tmp_path_factory.mktemp("cache"))
-        )
-        yield
 
 
 @pytest.fixture(scope="module")
@@ -273,7 +255,7 @@ def run(folder, *options):
     done = subprocess.run(
         [*COMMAND, *options],
         cwd=folder,
-        env=ENVIRONMENT,
+        env=scripts.ENVIRONMENT,
         encoding="utf-8",
         capture_output=True,
         timeout=300,
@@ -387,7 +369,7 @@ def test_a_signal_saves_and_exits_and_resume_goes_on(lm, finished, tmp_path, num
     process = subprocess.Popen(
         [*COMMAND, *options],
         cwd=tmp_path,
-        env=ENVIRONMENT,
+        env=scripts.ENVIRONMENT,
         encoding="utf-8",
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,

@@ -2,7 +2,6 @@
 
 import argparse
 import os
-from pathlib import Path
 import re
 import shutil
 import signal
@@ -24,12 +23,10 @@ for requirement in ("flax", "matplotlib", "rich", "sklearn"):
 pytest.importorskip("orbax.checkpoint")
 scripts.free_address()  # or skip this module
 
-REPOSITORY = Path(__file__).parents[1]
-MULTIHOST = REPOSITORY / "examples" / "multihost.py"
+MULTIHOST = scripts.REPOSITORY / "examples" / "multihost.py"
 STEPS, EVERY_K = 3, 4
 LAST = STEPS * EVERY_K
 COMMAND = [sys.executable, "-W", "error", str(MULTIHOST), f"--every-k={EVERY_K}"]
-ENVIRONMENT = {**os.environ, "PYTHONPATH": str(REPOSITORY), "COLUMNS": "100"}
 # Eight devices' parts of a gradient are summed in another order: at most 8 roundings of 2**-24 of
 # their sizes, here below 0.1. Where the gradient itself is tiny, AdamW with eps 1e-6 makes of that
 # a difference of rounding / eps of its step, 3e-3. (Seen: 1e-7; training moves parameters by 6e-3.)
@@ -50,7 +47,7 @@ def finished(tmp_path_factory):
     done = subprocess.run(
         [*COMMAND, f"--steps={STEPS}", "--save-every=5"],
         cwd=folder,
-        env=ENVIRONMENT,
+        env=scripts.ENVIRONMENT,
         encoding="utf-8",
         capture_output=True,
         timeout=300,
@@ -123,7 +120,7 @@ def endless(tmp_path):
     launcher = subprocess.Popen(
         [*COMMAND, "--steps=100000", "--save-every=10"],
         cwd=tmp_path,
-        env=ENVIRONMENT,
+        env=scripts.ENVIRONMENT,
         encoding="utf-8",
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -170,7 +167,7 @@ def test_processes_that_were_started_differently_all_stop(tmp_path):
         subprocess.Popen(
             [*COMMAND, "--steps=1000", f"--every-k={5 + i}", "--worker", address, "2", str(i)],
             cwd=tmp_path,
-            env=ENVIRONMENT,
+            env=scripts.ENVIRONMENT,
             encoding="utf-8",
             stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
@@ -241,12 +238,12 @@ def test_two_processes_end_with_what_one_has(tmp_path):
     address = scripts.free_address()
     flags = f"--xla_force_host_platform_device_count={DEVICES // 2}"
     environment = os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
-    environment |= {"PYTHONPATH": str(REPOSITORY)}
+    environment |= {"PYTHONPATH": str(scripts.REPOSITORY)}
     files = [tmp_path / f"{i}.npz" for i in range(2)]
     processes = [
         subprocess.Popen(
             [sys.executable, "-m", parts_program.__name__, address, "2", str(i), file],
-            cwd=REPOSITORY / "tests",
+            cwd=scripts.REPOSITORY / "tests",
             env=environment,
             encoding="utf-8",
             stdout=subprocess.DEVNULL,  # gloo reports to it

@@ -31,6 +31,9 @@ def skipping(k):
     return accumulate(k, SGD, should_skip_update_fn=optax.skip_not_finite)
 
 
+# What a trace knows and what it does not; test_window.py has all kinds of weights.
+KINDS = (float, jnp.float32)
+
 # Each row is one call: the gradient and the extra arguments; then, after it, the parameter,
 # `mini_step`, `gradient_step` and `skipped`. A transformation takes over the state from the one
 # before it.
@@ -151,7 +154,7 @@ WINDOWS = {
             (4.0, {"weight": 3.0}, -3.5, 0, 1, 1),
         )
         for weight in (-1.0, -1e-30, NAN, INF, -INF, 3e38)
-        for kind in (float, np.float32, np.float64, jnp.float32)
+        for kind in KINDS
     },
     **{
         f"`weight` {weight}, {kind.__name__}: below 2**-100 is 0": (
@@ -162,7 +165,7 @@ WINDOWS = {
             (4.0, {"weight": kind(2.0**-100)}, -4.0, 0, 1, 0),
         )
         for weight in (1e-33, 2.0**-101, 1e-40, 1e-300)
-        for kind in (float, np.float32, np.float64, jnp.float32)
+        for kind in KINDS
     },
     **{
         f"weights, {kind.__name__}, whose sum would be above 2**126: the microbatch is rejected": (
@@ -174,7 +177,7 @@ WINDOWS = {
             (9.0, {"weight": kind(2.0**120)}, -2.5, 1, 1, 2),
             (2.0, {"weight": kind(1.0)}, -4.5, 0, 2, 2),
         )
-        for kind in (float, np.float32, np.float64, jnp.float32)
+        for kind in KINDS
     },
     "`should_skip_update_fn` says skip: the microbatch is rejected": (
         skipping(3),
