@@ -115,12 +115,12 @@ def _full_batch(name):
 
 
 @pytest.mark.parametrize("name", PAIRS)
-def test_equals_the_full_batch(name):
+def test_among_other_transformations_a_window_equals_the_full_batch(name):
     params, _ = _train(PAIRS[name][0](), MICROBATCHES, apply_gradients)
     _assert_equal(params, _full_batch(name))
 
 
-def test_partition_with_another_k_for_each_group():
+def test_each_group_of_a_partition_has_its_own_k():
     tx = optax.partition(
         {"slow": accumulate(K, _adam()), "fast": accumulate(2, optax.sgd(0.1))},
         {"w": "slow", "b": "fast"},
@@ -132,7 +132,7 @@ def test_partition_with_another_k_for_each_group():
 
 
 @pytest.mark.parametrize("outside", [True, False])
-def test_lookahead(outside):
+def test_lookahead_counts_windows_inside_and_microbatches_outside(outside):
     """Inside, lookahead counts windows; outside, microbatches."""
     params = optax.LookaheadParams.init_synced(PARAMS)
     period = 2
@@ -214,7 +214,7 @@ def _small_grads(a, b):
 
 
 @pytest.mark.parametrize("jit", [False, True])
-def test_random_keys_and_python_numbers_in_the_inner_state(jit):
+def test_random_keys_and_python_numbers_may_be_in_the_inner_state(jit):
     """Keys cannot be cast; a hyperparameter assigned as a Python float has no dtype."""
     inner = optax.inject_hyperparams(optax.noisy_sgd)(learning_rate=0.1, eta=0.0, key=3)
     tx = accumulate(2, inner)
@@ -238,7 +238,7 @@ def test_multi_steps_inside_gets_the_extra_arguments():
 
 
 @every_step
-def test_strict_dtype_and_rank_promotion(step):
+def test_strict_dtype_and_rank_promotion_refuse_nothing(step):
     params = {"z": jnp.ones(2, jnp.complex64), "h": jnp.ones(2, jnp.bfloat16), "f": jnp.ones(())}
     for every_k in (2, jnp.int8(2), lambda step: jnp.uint8(2)):
         tx = accumulate(every_k, optax.identity())

@@ -56,7 +56,7 @@ def test_a_chain_whose_last_link_only_wraps_an_accumulate(step, jit):
     np.testing.assert_array_equal(params["a"], np.full(2, 0.5))
 
 
-def test_extra_arguments_that_a_transformation_does_not_take():
+def test_extra_arguments_that_a_transformation_does_not_take_are_refused():
     tx = optax.scale(-0.1)
     with pytest.raises(TypeError, match="weight"):
         apply_gradients(tx, _grads(1.0, 1.0), tx.init(PARAMS), PARAMS, weight=3)
@@ -87,7 +87,7 @@ def test_arguments_of_apply_gradients_may_be_named_as_ours_are():
     np.testing.assert_array_equal(params, np.full(2, 30.0))
 
 
-def test_a_leaf_is_none_in_the_microbatch_that_releases():
+def test_a_leaf_that_is_none_in_the_microbatch_that_releases_stays():
     tx = optaccum.accumulate(2, optax.sgd(1.0))
     params, one = {"a": jnp.zeros(2), "b": jnp.zeros(2)}, jnp.ones(2)
     state = tx.init(params)
@@ -131,7 +131,7 @@ def test_parameters_keep_their_type():
 
 @pytest.mark.parametrize("step", ["apply_gradients", "update"])
 @pytest.mark.parametrize("jit", [False, True])
-def test_whole_modules_of_equinox(step, jit):
+def test_whole_modules_of_equinox_are_parameters(step, jit):
     """Functions among the leaves, and a last microbatch that releases."""
     model = eqx.nn.MLP(2, 1, 4, 1, key=jax.random.key(0))
     tx = optaccum.accumulate(2, optax.adamw(0.1))
@@ -229,7 +229,7 @@ def _step_nnx(tx):
 
 @pytest.mark.parametrize("step", [_step_alone, _step_linen, _step_nnx])
 @pytest.mark.parametrize(("make", "link"), MISPLACED.values(), ids=MISPLACED)
-def test_a_link_that_keeps_state_is_named(step, make, link):
+def test_the_warning_names_the_link_that_keeps_state(step, make, link):
     with pytest.warns(UserWarning, match=rf"in front of a link that keeps state, {link}") as seen:
         step(make())
     assert len(seen) == 1
@@ -237,13 +237,13 @@ def test_a_link_that_keeps_state_is_named(step, make, link):
 
 
 @pytest.mark.parametrize("make", RIGHT.values(), ids=RIGHT)
-def test_nothing_is_said_where_nothing_is_wrong(make):
+def test_no_warning_where_the_order_is_right(make):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         _step_alone(make())
 
 
-def test_it_is_said_when_a_program_is_traced():
+def test_the_warning_comes_when_a_program_is_traced():
     tx = optax.chain(accumulate(4), optax.adam(0.1))
     with pytest.warns(UserWarning, match="keeps state"):
         jax.jit(lambda state: apply_gradients(tx, WEIGHTS, state, WEIGHTS))(tx.init(WEIGHTS))

@@ -89,7 +89,7 @@ def test_gradients_keep_the_sharding_of_explicit_parameters():
 
 
 @pytest.mark.parametrize("types", [AxisType.Auto, AxisType.Explicit], ids=["auto", "explicit"])
-def test_rows_over_two_axes_of_a_mesh(types):
+def test_rows_over_two_axes_of_a_mesh_need_all_reduces_only(types):
     mesh = make_mesh(types, (4, 2), ("data", "model"))
     with jax.set_mesh(mesh):
         params = jax.device_put(PARAMS, NamedSharding(mesh, P()))
@@ -121,7 +121,7 @@ def test_gradients_of_reduced_parameters_are_reduced_once():
     assert len(large) == 1, "reduced in the loop"
 
 
-def test_rows_of_a_device_that_do_not_divide():
+def test_rows_of_a_device_that_do_not_divide_are_refused():
     mesh = make_mesh(AxisType.Explicit)
     message = (
         r"16 does not divide the 8 rows that a device holds of the 64 in batch leaf argument 1"
@@ -133,7 +133,7 @@ def test_rows_of_a_device_that_do_not_divide():
                 run(params, batch)
 
 
-def test_weights_of_devices_whose_gradients_are_summed(mesh):
+def test_local_weights_of_summed_gradients_are_refused(mesh):
     """Replicated parameters: JAX sums their gradients, and no local weight can be right."""
 
     def local(vary, params, x):
@@ -168,7 +168,7 @@ def test_weights_of_devices_whose_gradients_are_summed(mesh):
 
 
 @pytest.mark.parametrize("check_vma", [True, False])
-def test_value_and_grad_in_shard_map(mesh, check_vma):
+def test_value_and_grad_in_shard_map_equals_the_full_batch(mesh, check_vma):
     def local(params, batch):
         loss, grads = optaccum.value_and_grad(_unweighted, num_microbatches=4)(params, batch)
         if check_vma:  # the gradient of replicated parameters is already summed
@@ -243,7 +243,7 @@ def test_rows_that_are_sharded_stay_where_they_are():
     assert all(z.sharding.spec[0] == "data" for z in encoder(params, batch).values())
 
 
-def test_automatic_sharding():
+def test_microbatched_under_automatic_sharding_equals_the_full_batch():
     mesh = make_mesh(AxisType.Auto)
     encoder = optaccum.microbatched(_encode, num_microbatches=4)
     step = jax.jit(jax.value_and_grad(lambda p, batch: _contrast(encoder(p, batch))))
@@ -271,7 +271,7 @@ def test_shard_map_reduces_parameters_once(n, reduce_axes, times):
         assert sum(_reductions(compiled)) == 4 * (512 + 64)
 
 
-def test_the_loss_in_shard_map_too():
+def test_the_loss_may_be_in_shard_map_too():
     mesh = make_mesh(AxisType.Auto)
     encoder = optaccum.microbatched(_encode, num_microbatches=4, reduce_axes="data")
 
@@ -286,7 +286,7 @@ def test_the_loss_in_shard_map_too():
     _assert_all_close(jax.jit(jax.value_and_grad(loss))(*_place_pairs(mesh)), _expected())
 
 
-def test_products_with_the_hessian_in_shard_map():
+def test_products_with_the_hessian_in_shard_map_are_those_of_the_full_batch():
     mesh = make_mesh(AxisType.Auto)
     encoder = optaccum.microbatched(_encode, num_microbatches=4, reduce_axes="data")
 
@@ -345,14 +345,14 @@ def test_what_devices_do_not_share_is_not_reduced():
     )
 
 
-def test_without_check_vma_nothing_tells_what_is_shared():
+def test_reduce_axes_without_check_vma_are_refused():
     mesh = make_mesh(AxisType.Auto)
     with pytest.raises(TypeError, match=r"`reduce_axes` names \['data'\].*`check_vma=False`"):
         _mapped(mesh, 4, check_vma=False)(*_place_pairs(mesh))
 
 
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
-def test_reduce_axes_outside_shard_map(kind):
+def test_reduce_axes_outside_shard_map_are_refused(kind):
     encoder = optaccum.microbatched(_encode, num_microbatches=4, reduce_axes="data")
     with (
         jax.set_mesh(make_mesh(kind)),

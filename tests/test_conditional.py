@@ -71,7 +71,7 @@ def test_meta_gradients_are_those_of_the_full_batch(form, step, differentiate):
 
 @pytest.mark.slow
 @every_step
-def test_second_derivatives_too(form, step):
+def test_second_derivatives_are_those_of_the_full_batch(form, step):
     def loss(train, rate):
         return jnp.sum(train(PARAMS, rate) ** 2)
 
@@ -119,7 +119,7 @@ def test_members_of_an_ensemble_release_by_themselves(form, step):
 
 @every_step
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
-def test_on_eight_devices(form, step, kind):
+def test_on_eight_devices_the_result_is_the_same(form, step, kind):
     tx = accumulate(2, optax.sgd(1.0))
     mesh = make_mesh(kind)
     with jax.set_mesh(mesh):

@@ -116,7 +116,7 @@ def test_types_are_stable_and_strong(factory, step, dtype):
 
 
 @every_factory
-def test_one_trace_over_ten_steps_and_donation_without_warnings(factory):
+def test_ten_steps_are_one_trace_and_donate_without_warnings(factory):
     tx, traces = factory(), []
 
     @functools.partial(jax.jit, donate_argnums=(0, 1))
@@ -177,7 +177,7 @@ def test_scan_equals_a_loop(factory, step):
 
 @every_path
 @every_step
-def test_vmap_over_a_population_that_releases_at_different_times(factory, step):
+def test_members_of_a_vmap_release_at_different_times(factory, step):
     tx, jitted = _jitted(factory, step)
     run, members = functools.partial(jitted, value=1.0), 3
     population = jax.tree.map(lambda x: jnp.stack([x] * members), PARAMS)
@@ -218,7 +218,7 @@ def test_init_takes_shapes_and_placeholders(factory):
     assert get_state(marked).mini_step == "other"
 
 
-def test_optax_tree_get_and_set():
+def test_optax_tree_finds_and_sets_the_state():
     tx = optax.chain(optax.clip(1.0), accumulate(4, optax.adam(0.1)))
     state = tx.init(PARAMS)
     assert optax.tree.get(state, "AccumulateState") is get_state(state)
@@ -251,7 +251,7 @@ def test_none_and_masked_leaves_pass_through(step):
 
 
 @every_step
-def test_equinox_filtered_trees(step):
+def test_filtered_trees_of_equinox_train_as_on_the_full_batch(step):
     model = eqx.nn.MLP(2, 1, 4, 1, key=jax.random.key(0))
     x = jnp.linspace(-1, 1, 16).reshape(4, 2, 2)
     tx, full = accumulate(4, optax.adam(0.1)), optax.adam(0.1)

@@ -45,20 +45,20 @@ jit_or_not = pytest.mark.parametrize("jit", [lambda f: f, jax.jit], ids=["eager"
 @both
 @jit_or_not
 @pytest.mark.parametrize("mode", [jax.jacrev, jax.jacfwd])
-def test_derivatives_of_the_gradient(ours, jit, mode):
+def test_derivatives_of_the_gradient_are_those_of_the_rows_that_count(ours, jit, mode):
     found = jit(mode(lambda w: ours(w, BATCH)[1]))(W)
     np.testing.assert_allclose(found, jax.hessian(_loss)(W, CLEAN), rtol=1e-4, atol=1e-5)
 
 
 @both
 @pytest.mark.parametrize("mode", [jax.jacrev, jax.jacfwd])
-def test_derivatives_of_the_loss(ours, mode):
+def test_derivatives_of_the_loss_are_those_of_the_rows_that_count(ours, mode):
     found = mode(lambda w: ours(w, BATCH)[0])(W)
     np.testing.assert_allclose(found, jax.grad(_loss)(W, CLEAN), rtol=1e-5, atol=1e-6)
 
 
 @both
-def test_derivatives_by_rows_and_weights(ours):
+def test_derivatives_by_rows_that_do_not_count_are_zero(ours):
     def penalty(grad):
         return lambda batch: jnp.sum(grad(W, batch) ** 2)
 
@@ -69,14 +69,14 @@ def test_derivatives_by_rows_and_weights(ours):
         assert not np.any(np.delete(a, ROWS, axis=0))
 
 
-def test_one_microbatch_without_weight():
+def test_one_microbatch_without_weight_has_derivatives_of_zero():
     ours = optaccum.value_and_grad(_loss, num_microbatches=1, weight_fn=_tokens)
     nothing = {"x": jnp.full((4, 3), jnp.nan), "mask": jnp.zeros(4)}
     np.testing.assert_array_equal(jax.jacrev(lambda w: ours(w, nothing)[1])(W), np.zeros((3, 3)))
 
 
 @pytest.mark.parametrize("axes", [(0, None), (None, 0), (0, 0)], ids=str)
-def test_over_batches(axes):
+def test_under_vmap_each_member_has_its_own(axes):
     """Which microbatch counts differs between members, or not."""
     members = jax.tree.map(lambda x: jnp.stack([x, jnp.roll(x, 1, axis=0)]), BATCH)
     weights = jnp.stack([W, 2 * W])
@@ -97,7 +97,7 @@ def test_over_batches(axes):
 
 
 @meshes.needs_reshard
-def test_devices_that_differ_in_what_counts():
+def test_devices_may_differ_in_what_counts():
     """Microbatch 1 of every device but the first has weight."""
     mesh = jax.make_mesh((2,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
     more = {"x": jnp.nan_to_num(X, nan=0.5), "mask": jnp.arange(8.0) + 1}
@@ -114,7 +114,7 @@ def test_devices_that_differ_in_what_counts():
 
 
 @pytest.mark.parametrize("n", [1, 4])
-def test_the_program_of_the_gradient_has_nothing_of_it(n, monkeypatch):
+def test_the_gradient_alone_costs_nothing_more(n, monkeypatch):
     def operations():
         step = optaccum.value_and_grad(_loss, num_microbatches=n, weight_fn=_tokens)
         text = jax.jit(step).lower(W, BATCH).compile().as_text()
@@ -128,7 +128,7 @@ def test_the_program_of_the_gradient_has_nothing_of_it(n, monkeypatch):
 
 @both
 @jit_or_not
-def test_derivatives_by_what_the_loss_closes_over(ours, jit):
+def test_derivatives_by_what_the_loss_closes_over_are_right(ours, jit):
     def penalty(scale):
         loss = _sum if ours is OURS["sum"] else _loss
         options = {"loss_reduction": "sum"} if ours is OURS["sum"] else {}

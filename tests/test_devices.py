@@ -107,7 +107,7 @@ def transformer_params(width=16, vocabulary=32):
     }
 
 
-def test_a_transformer_with_explicit_sharding(explicit):
+def test_a_transformer_with_explicit_sharding_equals_the_full_batch(explicit):
     params = transformer_params()
     tokens = jax.random.randint(jax.random.key(1), (K, ROWS, 12), 0, 32)
     lengths = jnp.linspace(2, 12, ROWS).astype(int)
@@ -204,21 +204,21 @@ def test_a_nan_on_one_device_rejects_the_microbatch(explicit):
     assert on_a_hold(tx) == without + SCALAR_BYTES
 
 
-def test_optax_cannot_judge_them(explicit):
+def test_optax_cannot_judge_unreduced_gradients(explicit):
     tx = accumulate(2, INNER, reduce_axes="data", should_skip_update_fn=optax.skip_not_finite)
     params, place = replicated(explicit)
     with pytest.raises(TypeError, match=r"leaf \['w'\], which wait .*optaccum.skip_not_finite"):
         explicit_step(tx, loss_fn)(params, tx.init(params), place(X[0]), place(MASK[0]))
 
 
-def test_unreduced_gradients_that_nobody_asked_for(explicit):
+def test_unreduced_gradients_that_nobody_asked_for_are_refused(explicit):
     tx = accumulate(2, INNER)
     params, place = replicated(explicit)
     with pytest.raises(TypeError, match=r"leaf \['w'\] waits to be reduced over \['data'\]; name"):
         explicit_step(tx, loss_fn)(params, tx.init(params), place(X[0]), place(MASK[0]))
 
 
-def test_gradients_that_are_reduced_already(explicit):
+def test_gradients_that_are_reduced_already_are_refused(explicit):
     tx = accumulate(2, INNER, reduce_axes="data")
     params, place = replicated(explicit)
     grads = jax.grad(loss_fn)(params, place(X[0]), place(MASK[0]))
@@ -226,7 +226,7 @@ def test_gradients_that_are_reduced_already(explicit):
         apply_gradients(tx, grads, tx.init(params), params)
 
 
-def test_gradients_that_are_sharded_otherwise_than_their_sums(explicit):
+def test_gradients_that_are_sharded_otherwise_than_their_sums_are_refused(explicit):
     params, _ = replicated(explicit)
     grads = {**params, "w": jax.device_put(PARAMS["w"], NamedSharding(explicit, P("data", None)))}
     message = r"leaf \['w'\] is sharded as float32\[40@data,30\], but its sum .* float32\[40,30\]"
@@ -263,7 +263,7 @@ def test_value_and_grad_reduces_once(explicit, n):
         step(params, *batch)
 
 
-def test_shardings_of_the_state(explicit):
+def test_state_shardings_gives_what_init_gives(explicit):
     tx = optax.chain(optax.clip(1.0), accumulate(K, INNER, reduce_axes="data"))
     params, _ = replicated(explicit)
     params["w"] = jax.device_put(params["w"], NamedSharding(explicit, P("data", None)))
@@ -321,7 +321,7 @@ def test_devices_with_pieces_of_the_parameters_reject_together(release):
     assert int(skipped) == 1
 
 
-def test_an_ensemble_whose_members_have_several_devices():
+def test_members_of_an_ensemble_may_have_several_devices():
     """Weights vary over the members too, of which each closes its own windows."""
     mesh = make_mesh(AxisType.Auto, (2, 4), ("member", "data"))
     tx = accumulate(2, optax.sgd(1.0), reduce_axes="data")
@@ -344,7 +344,7 @@ def test_an_ensemble_whose_members_have_several_devices():
     np.testing.assert_array_equal(params[1], np.zeros(3))
 
 
-def test_parameters_that_are_divided_over_the_axis(mesh):
+def test_parameters_that_are_divided_over_the_axis_are_refused(mesh):
     """Sums of pieces of different devices would be added to each other."""
     tx = accumulate(2, optax.sgd(0.1), reduce_axes="data")
     rows = {"experts": P("data")}
@@ -364,7 +364,7 @@ def test_parameters_that_are_divided_over_the_axis(mesh):
         state_shardings(tx, params, rows)
 
 
-def test_an_axis_of_the_rows_that_was_not_named():
+def test_an_axis_of_the_rows_that_was_not_named_is_refused():
     """JAX sums over it on its own, and nobody would divide."""
     mesh = make_mesh(AxisType.Auto, (2, 4), ("replica", "data"))
     x = jnp.arange(64.0).reshape(16, 4)
@@ -417,7 +417,7 @@ def test_what_is_carried_is_each_devices_own(mesh, n, weighted):
     np.testing.assert_allclose(mean, expected.mean(), rtol=1e-6)
 
 
-def test_a_collection_to_overwrite(mesh):
+def test_a_collection_to_overwrite_is_refused(mesh):
     tx = accumulate(2, optax.sgd(0.1), reduce_axes="data")
     params = {"params": {"w": jnp.ones(2)}, OVERWRITE_WITH_GRADIENT: {"scale": jnp.ones(())}}
 
@@ -429,7 +429,7 @@ def test_a_collection_to_overwrite(mesh):
         jax.shard_map(step, mesh=mesh, in_specs=P(), out_specs=P())(params)
 
 
-def test_specs_where_the_mesh_is_explicit():
+def test_specs_on_an_explicit_mesh_are_those_of_shard_map():
     """They are those of `jax.shard_map`, and an `init` that reshards is none of its business."""
     mesh = make_mesh(AxisType.Explicit)
     reshard = getattr(jax, "reshard", None) or jax.sharding.reshard
@@ -447,7 +447,7 @@ def test_specs_where_the_mesh_is_explicit():
 
 
 @needs_reshard
-def test_what_explicit_sharding_has_no_parts_of():
+def test_complex_parameters_are_refused():
     mesh = make_mesh(AxisType.Explicit)
     tx = accumulate(2, optax.sgd(0.1), reduce_axes="data")
     with jax.set_mesh(mesh):
@@ -457,7 +457,7 @@ def test_what_explicit_sharding_has_no_parts_of():
 
 
 @needs_reshard
-def test_the_state_of_parameters_that_wait_to_be_reduced():
+def test_the_state_of_parameters_that_wait_to_be_reduced_waits_too():
     mesh = make_mesh(AxisType.Explicit)
     tx = accumulate(2, optax.sgd(0.1, momentum=0.9), reduce_axes="data")
     with jax.set_mesh(mesh):
@@ -472,7 +472,7 @@ def test_the_state_of_parameters_that_wait_to_be_reduced():
 
 
 @pytest.mark.skipif(hasattr(jax, "reshard"), reason="this JAX knows unreduced arrays")
-def test_a_jax_that_cannot_compute_with_unreduced_arrays():
+def test_a_jax_that_cannot_compute_with_unreduced_arrays_is_named():
     tx = accumulate(2, optax.sgd(0.1), reduce_axes="data")
     message = r"'data', an Explicit axis.*update JAX"
     with jax.set_mesh(make_mesh(AxisType.Explicit)), pytest.raises(ValueError, match=message):

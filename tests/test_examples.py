@@ -291,7 +291,7 @@ def make_args(folder, **settings):
     )
 
 
-def test_a_run_says_what_it_has_learnt(finished):
+def test_lm_says_what_it_has_learnt(finished):
     folder, printed = finished
     (bits,) = re.findall(r"Held out: ([\d.]+) bits per byte", printed)
     assert 1 < float(bits) < 8  # 8 is not to know anything
@@ -299,12 +299,12 @@ def test_a_run_says_what_it_has_learnt(finished):
     assert "weight=tokens" in (folder / "lm.svg").read_text()
 
 
-def test_a_run_keeps_two_checkpoints(lm, finished):
+def test_lm_keeps_two_checkpoints(lm, finished):
     numbers, _ = saved(lm, finished[0])
     assert numbers == [LAST // 7 * 7, LAST]
 
 
-def test_weighted_microbatches_train_like_the_full_batch(finished):
+def test_lm_weighted_microbatches_train_like_the_full_batch(finished):
     """And the mean of their means does not; a step moves a parameter by about 5e-3."""
     found = re.findall(r"(?m)^(full|weight|no).*: loss (\S+), .* within (\S+) of", finished[1])
     ways = {way: (float(loss), float(distance)) for way, loss, distance in found}
@@ -315,7 +315,7 @@ def test_weighted_microbatches_train_like_the_full_batch(finished):
     assert ways["no"][1] > 5e-3
 
 
-def test_the_loss_counts_real_tokens(lm, rows):
+def test_lm_has_a_loss_that_counts_real_tokens(lm, rows):
     """A microbatch counts as the example says, and the check finds that by itself."""
     graph, params = nnx.split(lm.LanguageModel(32, 1, nnx.Rngs(0)), nnx.Param)
 
@@ -348,7 +348,7 @@ def train(lm, rows, args, stop_after=None):
         lm.train(model, rows, args, caught)
 
 
-def test_a_run_stopped_in_mid_window_ends_with_the_same_bits(lm, rows, tmp_path):
+def test_lm_stopped_in_mid_window_ends_with_the_same_bits(lm, rows, tmp_path):
     whole, parts = make_args(tmp_path / "whole"), make_args(tmp_path / "parts")
     train(lm, rows, whole)
     for stop_after in (5, 11):  # the first of a window and the third
@@ -364,7 +364,7 @@ def test_a_run_stopped_in_mid_window_ends_with_the_same_bits(lm, rows, tmp_path)
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_a_signal_saves_and_exits_and_resume_goes_on(lm, finished, tmp_path, number, code):
+def test_lm_saves_at_a_signal_and_goes_on(lm, finished, tmp_path, number, code):
     options = ["--save-every=7", "--compare-steps=0"]
     process = subprocess.Popen(
         [*COMMAND, *options],
@@ -391,7 +391,7 @@ def test_a_signal_saves_and_exits_and_resume_goes_on(lm, finished, tmp_path, num
     assert_same(saved(lm, tmp_path)[1], saved(lm, finished[0])[1])
 
 
-def test_no_paragraph_is_both_held_out_and_trained_on(lm, rows):
+def test_lm_holds_no_paragraph_out_that_it_trains_on(lm, rows):
     _, held_out = lm.read_paragraphs()
     assert min(len(rows), len(held_out)) > 100
     for row in (rows[0], held_out[0]):
@@ -400,14 +400,14 @@ def test_no_paragraph_is_both_held_out_and_trained_on(lm, rows):
     assert not {row.tobytes() for row in rows} & {row.tobytes() for row in held_out}
 
 
-def test_rows_are_the_text(lm, rows):
+def test_lm_reads_the_text(lm, rows):
     row = next(row for row in rows if row[-1] == lm.PADDING)
     length = int((row != lm.PADDING).sum())
     assert row[length - 1] == lm.END
     assert bytes(row[1 : length - 1].tolist()).decode() in "\n\n".join(lm.topics.values())
 
 
-def test_a_window_holds_distinct_paragraphs_sorted_by_length(lm, rows, tmp_path):
+def test_lm_has_windows_of_distinct_paragraphs_sorted_by_length(lm, rows, tmp_path):
     args = make_args(tmp_path)
     numbers = range(SETTINGS["every_k"], 2 * SETTINGS["every_k"])
     window = np.concatenate([lm.read_microbatch(rows, number, args) for number in numbers])
@@ -431,13 +431,13 @@ def test_a_window_holds_distinct_paragraphs_sorted_by_length(lm, rows, tmp_path)
         ("--resume", None),
     ],
 )
-def test_what_cannot_work_is_refused(tmp_path, lm, monkeypatch, capsys, option, value):
+def test_lm_refuses_what_cannot_work(tmp_path, lm, monkeypatch, capsys, option, value):
     monkeypatch.chdir(tmp_path)
     assert refusal(lm, monkeypatch, capsys, option, *([value] if value else [])) == option
     assert not list(tmp_path.iterdir())
 
 
-def test_a_run_is_not_overwritten_nor_resumed_as_another(finished, lm, monkeypatch, capsys):
+def test_lm_overwrites_no_run_and_resumes_no_other(finished, lm, monkeypatch, capsys):
     monkeypatch.chdir(finished[0])
     assert refusal(lm, monkeypatch, capsys, *OPTIONS) == "--checkpoints"
     assert refusal(lm, monkeypatch, capsys, *OPTIONS, "--resume", "--width=64") == "--resume"
@@ -453,14 +453,14 @@ def refusal(lm, monkeypatch, capsys, *options):
     return option
 
 
-def test_the_noise_is_measured_while_the_window_grows(tmp_path):
+def test_lm_measures_the_noise_while_the_window_grows(tmp_path):
     printed = run(tmp_path, "--noise", "--output=noise.svg", "--steps=6")
     assert re.search(r"Noise scale: [\d,]+ bytes\. A step had [\d,]+\.", printed)
     assert "noise scale" in (tmp_path / "noise.svg").read_text()
     assert "compare" not in printed.lower()
 
 
-def test_windows_double_until_they_are_full():
+def test_lm_noise_windows_double_until_they_are_full():
     lengths = scripts.load(LM.with_name("lm_noise.py")).window_length
     assert [int(lengths(step, 8, 8)) for step in range(8)] == [2, 2, 4, 4, 8, 8, 8, 8]
     assert [int(lengths(step, 6, 4)) for step in range(4)] == [2, 4, 6, 6]

@@ -192,14 +192,14 @@ def test_a_tree_that_waits_to_be_reduced_is_refused():
         ({"w": jnp.ones(2), "b": "1"}, ValueError, r"leaf \['b'\].*got '1' of type str"),
     ],
 )
-def test_a_tree_that_does_not_fit_its_sum(given, error, said):
+def test_a_tree_that_does_not_fit_its_sum_is_refused(given, error, said):
     params = {"w": jnp.zeros(2), "b": jnp.zeros(())}
     tx = accumulate(2, average_args=("grad",))
     with pytest.raises(error, match=said):
         tx.update(params, tx.init(params), grad=given)
 
 
-def test_arguments_that_cannot_be_named():
+def test_arguments_that_cannot_be_named_are_refused():
     with pytest.raises(TypeError, match=r"leaf \['n'\] of `average_args\['x'\]`.*int32\[2\]"):
         accumulate(2, average_args={"x": {"n": jnp.ones(2, int)}})
     with pytest.raises(TypeError, match=r"`window_args` must be a tuple of names"):
@@ -440,7 +440,7 @@ TWOS = {"w": jnp.full(2, 2.0)}
     [("weights", "weight"), ("wieght", "weight"), ("Weight", "weight"), ("realease", "release")],
 )
 @pytest.mark.parametrize("every_k", [1, 2])
-def test_a_mistyped_extra_argument(typed, meant, every_k):
+def test_a_mistyped_extra_argument_is_refused_with_what_was_meant(typed, meant, every_k):
     tx = optaccum.accumulate(every_k, optax.adam(0.1))
     message = rf"`{typed}` is no argument of `accumulate`; did you mean `{meant}`\?"
     for step in (tx.update, lambda *args, **kwargs: optaccum.apply_gradients(tx, *args, **kwargs)):

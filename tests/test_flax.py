@@ -187,7 +187,7 @@ def test_update_returns_what_changed():
     np.testing.assert_array_equal(updates["bias"], [0.0])
 
 
-def test_gradients_as_plain_arrays():
+def test_plain_arrays_are_gradients_where_flax_takes_them():
     """What Flax's own optimizer takes; newer Flax wants the variables."""
     results = []
     for Optimizer in (nnx.Optimizer, optaccum.flax.Optimizer):
@@ -203,7 +203,7 @@ def test_gradients_as_plain_arrays():
     assert results[0] == results[1]
 
 
-def test_weight_and_release(flavour):
+def test_weight_and_release_are_passed_on(flavour):
     step, state, param = simple_states(accumulate(8, optax.sgd(1.0)))[flavour]
     step(2.0, weight=3)
     step(6.0, weight=1.0)
@@ -224,7 +224,7 @@ def test_extra_arguments_reach_the_transformation(flavour):
     assert float(jax.tree.leaves(inner_state.value)[0]) == 4.0
 
 
-def test_extra_arguments_of_another_transformation(flavour):
+def test_extra_arguments_reach_another_transformation(flavour):
     """Flax's linen train state takes them for fields."""
     step, _, param = simple_states(optax.polyak_sgd())[flavour]
     step(2.0, value=2.0)  # a step of value / |g|^2 along g
@@ -310,7 +310,7 @@ def test_the_compiled_step_is_that_of_apply_gradients():
     assert conditionals == [1] * 4
 
 
-def test_partial_training_of_lora():
+def test_lora_trains_in_part():
     class Model(nnx.Module):
         def __init__(self, rngs):
             self.linear = nnx.Linear(3, 2, rngs=rngs)
@@ -345,7 +345,7 @@ def test_partial_training_of_lora():
     assert sorted(x.shape for x in sums) == [(3, 4), (4, 2)]
 
 
-def test_sharded_parameters_with_metadata():
+def test_sharded_parameters_with_metadata_keep_their_sharding():
     mesh = jax.make_mesh((8,), ("data",))
     kernel_init = nnx.with_partitioning(nnx.initializers.lecun_normal(), (None, "data"))
 
@@ -374,7 +374,7 @@ def test_sharded_parameters_with_metadata():
     assert optimizer.has_released
 
 
-def test_split_and_merge_in_mid_window():
+def test_an_optimizer_may_be_split_and_merged_in_mid_window():
     model = nnx.Linear(3, 1, rngs=nnx.Rngs(0))
     optimizer = optaccum.flax.Optimizer(model, accumulate(2, optax.sgd(1.0)), wrt=nnx.Param)
     before = np.asarray(model.bias[...])

@@ -77,7 +77,7 @@ def test_donated_arguments_that_are_returned_in_another_order_are_copied():
     assert temporaries(compiled.compile()) > PARAMETER_BYTES
 
 
-def test_multi_steps_has_three():
+def test_multi_steps_has_three_temporaries():
     """The incumbent, by the same measure: so the measure sees temporaries."""
     assert temporaries(_compile(optax.MultiSteps(optax.adamw(0.1), 4), update_and_apply)) > (
         2.5 * PARAMETER_BYTES

@@ -51,7 +51,7 @@ def test_any_loss_of_the_outputs_has_the_gradient_of_the_full_batch(loss):
 
 @few_losses
 @pytest.mark.parametrize("n", [1, ROWS])
-def test_in_any_number_of_microbatches(loss, n):
+def test_any_number_of_microbatches_has_the_gradient_of_the_full_batch(loss, n):
     ours = jax.value_and_grad(with_encoder(loss, _in(n)))
     _assert_close(jax.jit(ours)(PARAMS, BATCH), _full_batch(loss))
 
@@ -65,7 +65,7 @@ def test_means_over_microbatches_are_something_else(loss):
     assert max(jax.tree.leaves(apart)) > 0.05 * size
 
 
-def test_eagerly_too():
+def test_eagerly_the_gradient_is_that_of_the_full_batch():
     loss = LOSSES["experts"]
     ours = jax.value_and_grad(with_encoder(loss, _in(3)))
     _assert_close(ours(PARAMS, BATCH), _full_batch(loss))
@@ -76,7 +76,7 @@ def test_eagerly_too():
     ("loss", "dtype"),
     [("info_nce", jnp.bfloat16), ("experts", jnp.float16), ("experts", jnp.complex64)],
 )
-def test_any_dtype(loss, dtype):
+def test_any_dtype_has_the_gradient_of_the_full_batch(loss, dtype):
     loss, params = LOSSES[loss], make_params(dtype)
     expected = jax.jit(jax.value_and_grad(with_encoder(loss, encode)))(params, BATCH)
     ours = jax.jit(jax.value_and_grad(with_encoder(loss, _in(4))))(params, BATCH)
@@ -114,7 +114,7 @@ def test_outputs_are_in_the_order_of_the_batch(n):
     np.testing.assert_array_equal(loads, jnp.concatenate(each))
 
 
-def test_outputs_of_a_microbatch_that_are_neither_rows_nor_one_entry():
+def test_outputs_that_are_neither_rows_nor_one_entry_are_refused():
     """Joined, 6 sums of 2 microbatches would be 12 entries beside 24 rows."""
     x = BATCH["x"]
 
@@ -268,7 +268,7 @@ SCORED = jax.random.normal(jax.random.key(0), (12, 3))
 
 
 @pytest.mark.parametrize("derivative", SECOND.values(), ids=SECOND)
-def test_second_derivatives(derivative):
+def test_second_derivatives_are_those_of_the_full_batch(derivative):
     found = jax.jit(derivative(_coupled_by(_in(6, _scores))))(SCORE_WEIGHTS, SCORED)
     expected = jax.jit(derivative(_coupled_by(_scores)))(SCORE_WEIGHTS, SCORED)
     assert np.max(np.abs(expected)) > 0.1
@@ -276,7 +276,7 @@ def test_second_derivatives(derivative):
 
 
 @pytest.mark.parametrize("mode", [jax.jacrev, jax.jacfwd])
-def test_second_derivatives_by_what_is_closed_over(mode):
+def test_second_derivatives_by_what_is_closed_over_are_right(mode):
     """Only the first derivative is taken by the rule, and it is not by `shift`."""
 
     def gradient(wrap, shift):
@@ -324,18 +324,18 @@ BATCHES = jax.tree.map(lambda x: jnp.stack([x, x[::-1]]), BATCH)
 
 
 @pytest.mark.parametrize("compose", COMPOSED.values(), ids=COMPOSED)
-def test_transformations(compose):
+def test_transformations_of_jax_compose(compose):
     ours, expected = jax.jit(compose(OURS)), jax.jit(compose(EXPECTED))
     _assert_close(ours(PARAMS, BATCHES), expected(PARAMS, BATCHES))
 
 
 @pytest.mark.slow
-def test_transformations_outside_of_jit():
+def test_transformations_compose_outside_of_jit():
     compose = COMPOSED["vmap of grad"]
     _assert_close(compose(OURS)(PARAMS, BATCHES), jax.jit(compose(EXPECTED))(PARAMS, BATCHES))
 
 
-def test_over_batches_of_keys():
+def test_keys_may_be_batched():
     keys = jax.random.split(jax.random.key(0), 3)
 
     def noisy(w, x, key):
@@ -349,7 +349,7 @@ def test_over_batches_of_keys():
     np.testing.assert_allclose(jax.vmap(jax.grad(loss), (None, 0))(2.0, keys), each, rtol=1e-5)
 
 
-def test_a_window_of_coupled_batches():
+def test_a_window_may_hold_coupled_batches():
     """`accumulate` outside: a window of batches, each one coupled in itself."""
     tx = optaccum.accumulate(2, optax.adam(0.1))
 
@@ -389,7 +389,7 @@ class Tower(linen.Module):
         return linen.Dense(4)(jnp.tanh(linen.Dense(8)(x)))
 
 
-def test_linen_modules():
+def test_linen_modules_have_the_gradient_of_the_full_batch():
     model = Tower()
     variables = model.init(jax.random.key(0), BATCH["x"])
 
@@ -402,7 +402,7 @@ def test_linen_modules():
     _assert_close(ours, expected)
 
 
-def test_nnx_modules():
+def test_nnx_modules_have_the_gradient_of_the_full_batch():
     model = nnx.Sequential(nnx.Linear(6, 8, rngs=nnx.Rngs(0)), nnx.gelu)
     graph, params = nnx.split(model, nnx.Param)
 
@@ -418,7 +418,7 @@ def test_nnx_modules():
     _assert_close(ours, expected)
 
 
-def test_equinox_modules():
+def test_equinox_modules_have_the_gradient_of_the_full_batch():
     model = eqx.nn.MLP(6, 4, 8, 1, key=jax.random.key(0))
     params, static = eqx.partition(model, eqx.is_inexact_array)
 
@@ -476,7 +476,7 @@ inner_and_outer = pytest.mark.parametrize("outer", LEVELS.values(), ids=LEVELS)
 
 @inner_and_outer
 @pytest.mark.parametrize("inner", [(), (jax.jit,)], ids=["eager", "jit"])
-def test_a_value_that_is_closed_over_and_differentiated(outer, inner):
+def test_a_value_that_is_closed_over_and_differentiated_is_refused(outer, inner):
     def loss(w):
         encoder = _wrap(inner, _linear_in(2, lambda scale, x: scale * (x @ jnp.sin(w))))
         return jnp.sum(encoder(2.0, X) ** 3)
@@ -486,7 +486,7 @@ def test_a_value_that_is_closed_over_and_differentiated(outer, inner):
         _wrap(outer, jax.grad(_wrap(outer, loss)))(W)
 
 
-def test_a_value_that_is_closed_over_in_a_scan_of_steps():
+def test_a_value_that_is_closed_over_in_a_scan_of_steps_is_refused():
     def step(w, _):
         def loss(w):
             return jnp.sum(_linear_in(2, lambda scale, x: scale * (x @ w))(1.0, X) ** 2)
@@ -497,7 +497,7 @@ def test_a_value_that_is_closed_over_in_a_scan_of_steps():
         jax.lax.scan(step, W, None, 2)
 
 
-def test_a_value_that_is_closed_over_is_free_to_be_there():
+def test_a_value_that_is_closed_over_may_be_a_constant():
     """Constants, tracers of `jit`, and integers under `vmap`, at every level."""
 
     def loss(w, power, shift):
@@ -523,7 +523,7 @@ def test_a_value_that_is_closed_over_is_free_to_be_there():
 @pytest.mark.parametrize("mode", [jax.jacfwd, lambda f: lambda w: jax.jvp(f, (w,), (w,))])
 @pytest.mark.parametrize("jit", [lambda f: f, jax.jit], ids=["eager", "jit"])
 @pytest.mark.parametrize("inner", [lambda f: f, jax.jit], ids=["eager", "jit"])
-def test_forward_mode(mode, jit, inner):
+def test_forward_mode_is_refused(mode, jit, inner):
     loss = inner(lambda w: jnp.sum(_linear_in(2)(w, X) ** 3))
     with pytest.raises(TypeError, match=r"forward-mode autodiff \(jvp\) to a custom_vjp"):
         jit(mode(loss))(W)
@@ -536,7 +536,7 @@ def test_one_microbatch_has_every_mode():
     np.testing.assert_allclose(jax.jvp(loss, (W,), (W,))[1], 3 * 12 * 27.0, rtol=1e-6)
 
 
-def test_an_accumulator_that_would_drop_an_imaginary_part():
+def test_an_accumulator_that_would_drop_an_imaginary_part_is_refused():
     def loss(w):
         return jnp.sum(jnp.abs(_linear_in(2, accumulator_dtype=jnp.float32)(w, X)))
 
@@ -545,7 +545,7 @@ def test_an_accumulator_that_would_drop_an_imaginary_part():
         jax.grad(loss)(W.astype(jnp.complex64))
 
 
-def test_rows_without_entries():
+def test_rows_may_have_no_entries():
     fun = _linear_in(4, fun=lambda w, x: x[:, :0])
     assert fun(W, X).shape == (12, 0)
 

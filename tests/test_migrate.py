@@ -72,7 +72,7 @@ def assert_close(a, b):
 
 @pytest.mark.parametrize("held", [0, 3])
 @pytest.mark.parametrize("wrap", WRAPPERS.values(), ids=WRAPPERS)
-def test_there_and_back_again(wrap, held):
+def test_there_and_back_again_trains_as_before(wrap, held):
     """In mid-window: 4 + held microbatches of one, then ours, then theirs again."""
     old, new = wrap(multi_steps), wrap(functools.partial(accumulate, 4, INNER))
     params, state = train(old, old.init(PARAMS), PARAMS, 0, 4 + held)
@@ -124,7 +124,7 @@ def test_the_form_has_to_be_the_same():
         from_multi_steps(accumulate(4, optax.sgd(0.1)), old.init(PARAMS), PARAMS)
 
 
-def test_weights_that_multi_steps_can_express():
+def test_weights_that_multi_steps_can_express_go_back():
     """0.5 and 1.5 sum to 2: each further microbatch counts 1, in both."""
     tx, old = accumulate(3, INNER), multi_steps(3)
     state = tx.init(PARAMS)
@@ -155,7 +155,7 @@ def test_weights_that_multi_steps_can_express():
         ),
     ],
 )
-def test_windows_that_multi_steps_cannot_express(tx, arguments, old, message):
+def test_windows_that_multi_steps_cannot_express_are_refused(tx, arguments, old, message):
     state = tx.init(PARAMS)
     for i in range(2):
         _, state = tx.update(grads(i), state, PARAMS, **arguments)
@@ -166,7 +166,7 @@ def test_windows_that_multi_steps_cannot_express(tx, arguments, old, message):
     assert int(to_multi_steps(old, state, PARAMS).gradient_step) == 1
 
 
-def test_sums_need_no_weights():
+def test_sums_go_back_whatever_their_weights():
     tx, old = accumulate(3, INNER, use_grad_mean=False), multi_steps(3, use_grad_mean=False)
     state = tx.init(PARAMS)
     for i in range(2):
@@ -217,7 +217,7 @@ def run_of_multi_steps(use_grad_mean):
 @MODES
 @pytest.mark.parametrize("held", [0, 1, 3])
 @pytest.mark.parametrize("k", [1, 2, 4, 6])
-def test_coming_from_multi_steps(use_grad_mean, held, k):
+def test_an_open_window_of_multi_steps_goes_on(use_grad_mean, held, k):
     """The open window of 4 goes on as one of k, with all that it held."""
     tx = accumulate(
         k, SMOOTH, use_grad_mean=use_grad_mean, should_skip_update_fn=optax.skip_not_finite
@@ -246,7 +246,7 @@ def test_coming_from_multi_steps(use_grad_mean, held, k):
         np.testing.assert_allclose(x, y, rtol=tolerance, atol=tolerance)
 
 
-def test_coming_from_multi_steps_that_nan_has_poisoned():
+def test_nothing_is_taken_over_of_a_nan_between_windows():
     """`optax.MultiSteps` keeps a NaN for ever; between windows nothing of it is taken over."""
     old, tx = optax.MultiSteps(optax.sgd(1.0), 2), accumulate(2, optax.sgd(1.0))
     params, state = {"w": jnp.ones(2)}, None
@@ -259,7 +259,7 @@ def test_coming_from_multi_steps_that_nan_has_poisoned():
     np.testing.assert_array_equal(params["w"], np.zeros(2))
 
 
-def test_flax_train_states_coming_from_multi_steps():
+def test_a_linen_train_state_goes_on():
     """As the documentation of `optaccum.flax` says, and nnx from a constant `every_k` of 1 too."""
     old_tx, tx = optax.MultiSteps(optax.adam(0.1), 4), accumulate(4, optax.adam(0.1))
     old = train_state.TrainState.create(
@@ -276,7 +276,7 @@ def test_flax_train_states_coming_from_multi_steps():
     np.testing.assert_allclose(state.params["w"], old.params["w"], rtol=1e-6)
 
 
-def test_nnx_optimizers_coming_from_elsewhere():
+def test_an_nnx_optimizer_goes_on():
     pure = optaccum.flax._as_arrays
     models = [nnx.Linear(3, 1, rngs=nnx.Rngs(0)) for _ in range(3)]
     tx, old_tx = accumulate(4, optax.adam(0.1)), optax.MultiSteps(optax.adam(0.1), 4)
@@ -315,7 +315,7 @@ def test_nnx_optimizers_coming_from_elsewhere():
     assert (int(new.gradient_step), bool(new.has_released)) == (3, True)
 
 
-def test_what_cannot_be_taken_over_from_multi_steps():
+def test_what_cannot_be_taken_over_is_refused():
     params = {"w": jnp.ones(2)}
     old = optax.MultiSteps(optax.adam(0.1), 4)
     state = old.init(params)

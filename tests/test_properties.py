@@ -258,7 +258,7 @@ def test_windows_of_one_match_the_oracle(tree, calls, skip_nan, use_grad_mean, a
     )
 
 
-def test_the_oracle_itself():
+def test_the_oracle_agrees_with_windows_by_hand():
     """Windows worked out by hand, so that the oracle is not only compared with the library."""
     g = [np.asarray([2.0]), None]
     nan = [np.asarray([np.nan]), None]
@@ -286,7 +286,7 @@ def test_the_oracle_itself():
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_release_is_rounded_once(dtype):
+def test_a_release_is_rounded_once(dtype):
     """(1 + 2^-12) / 3 comes out as the nearest number of the gradient's dtype."""
     tx = optaccum.accumulate(3, optax.identity())
     state = tx.init({"w": jnp.zeros([], dtype)})
@@ -332,7 +332,7 @@ def _loss(params, batch):
     nan=st.booleans(),
     seed=st.integers(0, 2**32 - 1),
 )
-def test_random_batches(tree, weights, size, nan, seed):
+def test_any_batch_in_one_step_matches_the_oracle(tree, weights, size, nan, seed):
     rng, n = np.random.default_rng(seed), len(weights)
     total, valid = 0.0, []
     for w in weights:

@@ -82,7 +82,7 @@ def test_the_mean_over_devices_is_not_the_mean_over_tokens(mesh):
     assert np.max(np.abs(params["w"] - full_batches()["w"])) > 1e-3
 
 
-def test_the_sum_and_a_window_of_one(mesh):
+def test_the_sum_and_a_window_of_one_equal_the_full_batch(mesh):
     tx = accumulate(K, optax.sgd(0.01), reduce_axes=("data",), use_grad_mean=False)
     params, _ = train(make_programs(tx, mesh))
     assert_close(params, full_batches(optax.sgd(0.01), use_grad_mean=False))
@@ -111,7 +111,7 @@ def test_unweighted_microbatches_of_devices_count_alike(mesh):
     assert float(params["w"]) == 1 - np.mean(np.arange(16))
 
 
-def test_scan_inside_shard_map(mesh):
+def test_a_scan_inside_shard_map_equals_the_full_batch(mesh):
     tx = accumulate(K, INNER, reduce_axes="data")
 
     def epoch(params, x, mask):
@@ -240,7 +240,7 @@ def test_value_and_grad_without_weights_counts_devices_alike(mesh):
     assert_close(step(PARAMS, *BATCH), jax.value_and_grad(plain)(PARAMS, *BATCH))
 
 
-def test_value_and_grad_where_devices_have_no_weight_or_none_has(mesh):
+def test_value_and_grad_counts_no_device_without_weight(mesh):
     step, (x, mask) = make_value_and_grad(mesh, 2), BATCH
     some = mask.at[8:40].set(0)
     expected = jax.value_and_grad(loss_fn)(PARAMS, x, some)
@@ -258,7 +258,7 @@ def test_value_and_grad_where_devices_have_no_weight_or_none_has(mesh):
     assert_close(step(PARAMS, *bad), jax.value_and_grad(loss_fn)(PARAMS, x, without))
 
 
-def test_a_loss_that_is_reduced_already(mesh):
+def test_a_loss_that_is_reduced_already_is_refused(mesh):
     """Divided by the number of devices twice, if it were taken."""
 
     def reduced(params, x, mask):
@@ -275,7 +275,7 @@ def test_a_loss_that_is_reduced_already(mesh):
         )
 
 
-def test_specs_of_the_state(mesh):
+def test_state_shardings_gives_specs_of_the_state(mesh):
     inner = optax.chain(optax.clip(1.0), accumulate(K, INNER, reduce_axes="data"))
     with jax.set_mesh(mesh):
         specs = state_shardings(inner, PARAMS, P())
@@ -290,7 +290,7 @@ def test_specs_of_the_state(mesh):
         state_shardings(inner, PARAMS, jax.NamedSharding(mesh, P()))
 
 
-def test_specs_over_two_axes_with_parameters_on_a_third():
+def test_specs_may_be_over_two_axes_with_parameters_on_a_third():
     mesh = make_mesh(AxisType.Auto, (2, 2, 2), ("a", "b", "model"))
     tx = accumulate(K, INNER, reduce_axes=("b", "a"), average_args=("value",))
     rows = {"w": P("model", None), "b": P(), "scale": P()}
@@ -305,7 +305,7 @@ def test_specs_over_two_axes_with_parameters_on_a_third():
     assert specs.inner_state[0].mu == rows
 
 
-def test_bad_axes(mesh):
+def test_axes_that_are_not_there_are_refused(mesh):
     with pytest.raises(TypeError, match=r"`reduce_axes` must be names of mesh axes, got 3"):
         accumulate(2, INNER, reduce_axes=3)
     tx = accumulate(2, INNER, reduce_axes=("model",))
@@ -317,7 +317,7 @@ def test_bad_axes(mesh):
         jax.jit(accumulate(2, INNER, reduce_axes="data").init)(PARAMS)
 
 
-def test_a_state_that_was_made_or_passed_otherwise(mesh):
+def test_a_state_that_was_made_or_passed_otherwise_is_refused(mesh):
     tx = accumulate(K, INNER, reduce_axes="data")
     init, step = make_programs(tx, mesh)
     everywhere = SPECS._replace(weight=P(), grad_sum=P())
@@ -338,7 +338,7 @@ def test_a_state_that_was_made_or_passed_otherwise(mesh):
         step(PARAMS, init(PARAMS)._replace(weight=more), X[0], MASK[0])
 
 
-def test_devices_that_would_not_release_together(mesh):
+def test_devices_that_would_not_release_together_are_refused(mesh):
     def some(step):
         return jnp.where(jax.lax.axis_index("data") > 2, 2, 3)
 
@@ -355,7 +355,7 @@ def test_devices_that_would_not_release_together(mesh):
             jax.jit(step)(PARAMS, X[0], MASK[0])
 
 
-def test_gradients_that_are_summed_already(mesh):
+def test_gradients_that_are_summed_already_are_refused(mesh):
     """Nothing may silently be scaled by the number of devices."""
     tx = accumulate(2, INNER, reduce_axes="data")
 
@@ -376,7 +376,7 @@ def test_gradients_that_are_summed_already(mesh):
         run(vary, False)(PARAMS, X[0], MASK[0])
 
 
-def test_gradients_of_one_device_without_reduce_axes(mesh):
+def test_gradients_of_one_device_without_reduce_axes_are_refused(mesh):
     tx = accumulate(2, optax.sgd(0.1))
 
     def train_step(params, state, x, mask):
@@ -389,7 +389,7 @@ def test_gradients_of_one_device_without_reduce_axes(mesh):
         step(PARAMS, tx.init(PARAMS), X[0], MASK[0])
 
 
-def test_gradients_that_inner_reduces(mesh):
+def test_inner_may_reduce_the_gradients(mesh):
     """As in jax.pmap; sums that differ between devices are told so by the caller."""
     mean = optax.stateless(lambda grads, _: jax.lax.pmean(grads, "data"))
     tx = accumulate(2, optax.chain(mean, INNER))
@@ -442,7 +442,7 @@ def assert_all_close(params, expected):
         assert_close(jax.tree.map(lambda p, i=i: p[i], params), expected)
 
 
-def test_gradients_that_are_reduced_as_they_come():
+def test_in_pmap_gradients_may_be_reduced_as_they_come():
     """The weight is that of all devices' rows, and so the same on all."""
 
     def gradients(params, x, mask):
@@ -455,7 +455,7 @@ def test_gradients_that_are_reduced_as_they_come():
     assert (sum(always), on_release) == (BYTES + SCALAR_BYTES, [])
 
 
-def test_means_of_as_many_rows_are_reduced_once_a_window():
+def test_in_pmap_means_of_as_many_rows_are_reduced_once_a_window():
     pmean = optax.stateless(lambda updates, _: jax.lax.pmean(updates, "data"))
     tx = accumulate(K, optax.chain(pmean, INNER))
 
@@ -484,7 +484,7 @@ def mean_over_devices(axis):
     return optax.GradientTransformationExtraArgs(optax.init_empty_state, update)
 
 
-def test_sums_over_tokens_are_reduced_once_a_window():
+def test_in_pmap_sums_over_tokens_are_reduced_once_a_window():
     """A window's mean of sums over its mean of tokens is its mean over tokens."""
     inner = optax.chain(mean_over_devices("data"), INNER)
     tx = accumulate(K, inner, average_args=("tokens",))

@@ -45,7 +45,7 @@ def test_a_named_keyword_is_split(n, names):
 
 
 @every_n
-def test_a_batch_by_keyword_alone(n):
+def test_a_batch_may_come_by_keyword_alone(n):
     options = {"num_microbatches": n, "batch_argnames": ("x", "y", "mask"), "weight_fn": tokens}
     expected = jax.value_and_grad(masked)(W, X, Y, mask=MASK)
     for given in ({}, {"batch_argnums": ()}):
@@ -63,7 +63,7 @@ def test_a_batch_by_keyword_alone(n):
 
 
 @every_n
-def test_leaves_of_a_keyword_are_a_tree_with_nones_and_keys(n):
+def test_a_keyword_may_be_a_tree_with_nones_and_keys(n):
     def loss(w, x, *, more):
         assert more["none"] is None
         noise = jax.vmap(lambda key: jax.random.normal(key, (3,)))(more["keys"])
@@ -107,7 +107,7 @@ def test_a_name_that_is_left_out_has_its_default(make, n):
 
 @everywhere
 @every_n
-def test_a_keyword_with_rows_that_nobody_named(make, n):
+def test_a_keyword_with_rows_that_nobody_named_is_refused(make, n):
     message = r"argument `mask` has 8 rows, as many as the batch in argument 1, but `batch_argn.*"
     remedy = r'pass `batch_argnames=\("mask",\)` to split it, or `batch_argnames=\(\)` to give'
     with pytest.raises(ValueError, match=message + remedy):
@@ -176,20 +176,20 @@ def test_a_keyword_with_as_many_rows_is_whole_if_somebody_says_so():
         ),
     ],
 )
-def test_names_that_do_not_fit(make, options, args, kwargs, error, message):
+def test_names_that_do_not_fit_are_refused(make, options, args, kwargs, error, message):
     with pytest.raises(error, match=message):
         make(2, **options)(*args, **kwargs)
 
 
 @pytest.mark.parametrize("make", list(SPLIT.values())[:3], ids=list(SPLIT)[:3])
-def test_a_batch_by_keyword_that_nobody_named(make):
+def test_a_batch_by_keyword_that_nobody_named_is_refused(make):
     message = r"argument 1, but the call has 1 positional .* keyword argument in `batch_argnames`"
     with pytest.raises(ValueError, match=message):
         make(2)(W, x=X, mask=MASK)
 
 
 @pytest.mark.parametrize("n", [1, 2, 8])
-def test_outputs_and_gradients_of_rows_by_keyword(n):
+def test_microbatched_takes_rows_by_keyword(n):
     def encode(w, *, x, mask, shift):
         return mask[:, None] * jnp.tanh(x * w) + shift
 
@@ -213,7 +213,7 @@ class Tower(linen.Module):
 
 
 @pytest.mark.parametrize("n", [1, 4])
-def test_models_are_called_by_keyword(n):
+def test_models_may_be_called_by_keyword(n):
     names = {"num_microbatches": n, "batch_argnums": (), "batch_argnames": ("image", "text")}
     rows = {"image": X, "text": Y[:, None]}
 
@@ -281,7 +281,7 @@ WEIGHTS = jnp.array([1.0, -1.0])
 
 
 @pytest.mark.parametrize("n", [1, 2, 4])
-def test_labels_beside_the_batch_are_not_broadcast(n):
+def test_labels_beside_the_batch_are_refused(n):
     step = optaccum.value_and_grad(_loss, num_microbatches=n)
     message = r"argument 2 has 4 rows, as many as the batch in argument 1.*`batch_argnums=\(1, 2\)`"
     with pytest.raises(ValueError, match=message):

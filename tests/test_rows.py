@@ -57,7 +57,7 @@ class Config:
         ({"accumulator_dtype": int}, TypeError, r"`accumulator_dtype` must be floating-point"),
     ],
 )
-def test_what_is_known_at_once(n, make, options, error, message):
+def test_options_that_cannot_be_are_refused_at_once(n, make, options, error, message):
     with pytest.raises(error, match=message):
         make(**{"fun": _loss, "num_microbatches": n, **options})
 
@@ -69,7 +69,7 @@ def test_a_configuration_is_no_key():
     assert step(PARAMS, BATCH, Config(), other=Config()).shape == (3,)
 
 
-def test_a_number_that_is_traced():
+def test_a_traced_number_of_microbatches_is_refused():
     with pytest.raises(TypeError, match=r"`num_microbatches` must be an integer >= 1, got"):
         jax.jit(lambda n: optaccum.grad(_loss, num_microbatches=n))(2)
 
@@ -165,7 +165,7 @@ def test_a_number_that_is_traced():
         ),
     ],
 )
-def test_what_is_known_when_it_is_traced(n, options, args, kwargs, error, message):
+def test_arguments_that_cannot_be_are_refused_when_traced(n, options, args, kwargs, error, message):
     step = optaccum.value_and_grad(**{"fun": _loss, "num_microbatches": n, **options})
     with pytest.raises(error, match=message):
         jax.jit(step)(*args, **kwargs)
@@ -175,7 +175,7 @@ def test_what_is_known_when_it_is_traced(n, options, args, kwargs, error, messag
     ("rows", "n", "nearest"),
     [(12, 5, "4 and 6"), (12, 7, "6 and 12"), (12, 24, "12"), (7, 2, "1 and 7")],
 )
-def test_rows_that_do_not_divide(rows, n, nearest):
+def test_rows_that_do_not_divide_are_refused_with_the_nearest(rows, n, nearest):
     batch = {"x": np.ones((rows, 3)), "y": np.ones(rows)}
     message = rf"`num_microbatches` {n} does not divide the {rows} rows in batch leaf argument 1"
     with pytest.raises(ValueError, match=rf"{message}\['x'\]; nearest are {nearest}, or pad"):
@@ -190,7 +190,7 @@ def test_what_jax_refuses_it_refuses():
 
 
 @pytest.mark.parametrize("n", [1, 2])
-def test_aux_that_cannot_be_stacked(n):
+def test_aux_that_cannot_be_stacked_is_refused(n):
     def named(p, b):
         return _loss(p, b), {"name": "train"}
 
@@ -273,7 +273,7 @@ def _in(n, fun=_fun, **options):
         ({"reduce_axes": 3}, TypeError, r"`reduce_axes` must be names of mesh axes, got 3"),
     ],
 )
-def test_arguments_of_the_factory(options, error, message):
+def test_options_of_microbatched_are_refused_at_once(options, error, message):
     with pytest.raises(error, match=message):
         optaccum.microbatched(**{"fun": _fun, "num_microbatches": 2, **options})
 
@@ -306,7 +306,9 @@ def test_arguments_of_the_factory(options, error, message):
         ),
     ],
 )
-def test_arguments_of_a_call(n, options, args, kwargs, error, message):
+def test_arguments_of_microbatched_are_refused_when_traced(
+    n, options, args, kwargs, error, message
+):
     with pytest.raises(error, match=message):
         _in(n, **options)(*args, **kwargs)
 
@@ -317,13 +319,13 @@ def test_a_key_that_is_refused_is_not_told_of_carries():
     assert "carry" not in str(info.value)
 
 
-def test_rows_of_outputs_that_do_not_divide():
+def test_rows_of_microbatched_that_do_not_divide_are_refused():
     message = r"5 does not divide the 12 rows.*nearest are 4 and 6, or pad the batch and drop the"
     with pytest.raises(ValueError, match=message):
         _in(5)(W, X)
 
 
-def test_a_second_batch_that_nobody_named():
+def test_a_second_batch_that_nobody_named_is_refused():
     def encode(w, images, texts):
         return images @ w, texts @ w
 

@@ -96,7 +96,7 @@ def test_the_leaves_that_hold_a_scatter_are_found(affected, loss):
     assert {name for name, one in zip(sorted(PARAMS), holds, strict=True) if one} == HOLD[loss]
 
 
-def test_so_are_those_in_loops_branches_and_functions(affected):
+def test_scatters_in_loops_branches_and_functions_are_found(affected):
     def branch(x):
         return lax.cond(jnp.sum(x) > 0, lambda: x.at[IDS[0]].add(1.0), lambda: x)
 
@@ -158,7 +158,7 @@ def test_a_loss_may_read_its_arguments_where_nothing_is_traced(affected):
 
 
 @losses
-def test_results_are_the_same_bits_with_and_without(monkeypatch, loss):
+def test_fences_change_no_bit(monkeypatch, loss):
     weighted, run = (
         value_and_grad(loss, num_microbatches=4, weight_fn=weight_fn)
         for weight_fn in (lambda _, rows: jnp.sum(rows["ids"]), None)

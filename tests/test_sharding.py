@@ -89,7 +89,7 @@ def test_sharded_training_equals_the_full_batch(mesh):
 
 
 @pytest.mark.parametrize("check_vma", [True, False])
-def test_shard_map(mesh, check_vma):
+def test_a_window_in_shard_map_equals_the_full_batch(mesh, check_vma):
     tx = accumulate(2, optax.adam(0.1))
 
     def train_step(params, state, x):
@@ -191,7 +191,7 @@ def _train(mesh, program, params, state):
 
 
 @every_step
-def test_fully_sharded_parameters_and_no_gathered_sum(mesh, step):
+def test_sums_of_fully_sharded_parameters_are_not_gathered(mesh, step):
     tx = accumulate(K, optax.adam(0.1))
     with jax.set_mesh(mesh):
         params = jax.device_put(PARAMS, named(mesh, SPECS))
@@ -213,7 +213,7 @@ def test_fully_sharded_parameters_and_no_gathered_sum(mesh, step):
 
 @every_step
 @pytest.mark.parametrize("moments", [True, False], ids=["sums and moments", "sums alone"])
-def test_replicated_parameters_and_divided_sums(mesh, step, moments):
+def test_divided_sums_are_gathered_in_a_release_alone(mesh, step, moments):
     inner = optax.adam(0.1), _gather(mesh)
     tx = accumulate(K, optax.chain(*inner if moments else reversed(inner)))
     with jax.set_mesh(mesh):

@@ -35,7 +35,7 @@ import optaccum.flax
 LAYER = {"layer": {"w": jnp.ones((3, 2)), "b": jnp.zeros(2)}}
 
 
-def test_get_state_finds_none_or_several():
+def test_get_state_refuses_none_and_several():
     two = optax.partition(
         {"a": accumulate(2, optax.sgd(0.1)), "b": accumulate(3, optax.sgd(0.1))},
         {"layer": {"w": "a", "b": "b"}},
@@ -96,7 +96,7 @@ def through_bytes(tree, folder):
 
 @pytest.mark.parametrize("through", [through_orbax, through_bytes])
 @pytest.mark.parametrize("sharded", [False, True])
-def test_a_round_trip_at_every_mini_step(through, sharded, tmp_path):
+def test_a_round_trip_at_every_mini_step_changes_no_bit(through, sharded, tmp_path):
     tx, params = make_tx(), DENSE
     if sharded:
         mesh = jax.make_mesh((8,), ("data",))
@@ -122,7 +122,7 @@ def test_a_round_trip_at_every_mini_step(through, sharded, tmp_path):
     assert int(expected[1].skipped) == 1
 
 
-def test_a_round_trip_of_the_flax_train_states(tmp_path):
+def test_a_round_trip_of_train_states_changes_no_bit(tmp_path):
     tx = accumulate(3, optax.adam(0.1))
     state = optaccum.flax.TrainState.create(apply_fn=None, params=DENSE, tx=tx)
     step = jax.jit(lambda state, grads: state.apply_gradients(grads=grads))
@@ -192,7 +192,7 @@ def test_a_run_that_is_killed_in_mid_window_goes_on_bit_for_bit(tmp_path, capsys
 
 
 @pytest.mark.parametrize(("before", "after"), [(4, 2), (2, 4), (4, 1), (1, 4), (1, 1)])
-def test_resuming_with_another_k(before, after, tmp_path):
+def test_a_run_resumes_with_another_k(before, after, tmp_path):
     """Every microbatch counts once, in the window that is open when it comes."""
     params, n = {"w": jnp.ones(2)}, 3
     old, new = (accumulate(k, optax.sgd(1.0)) for k in (before, after))

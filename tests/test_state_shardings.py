@@ -79,7 +79,7 @@ def test_the_shardings_are_what_jit_gives(mesh):
     assert jax.tree.map(lambda x: x.sharding.spec, get_state(state).grad_sum) == SPECS
 
 
-def test_subtrees_masked_lookahead_and_stacked_leaves():
+def test_masked_synced_and_stacked_leaves_are_found():
     params = {
         "body": {"w": jnp.ones((8, 4)), "b": jnp.ones(4)},
         "head": jnp.ones((8, 2)),
@@ -108,7 +108,7 @@ def test_subtrees_masked_lookahead_and_stacked_leaves():
 
 
 @only_auto
-def test_a_flax_train_state_from_a_checkpoint(mesh, tmp_path):
+def test_a_checkpoint_is_restored_where_it_shall_lie(mesh, tmp_path):
     """The template that it is restored into holds no array."""
     tx = accumulate(K, optax.adam(0.1))
     create = functools.partial(TrainState.create, apply_fn=None, tx=tx)
@@ -131,7 +131,7 @@ def test_a_flax_train_state_from_a_checkpoint(mesh, tmp_path):
         np.testing.assert_array_equal(a, b)
 
 
-def test_specs_of_shard_map(mesh):
+def test_the_specs_are_those_of_shard_map(mesh):
     """One member a device: everything that belongs to its parameters varies."""
     tx = accumulate(K, optax.sgd(1.0, momentum=0.5))
     params = jnp.zeros((DEVICES, 3))
@@ -157,7 +157,7 @@ def _meshes():
     return (jax.sharding.Mesh(np.asarray(d), ("data",)) for d in (devices[:4], devices[4:8]))
 
 
-def test_a_state_of_python_numbers():
+def test_python_numbers_are_replicated():
     counting = optax.GradientTransformation(
         lambda params: {"count": 0, "rate": 0.5},
         lambda updates, state, params=None: (updates, state),
@@ -165,7 +165,7 @@ def test_a_state_of_python_numbers():
     assert state_shardings(counting, PARAMS, SPECS) == {"count": P(), "rate": P()}
 
 
-def test_what_is_no_sharding():
+def test_what_is_no_sharding_is_refused():
     tx, spec = accumulate(K, optax.adam(0.1)), P()
     missing = {"w": spec}
     for wanted in (missing, {**SPECS, "c": spec}, [spec, spec], {"w": {"x": spec}, "b": spec}):
@@ -182,7 +182,7 @@ def test_what_is_no_sharding():
         state_shardings(optax.adam, PARAMS, spec)
 
 
-def test_two_meshes():
+def test_two_meshes_are_refused():
     tx = accumulate(K, optax.adam(0.1))
     a, b = (NamedSharding(mesh, P()) for mesh in _meshes())
     for other in (b, P()):
@@ -193,7 +193,7 @@ def test_two_meshes():
 
 
 @pytest.mark.parametrize("inner", [optax.lbfgs(), optax.scale_by_lbfgs()])
-def test_where_the_state_of_lbfgs_lies(inner):
+def test_the_history_of_lbfgs_lies_like_its_parameters(inner):
     """Its history is of the parameters' shapes with an axis in front; some leaves are scalars."""
     params = {"w": jnp.ones((8, 4)), "b": jnp.ones(4)}
     specs = {"w": jax.P("data", None), "b": jax.P()}
@@ -302,7 +302,7 @@ def specs_of(tree):
 
 
 @only_auto
-def test_a_linen_train_state(mesh):
+def test_a_linen_train_state_lies_like_its_parameters(mesh):
     everywhere = NamedSharding(mesh, P())
 
     def shardings_of(shapes):
@@ -321,7 +321,7 @@ def test_a_linen_train_state(mesh):
 
 @only_auto
 @pytest.mark.parametrize("ours", [True, False], ids=["state_shardings", "flax.linen.get_sharding"])
-def test_a_linen_train_state_with_boxed_parameters(mesh, ours):
+def test_boxed_parameters_say_where_their_sums_lie(mesh, ours):
     def shardings_of(shapes):
         everything = nn.get_sharding(shapes, mesh)
         if not ours:
@@ -339,7 +339,7 @@ def test_a_linen_train_state_with_boxed_parameters(mesh, ours):
 
 
 @only_auto
-def test_a_linen_train_state_with_a_collection_to_overwrite(mesh):
+def test_a_collection_to_overwrite_is_replicated(mesh):
     everywhere = NamedSharding(mesh, P())
 
     def shardings_of(shapes):
@@ -373,7 +373,7 @@ def train_nnx(model, optimizer, batches):
 
 @only_auto
 @pytest.mark.parametrize("jitted", [False, True])
-def test_an_nnx_optimizer(mesh, jitted):
+def test_an_nnx_optimizer_lies_like_its_parameters(mesh, jitted):
     """Made eagerly, it follows the parameters; under jit nothing says where zeros lie."""
 
     def place(model):
@@ -409,7 +409,7 @@ def test_an_nnx_optimizer(mesh, jitted):
 
 
 @only_auto
-def test_the_variables_of_nnx_as_parameters(mesh):
+def test_variables_of_nnx_may_be_parameters(mesh):
     """`nnx.State`s with metadata, real and abstract, with Flax's shardings for them or ours."""
 
     def partitioned(initializer, *names):

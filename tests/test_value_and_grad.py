@@ -164,7 +164,7 @@ def test_sums_of_float16_do_not_overflow():
     _assert_close(ours, (jnp.float16(6e4), jnp.float16(6e4)))
 
 
-def test_vmap():
+def test_under_vmap_each_member_equals_its_full_batch():
     params = jax.tree.map(lambda p: jnp.stack([p, 2 * p, -p]), PARAMS)
     batch = BATCH | {"mask": jnp.where(jnp.arange(ROWS) % 4, 1.0, 0.5)}
     ours = optaccum.value_and_grad(_masked_loss, num_microbatches=4, weight_fn=_tokens)
@@ -172,7 +172,7 @@ def test_vmap():
     _assert_close(jax.jit(jax.vmap(ours, (0, None)))(params, batch), expected)
 
 
-def test_jit_with_donation_and_checkpoint():
+def test_parameters_may_be_donated_and_losses_checkpointed():
     loss = jax.checkpoint(_loss)
 
     @functools.partial(jax.jit, donate_argnums=0)
@@ -282,7 +282,7 @@ class Normed(linen.Module):
 
 
 @every_n
-def test_linen_batch_statistics(n):
+def test_batch_statistics_of_linen_go_from_one_to_the_next(n):
     model = Normed()
     variables = model.init(jax.random.key(0), BATCH["x"], train=True)
 
@@ -300,7 +300,7 @@ def test_linen_batch_statistics(n):
     assert predicted.shape == (n, ROWS // n)
 
 
-def test_linen_dropout():
+def test_microbatches_of_linen_have_masks_of_their_own():
     model = Normed()
     variables = model.init(jax.random.key(0), BATCH["x"], train=False)
 
@@ -346,7 +346,7 @@ def test_nnx_state_is_carried_with_its_statistics_and_counts(n):
     assert count == before + n
 
 
-def test_nnx_keys_beside_their_counts():
+def test_keys_of_nnx_may_lie_beside_their_counts():
     _, rngs = nnx.split(nnx.Rngs(dropout=0), ...)
     graph = nnx.graphdef(nnx.Rngs(dropout=0))
 
@@ -361,7 +361,7 @@ def test_nnx_keys_beside_their_counts():
         np.testing.assert_array_equal(drawn[i], jax.random.normal(key))
 
 
-def test_equinox_modules():
+def test_equinox_modules_equal_the_full_batch():
     model = eqx.nn.MLP(5, "scalar", 8, 1, key=jax.random.key(0))
     params, static = eqx.partition(model, eqx.is_inexact_array)
 

@@ -63,7 +63,7 @@ def test_averaged_arguments_go_with_their_microbatch():
 
 
 @pytest.mark.parametrize("x64", [False, True])
-def test_the_sum_of_the_weights_in_one_step(x64):
+def test_the_sum_of_the_weights_in_one_step_is_bounded(x64):
     """The third microbatch would take the sum above 2**126; what it carries is dropped too."""
 
     def fun(w, batch, carry):
@@ -123,7 +123,7 @@ def test_a_symbolic_number_of_rows_is_a_weight():
     assert (float(params), float(state.weight)) == (-4.0, 4.0)
 
 
-def test_the_derivative_with_respect_to_a_weight():
+def test_the_derivative_with_respect_to_a_weight_is_documented():
     """As documented: none at 0, where a microbatch must add nothing, not even a NaN."""
     tx = optaccum.accumulate(2, optax.sgd(1.0))
 
@@ -190,7 +190,7 @@ def test_microbatches_without_weight_add_nothing(step, jit):
         ({}, (6.0, 12.0, 6.0)),
     ],
 )
-def test_a_window_of_one(step, every_k, options, expected):
+def test_a_window_of_one_is_divided_as_any_other(step, every_k, options, expected):
     """Without an accumulator, and with one that `release` closes at once."""
     tx = optaccum.accumulate(every_k, optax.sgd(1.0), **options)
     state = tx.init(jnp.float32(0))
@@ -201,7 +201,7 @@ def test_a_window_of_one(step, every_k, options, expected):
 
 
 @pytest.mark.parametrize("n", [1, 2, 4])
-def test_in_one_step(n):
+def test_sums_in_one_step_are_divided_by_the_tokens(n):
     """As `jax.value_and_grad` of the sum over the batch, divided by its tokens."""
     mask = jnp.array([1.0, 1.0, 0.0, 1.0, 1.0, 0.0, 0.0, 1.0])
     batch = {"x": jnp.arange(1.0, 9), "mask": mask}
@@ -231,7 +231,7 @@ def test_sums_without_a_denominator_are_refused():
         tx.update(jnp.ones(2), tx.init(jnp.ones(2)), jnp.ones(2))
 
 
-def test_sums_on_many_devices():
+def test_sums_on_many_devices_are_divided_by_all_tokens():
     mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
     tx = optaccum.accumulate(1, optax.sgd(1.0), loss_reduction="sum", reduce_axes="data")
     step = optaccum.value_and_grad(
