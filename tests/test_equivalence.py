@@ -6,7 +6,7 @@ import itertools
 from typing import Any
 
 from helpers.optimizers import OPTIMIZERS, build
-from helpers.steps import STEPS, every_step, update_and_apply
+from helpers.steps import STEPS, update_and_apply
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -171,10 +171,9 @@ def test_the_bare_form_is_right_only_before_stateless_optimizers(name, matches):
 
 
 @pytest.mark.slow
-@every_step
 @pytest.mark.parametrize("name", ["sgd", "adam", "muon", "adafactor"])
 @pytest.mark.usefixtures("x64")
-def test_ragged_microbatches_of_a_model_match_its_full_batch(name, step):
+def test_ragged_microbatches_of_a_model_match_its_full_batch(name):
     """A mean loss on uneven slices of a batch, weighted by their sizes, is the whole batch's.
 
     In double precision, so that what differs is the method and not the rounding: the tolerance
@@ -204,7 +203,7 @@ def test_ragged_microbatches_of_a_model_match_its_full_batch(name, step):
     held, means = (
         train(
             tx,
-            step,
+            optaccum.apply_gradients,
             [
                 (x[s], y[s], {"weight": float(size)} if weighted else {})
                 for x, y in zip(*data, strict=True)

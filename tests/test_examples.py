@@ -247,7 +247,7 @@ def rows(lm):
 def finished(tmp_path_factory):
     """A folder with the checkpoints and the figure of a run that nothing stopped, as `run`."""
     folder = tmp_path_factory.mktemp("finished")
-    return folder, run(folder, "--output=lm.svg", "--save-every=7")
+    return folder, run(folder, "--output=lm.svg", "--save-every=7", "--compare-steps=30")
 
 
 def run(folder, *options):
