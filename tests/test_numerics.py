@@ -209,6 +209,7 @@ def test_every_k_of_one_passes_the_gradient_on_untouched(fused):
     tx = accumulate(1, use_grad_mean=False)
     updates, _ = tx.update(grads, tx.init(params), weight=2.0)
     np.testing.assert_array_equal(updates, 2 * grads)
+    assert updates.dtype == grads.dtype
 
 
 def test_sums_stay_readable_after_a_release():
