@@ -432,9 +432,6 @@ ONES = {"w": jnp.ones(2)}
 TWOS = {"w": jnp.full(2, 2.0)}
 
 
-# Extra arguments that are almost ours: most of Optax takes any and says nothing.
-
-
 @pytest.mark.parametrize(
     ("typed", "meant"),
     [("weights", "weight"), ("wieght", "weight"), ("Weight", "weight"), ("realease", "release")],

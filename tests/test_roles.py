@@ -268,9 +268,6 @@ def test_check_loss_judges_a_loss_that_is_called_by_keyword():
 # Rows in an argument that `batch_argnums` does not name.
 
 
-# Rows in an argument that `batch_argnums` does not name.
-
-
 def _loss(w, x, y, scale=1.0):
     return jnp.mean((x @ w - y) ** 2) * jnp.mean(scale)
 

@@ -351,9 +351,6 @@ def test_an_inner_state_that_changes_its_kind_is_refused(every_k, first, new, wa
 # The order of `optax.MultiSteps`.
 
 
-# The order of `optax.MultiSteps`.
-
-
 @pytest.mark.parametrize(
     "call",
     [

@@ -149,8 +149,8 @@ def test_the_derivative_with_respect_to_a_weight_is_documented():
 # Losses that are sums, with a denominator that comes separately: G = sum g_i / sum w_i.
 
 
-# Microbatches of 1, 3 and 2 tokens; the loss of a token x at w is w x, so gradients are sums of x.
-TOKENS = [[6.0], [1.0, 2.0, 3.0], [10.0, 2.0]]
+# Microbatches of 1, 3 and 2 tokens, (6), (1, 2, 3) and (10, 2). The loss of a token x at w is w x,
+# so gradients are sums of x.
 MEAN = 24.0 / 6
 
 
