@@ -124,14 +124,6 @@ def test_large_weights_are_exact_and_do_not_overflow_the_mean():
     np.testing.assert_allclose(updates, [2.0], rtol=4 * np.finfo(np.float32).eps)
 
 
-@pytest.mark.parametrize("weight", [1e-39, 1e-45])
-def test_a_subnormal_weight_counts_as_zero(weight):
-    params = jnp.ones(2)
-    tx = accumulate(1, optax.sgd(1.0))
-    _, state = jax.jit(tx.update)(params, tx.init(params), params, weight=jnp.float32(weight))
-    assert state.gradient_step == 0
-
-
 @pytest.mark.parametrize("param", [jnp.float32, jnp.bfloat16, jnp.float16])
 @pytest.mark.parametrize("grad", [jnp.float32, jnp.bfloat16, jnp.float16])
 @pytest.mark.parametrize("fused", [False, True], ids=["update", "apply_gradients"])
