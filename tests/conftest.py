@@ -10,6 +10,8 @@ FLAGS = [
     # Cheap machine code, which takes two thirds of the time to compile: how code is optimised for a
     # CPU changes no semantics and no buffer.
     "--xla_backend_optimization_level=0",
+    # One piece of machine code for a program, not one for each core: half the time for small ones.
+    "--xla_cpu_parallel_codegen_split_count=1",
 ]
 if [int(x) for x in importlib.metadata.version("jaxlib").split(".")[:2]] <= [0, 10]:
     # Code for fusions as older versions made it, in a quarter of the time. Loops, buffers and

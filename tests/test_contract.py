@@ -70,12 +70,18 @@ def _assert_close(actual, expected):
         np.testing.assert_allclose(a, e, rtol=4 * MICROBATCHES * eps, atol=4 * MICROBATCHES * eps)
 
 
+@functools.cache
+def _jitted(factory, step):
+    """Returns a transformation and its jitted step, which several tests share."""
+    tx = factory()
+    return tx, jax.jit(functools.partial(step, tx))
+
+
 @every_path
 @every_step
 def test_jit_equals_eager(factory, step):
-    tx = factory()
+    tx, jitted = _jitted(factory, step)
     extra = {"value": 1.0}
-    jitted = jax.jit(functools.partial(step, tx))
     params, state = PARAMS, tx.init(PARAMS)
     eager_params, eager_state = PARAMS, state
     for i in range(MICROBATCHES):
@@ -84,9 +90,15 @@ def test_jit_equals_eager(factory, step):
     _assert_close((params, state), (eager_params, eager_state))
 
 
-@every_factory
+@pytest.mark.parametrize(
+    ("factory", "dtype"),
+    [
+        *(pytest.param(factory, None, id=name) for name, factory in FACTORIES.items()),
+        *(pytest.param(FACTORIES[name], jnp.float32, id=f"{name}, wider") for name in PATHS),
+        *(pytest.param(FACTORIES[name], jnp.float16, id=f"{name}, other") for name in PATHS),
+    ],
+)
 @every_step
-@pytest.mark.parametrize("dtype", [None, jnp.float32, jnp.float16])
 def test_types_are_stable_and_strong(factory, step, dtype):
     tx = factory()
     state = tx.init(PARAMS)
@@ -104,14 +116,13 @@ def test_types_are_stable_and_strong(factory, step, dtype):
 
 
 @every_factory
-@every_step
-def test_one_trace_over_ten_steps_and_donation_without_warnings(factory, step):
+def test_ten_steps_are_one_trace_and_donate_without_warnings(factory):
     tx, traces = factory(), []
 
     @functools.partial(jax.jit, donate_argnums=(0, 1))
     def train_step(params, state, grads):
         traces.append(None)
-        return step(tx, grads, state, params, value=jnp.float32(1))
+        return apply_gradients(tx, grads, state, params, value=jnp.float32(1))
 
     params = jax.tree.map(jnp.copy, PARAMS)
     state = tx.init(params)
@@ -149,7 +160,7 @@ def test_an_optimizer_that_begins_with_the_parameters_can_be_donated_beside_them
 @every_path
 @every_step
 def test_scan_equals_a_loop(factory, step):
-    tx = factory()
+    tx, jitted = _jitted(factory, step)
 
     def body(carry, grads):
         params, state = carry
@@ -158,7 +169,6 @@ def test_scan_equals_a_loop(factory, step):
     carry = PARAMS, tx.init(PARAMS)
     batches = jax.tree.map(lambda *x: jnp.stack(x), *map(_gradients, range(MICROBATCHES)))
     scanned, _ = jax.jit(lambda c: jax.lax.scan(body, c, batches))(carry)
-    jitted = jax.jit(functools.partial(step, tx))
     params, state = carry
     for i in range(MICROBATCHES):
         params, state = jitted(_gradients(i), state, params, value=1.0)
@@ -167,12 +177,11 @@ def test_scan_equals_a_loop(factory, step):
 
 @every_path
 @every_step
-def test_vmap_over_a_population_that_releases_at_different_times(factory, step):
-    tx = factory()
-    members = 3
+def test_members_of_a_vmap_release_at_different_times(factory, step):
+    tx, jitted = _jitted(factory, step)
+    run, members = functools.partial(jitted, value=1.0), 3
     population = jax.tree.map(lambda x: jnp.stack([x] * members), PARAMS)
     states = jax.vmap(tx.init)(population)
-    run = jax.jit(functools.partial(step, tx, value=1.0))
     alone = [(PARAMS, tx.init(PARAMS)) for _ in range(members)]
     # Each member has seen another number of microbatches when they are stacked.
     for member in range(members):
@@ -209,7 +218,7 @@ def test_init_takes_shapes_and_placeholders(factory):
     assert get_state(marked).mini_step == "other"
 
 
-def test_optax_tree_get_and_set():
+def test_optax_tree_finds_and_sets_the_state():
     tx = optax.chain(optax.clip(1.0), accumulate(4, optax.adam(0.1)))
     state = tx.init(PARAMS)
     assert optax.tree.get(state, "AccumulateState") is get_state(state)
@@ -242,7 +251,7 @@ def test_none_and_masked_leaves_pass_through(step):
 
 
 @every_step
-def test_equinox_filtered_trees(step):
+def test_filtered_trees_of_equinox_train_as_on_the_full_batch(step):
     model = eqx.nn.MLP(2, 1, 4, 1, key=jax.random.key(0))
     x = jnp.linspace(-1, 1, 16).reshape(4, 2, 2)
     tx, full = accumulate(4, optax.adam(0.1)), optax.adam(0.1)

@@ -6,7 +6,7 @@ import itertools
 from typing import Any
 
 from helpers.optimizers import OPTIMIZERS, build
-from helpers.steps import STEPS, every_step, update_and_apply
+from helpers.steps import STEPS, update_and_apply
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -114,7 +114,7 @@ def test_every_optimizer_is_found():
     assert {"adam", "muon", "polyak_sgd", "schedule_free", "sophia"} <= set(OPTIMIZERS)
 
 
-def test_unweighted_mean_is_another_gradient():
+def test_the_unweighted_mean_is_another_gradient():
     """Otherwise the tests below could not tell a weighted mean from a mean of means."""
     for x in (GRADS["w"], GRADS["b"], VALUES):
         gap = np.abs(_full_batch(x) - _full_batch(x, np.ones_like(WEIGHTS)))
@@ -131,7 +131,7 @@ FEW = ("sgd", "adamw", "adafactor", "lbfgs", "muon", "polyak_sgd", "schedule_fre
     "name",
     [name if name in FEW else pytest.param(name, marks=pytest.mark.slow) for name in OPTIMIZERS],
 )
-def test_window_matches_full_batch(name):
+def test_a_window_matches_the_full_batch(name):
     """Three windows of four unequal microbatches are three full batches, for every optimizer."""
     params = _params()
     inner = build(name)
@@ -159,7 +159,7 @@ def test_without_weights_the_result_is_another(name):
 
 
 @pytest.mark.parametrize(("name", "matches"), [("sgd", True), ("sign_sgd", True), ("adam", False)])
-def test_bare_form_is_right_only_before_stateless_optimizers(name, matches):
+def test_the_bare_form_is_right_only_before_stateless_optimizers(name, matches):
     """In `chain(accumulate(k), adam)` the zeros of every hold decay the moments."""
     params = _params()
     inner = build(name)
@@ -171,10 +171,9 @@ def test_bare_form_is_right_only_before_stateless_optimizers(name, matches):
 
 
 @pytest.mark.slow
-@every_step
 @pytest.mark.parametrize("name", ["sgd", "adam", "muon", "adafactor"])
 @pytest.mark.usefixtures("x64")
-def test_ragged_microbatches_of_a_model_match_its_full_batch(name, step):
+def test_ragged_microbatches_of_a_model_match_its_full_batch(name):
     """A mean loss on uneven slices of a batch, weighted by their sizes, is the whole batch's.
 
     In double precision, so that what differs is the method and not the rounding: the tolerance
@@ -204,7 +203,7 @@ def test_ragged_microbatches_of_a_model_match_its_full_batch(name, step):
     held, means = (
         train(
             tx,
-            step,
+            optaccum.apply_gradients,
             [
                 (x[s], y[s], {"weight": float(size)} if weighted else {})
                 for x, y in zip(*data, strict=True)

@@ -90,7 +90,7 @@ def test_a_compiler_that_runs_out_of_memory_says_that_it_does_not_fit():
         optaccum.fit_num_microbatches(broken, [1], W, X, memory_limit=2**40)
 
 
-def test_nothing_fits():
+def test_the_error_lists_all_peaks_if_nothing_fits():
     message = r"fits in 1,000 bytes; peak bytes by number of microbatches are 1: \d+,\d+,?\d*, 2: "
     with pytest.raises(ValueError, match=message):
         optaccum.fit_num_microbatches(_make_step, [2, 1], W, X, memory_limit=1000)
@@ -104,7 +104,7 @@ def test_arrays_that_the_step_closes_over_count():
 
 
 @pytest.mark.parametrize("library", ["equinox", "flax.nnx"])
-def test_functions_that_others_jit(library):
+def test_functions_that_others_jit_are_compiled(library):
     module = pytest.importorskip(library)
     jit = module.filter_jit if library == "equinox" else module.jit
     w, x = jnp.ones(W.shape), jnp.ones(X.shape)
@@ -123,7 +123,7 @@ class Device:
 
 
 @pytest.mark.parametrize("stats", [None, {}])
-def test_a_device_that_does_not_say_what_it_has(stats, monkeypatch):
+def test_a_device_that_does_not_say_what_it_has_needs_a_limit(stats, monkeypatch):
     monkeypatch.setattr(jax, "local_devices", lambda: [Device({"bytes_limit": 1}), Device(stats)])
     with pytest.raises(ValueError, match="`memory_limit` is needed: a device does not say"):
         optaccum.fit_num_microbatches(_make_step, [1], W, X)
@@ -151,7 +151,7 @@ def test_the_smallest_device_is_the_limit(monkeypatch):
         ([3], 1e9, ValueError, r"`num_microbatches` 3 does not divide the 512 rows"),
     ],
 )
-def test_bad_input(candidates, limit, error, message):
+def test_candidates_and_limits_that_cannot_be_are_refused(candidates, limit, error, message):
     with pytest.raises(error, match=message):
         optaccum.fit_num_microbatches(_make_step, candidates, W, X, memory_limit=limit)
 
@@ -161,3 +161,27 @@ def test_what_makes_steps_is_a_function_and_so_is_a_step():
         optaccum.fit_num_microbatches(3, [1], W, X, memory_limit=1e9)
     with pytest.raises(TypeError, match="what `make_step` returns must be a function, got None"):
         optaccum.fit_num_microbatches(lambda n: None, [1], W, X, memory_limit=1e9)
+
+
+GRADS = jnp.ones(2)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [("8GB", 8e9), ("16GiB", 16 * 2**30), ("1.5 mib", 1.5 * 2**20), ("700kB", 7e5), ("300b", 300)],
+)
+def test_memory_limits_may_be_text(text, expected):
+    fit = optaccum.fit_num_microbatches(lambda n: lambda x: x, [1], GRADS, memory_limit=text)
+    assert fit.memory_limit == expected
+
+
+def test_text_that_is_no_limit_is_refused():
+    def fit(limit):
+        return optaccum.fit_num_microbatches(lambda n: lambda x: x, [1], GRADS, memory_limit=limit)
+
+    for limit in ("much", "8", "1.2.3GB", "0GB"):
+        with pytest.raises(ValueError, match=rf"bytes > 0, got '{limit}'; text is like '8GB'"):
+            fit(limit)
+    if not (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit"):
+        with pytest.raises(ValueError, match=r"is needed: cpu .* pass .*memory_limit='80GB'"):
+            fit(None)

@@ -187,7 +187,7 @@ def test_update_returns_what_changed():
     np.testing.assert_array_equal(updates["bias"], [0.0])
 
 
-def test_gradients_as_plain_arrays():
+def test_plain_arrays_are_gradients_where_flax_takes_them():
     """What Flax's own optimizer takes; newer Flax wants the variables."""
     results = []
     for Optimizer in (nnx.Optimizer, optaccum.flax.Optimizer):
@@ -203,7 +203,7 @@ def test_gradients_as_plain_arrays():
     assert results[0] == results[1]
 
 
-def test_weight_and_release(flavour):
+def test_weight_and_release_are_passed_on(flavour):
     step, state, param = simple_states(accumulate(8, optax.sgd(1.0)))[flavour]
     step(2.0, weight=3)
     step(6.0, weight=1.0)
@@ -224,7 +224,7 @@ def test_extra_arguments_reach_the_transformation(flavour):
     assert float(jax.tree.leaves(inner_state.value)[0]) == 4.0
 
 
-def test_extra_arguments_of_another_transformation(flavour):
+def test_extra_arguments_reach_another_transformation(flavour):
     """Flax's linen train state takes them for fields."""
     step, _, param = simple_states(optax.polyak_sgd())[flavour]
     step(2.0, value=2.0)  # a step of value / |g|^2 along g
@@ -310,7 +310,7 @@ def test_the_compiled_step_is_that_of_apply_gradients():
     assert conditionals == [1] * 4
 
 
-def test_partial_training_of_lora():
+def test_lora_trains_in_part():
     class Model(nnx.Module):
         def __init__(self, rngs):
             self.linear = nnx.Linear(3, 2, rngs=rngs)
@@ -345,7 +345,7 @@ def test_partial_training_of_lora():
     assert sorted(x.shape for x in sums) == [(3, 4), (4, 2)]
 
 
-def test_sharded_parameters_with_metadata():
+def test_sharded_parameters_with_metadata_keep_their_sharding():
     mesh = jax.make_mesh((8,), ("data",))
     kernel_init = nnx.with_partitioning(nnx.initializers.lecun_normal(), (None, "data"))
 
@@ -374,7 +374,7 @@ def test_sharded_parameters_with_metadata():
     assert optimizer.has_released
 
 
-def test_split_and_merge_in_mid_window():
+def test_an_optimizer_may_be_split_and_merged_in_mid_window():
     model = nnx.Linear(3, 1, rngs=nnx.Rngs(0))
     optimizer = optaccum.flax.Optimizer(model, accumulate(2, optax.sgd(1.0)), wrt=nnx.Param)
     before = np.asarray(model.bias[...])
@@ -447,3 +447,60 @@ def test_without_flax_the_import_says_how_to_install_it():
     process = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert process.returncode != 0
     assert "pip install 'optaccum[flax]'" in process.stderr
+
+
+# Keywords that are almost fields, and extra arguments of links.
+
+
+PARAMS = {"w": jnp.ones(2)}
+GRADS = {"w": jnp.full(2, 2.0)}
+
+
+def _reading(name):
+    """Returns a transformation that names an extra argument, and scales with it."""
+    program = (
+        f"def update(g, state, params=None, *, {name}=None, **_): return times(g, {name}), state"
+    )
+    names = {"times": lambda g, x: jax.tree.map(lambda g: g * jax.tree.leaves(x)[0], g)}
+    exec(program, names)
+    return optax.GradientTransformationExtraArgs(optax.init_empty_state, names["update"])
+
+
+def _train_state(tx, **fields):
+    flax = pytest.importorskip("optaccum.flax")
+    annotations = dict.fromkeys(fields, object)
+    State = type("State", (flax.TrainState,), {"__annotations__": annotations})
+    return State.create(apply_fn=None, params=PARAMS, tx=tx, **fields)
+
+
+@pytest.mark.parametrize("jit", [False, True])
+@pytest.mark.parametrize("every_k", [None, 1, 2])
+def test_a_keyword_that_is_almost_a_field_is_refused(every_k, jit):
+    tx = optax.adam(0.1) if every_k is None else optaccum.accumulate(every_k, optax.adam(0.1))
+    state = _train_state(tx, key=jax.random.key(0))
+
+    def step(state, **kwargs):
+        return state.apply_gradients(grads=GRADS, **kwargs)
+
+    step = jax.jit(step) if jit else step
+    message = r"`keey` is no field of State and no argument of its `tx`, did you mean `key`\?"
+    with pytest.raises(TypeError, match=message):
+        step(state, keey=jax.random.key(1))
+    with pytest.raises(TypeError, match="did you mean `apply_fn`"):
+        state.apply_gradients(grads=GRADS, aply_fn=lambda: None)
+    with pytest.raises(TypeError, match="did you mean `value`"):
+        step(state, vlaue=1.0)
+    state = step(state, key=jax.random.key(1), value=1.0)
+    assert jax.random.key_data(state.key)[1] == 1
+
+
+@pytest.mark.parametrize("every_k", [None, 1, 2])
+@pytest.mark.parametrize("value", [3.0, {"a": jnp.float32(3), "b": jnp.ones(2)}], ids=type)
+def test_extra_arguments_of_links_are_passed_on(every_k, value):
+    """A link of a chain does not show in the signature."""
+    inner = optax.chain(optax.clip(9.0), _reading("hyper"))
+    tx = inner if every_k is None else optaccum.accumulate(every_k, inner)
+    state = _train_state(tx)
+    for _ in range(every_k or 1):
+        state = state.apply_gradients(grads=GRADS, hyper=value)
+    np.testing.assert_array_equal(state.params["w"], np.full(2, 1 + 6.0))

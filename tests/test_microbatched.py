@@ -2,12 +2,15 @@
 
 import functools
 
+import equinox as eqx
+from flax import linen, nnx
 from helpers import coupled
-from helpers.coupled import BATCH, EPS, LOSSES, ROWS, encode, make_params, with_encoder
+from helpers.coupled import BATCH, EPS, LOSSES, ROWS, encode, info_nce, make_params, with_encoder
 from helpers.hlo import temporaries
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 import optaccum
@@ -48,7 +51,7 @@ def test_any_loss_of_the_outputs_has_the_gradient_of_the_full_batch(loss):
 
 @few_losses
 @pytest.mark.parametrize("n", [1, ROWS])
-def test_in_any_number_of_microbatches(loss, n):
+def test_any_number_of_microbatches_has_the_gradient_of_the_full_batch(loss, n):
     ours = jax.value_and_grad(with_encoder(loss, _in(n)))
     _assert_close(jax.jit(ours)(PARAMS, BATCH), _full_batch(loss))
 
@@ -62,17 +65,19 @@ def test_means_over_microbatches_are_something_else(loss):
     assert max(jax.tree.leaves(apart)) > 0.05 * size
 
 
-@few_losses
-def test_eagerly_too(loss):
+def test_eagerly_the_gradient_is_that_of_the_full_batch():
+    loss = LOSSES["experts"]
     ours = jax.value_and_grad(with_encoder(loss, _in(3)))
     _assert_close(ours(PARAMS, BATCH), _full_batch(loss))
 
 
 @pytest.mark.slow
-@few_losses
-@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16, jnp.complex64])
-def test_any_dtype(loss, dtype):
-    params = make_params(dtype)
+@pytest.mark.parametrize(
+    ("loss", "dtype"),
+    [("info_nce", jnp.bfloat16), ("experts", jnp.float16), ("experts", jnp.complex64)],
+)
+def test_any_dtype_has_the_gradient_of_the_full_batch(loss, dtype):
+    loss, params = LOSSES[loss], make_params(dtype)
     expected = jax.jit(jax.value_and_grad(with_encoder(loss, encode)))(params, BATCH)
     ours = jax.jit(jax.value_and_grad(with_encoder(loss, _in(4))))(params, BATCH)
     # Rows are computed alike. A gradient is rounded once per microbatch and once at the end, to
@@ -109,7 +114,7 @@ def test_outputs_are_in_the_order_of_the_batch(n):
     np.testing.assert_array_equal(loads, jnp.concatenate(each))
 
 
-def test_outputs_of_a_microbatch_that_are_neither_rows_nor_one_entry():
+def test_outputs_that_are_neither_rows_nor_one_entry_are_refused():
     """Joined, 6 sums of 2 microbatches would be 12 entries beside 24 rows."""
     x = BATCH["x"]
 
@@ -258,29 +263,25 @@ SECOND = {
     "parameters, then rows": lambda f: jax.jacfwd(jax.grad(f), argnums=1),
     "third": lambda f: jax.jacfwd(jax.jacrev(jax.jacrev(f))),
 }
-W = jnp.array([1.0, -0.5, 0.3])
-X = jax.random.normal(jax.random.key(0), (12, 3))
+SCORE_WEIGHTS = jnp.array([1.0, -0.5, 0.3])
+SCORED = jax.random.normal(jax.random.key(0), (12, 3))
 
 
-@pytest.mark.parametrize(
-    ("derivative", "n", "jit"),
-    [("hessian", 2, lambda f: f), *((name, 6, jax.jit) for name in SECOND)],
-)
-def test_second_derivatives(derivative, n, jit):
-    derivative = SECOND[derivative]
-    found = jit(derivative(_coupled_by(_in(n, _scores))))(W, X)
-    expected = derivative(_coupled_by(_scores))(W, X)
+@pytest.mark.parametrize("derivative", SECOND.values(), ids=SECOND)
+def test_second_derivatives_are_those_of_the_full_batch(derivative):
+    found = jax.jit(derivative(_coupled_by(_in(6, _scores))))(SCORE_WEIGHTS, SCORED)
+    expected = jax.jit(derivative(_coupled_by(_scores)))(SCORE_WEIGHTS, SCORED)
     assert np.max(np.abs(expected)) > 0.1
     np.testing.assert_allclose(found, expected, atol=64 * EPS * np.max(np.abs(expected)))
 
 
 @pytest.mark.parametrize("mode", [jax.jacrev, jax.jacfwd])
-def test_second_derivatives_by_what_is_closed_over(mode):
+def test_second_derivatives_by_what_is_closed_over_are_right(mode):
     """Only the first derivative is taken by the rule, and it is not by `shift`."""
 
     def gradient(wrap, shift):
         encoder = wrap(lambda w, x: _scores(w, x, shift))
-        return jax.grad(_coupled_by(encoder))(W, X)
+        return jax.grad(_coupled_by(encoder))(SCORE_WEIGHTS, SCORED)
 
     found = jax.jit(mode(functools.partial(gradient, functools.partial(_in, 4))))(0.3)
     expected = mode(functools.partial(gradient, lambda fun: fun))(0.3)
@@ -303,3 +304,252 @@ def test_a_product_with_the_hessian_needs_two_microbatches_of_memory():
         return temporaries(run.lower(weights, rows).compile())
 
     assert needed(16) < needed(1) / 6
+
+
+# What it composes with: transformations of JAX, optimizers, models.
+
+
+OURS, EXPECTED = with_encoder(info_nce, _in(4)), with_encoder(info_nce, encode)
+COMPOSED = {
+    "vmap of grad": lambda loss: jax.vmap(jax.grad(loss), (None, 0)),
+    "grad of vmap": lambda loss: jax.grad(lambda p, b: jnp.sum(jax.vmap(loss, (None, 0))(p, b))),
+    "checkpoint": lambda loss: jax.vmap(jax.grad(jax.checkpoint(loss)), (None, 0)),
+    "scan": lambda loss: lambda p, b: jax.lax.scan(lambda c, x: (c, jax.grad(loss)(p, x)), 0, b)[1],
+    "grad of grad": lambda loss: jax.grad(
+        lambda p, b: jnp.sum(jax.grad(loss)(p, jax.tree.map(lambda x: x[0], b))["encoder"] ** 2)
+    ),
+}
+
+BATCHES = jax.tree.map(lambda x: jnp.stack([x, x[::-1]]), BATCH)
+
+
+@pytest.mark.parametrize("compose", COMPOSED.values(), ids=COMPOSED)
+def test_transformations_of_jax_compose(compose):
+    ours, expected = jax.jit(compose(OURS)), jax.jit(compose(EXPECTED))
+    _assert_close(ours(PARAMS, BATCHES), expected(PARAMS, BATCHES))
+
+
+@pytest.mark.slow
+def test_transformations_compose_outside_of_jit():
+    compose = COMPOSED["vmap of grad"]
+    _assert_close(compose(OURS)(PARAMS, BATCHES), jax.jit(compose(EXPECTED))(PARAMS, BATCHES))
+
+
+def test_keys_may_be_batched():
+    keys = jax.random.split(jax.random.key(0), 3)
+
+    def noisy(w, x, key):
+        return w * x + jax.random.normal(key, x.shape)
+
+    def loss(w, key):
+        z = _in(4, noisy, rng_argnums=2)(w, BATCH["x"], key)
+        return jnp.mean((z.T @ z) ** 2)
+
+    each = jnp.stack([jax.grad(loss)(2.0, key) for key in keys])
+    np.testing.assert_allclose(jax.vmap(jax.grad(loss), (None, 0))(2.0, keys), each, rtol=1e-5)
+
+
+def test_a_window_may_hold_coupled_batches():
+    """`accumulate` outside: a window of batches, each one coupled in itself."""
+    tx = optaccum.accumulate(2, optax.adam(0.1))
+
+    def train(loss):
+        params, state = PARAMS, tx.init(PARAMS)
+        step = jax.jit(
+            lambda params, state, batch: optaccum.apply_gradients(
+                tx, jax.grad(loss)(params, batch), state, params
+            )
+        )
+        for _ in range(4):
+            params, state = step(params, state, BATCH)
+        return params
+
+    # A step of 0.1 divided by |g|, where |g| may be as small as 1e-3.
+    _assert_close(train(OURS), train(EXPECTED), tolerance=2**14 * EPS)
+
+
+def test_configurations_and_flags_are_not_traced():
+    def fun(w, x, config, *, train, scale):
+        assert config == "gelu"
+        assert train is True
+        return w * x * scale if train else x
+
+    def loss(w, scale):
+        z = _in(2, fun)(w, BATCH["x"], "gelu", train=True, scale=scale)
+        return jnp.sum(z**2)
+
+    ours = jax.jit(jax.grad(loss, (0, 1)))(2.0, 3.0)
+    total = float(jnp.sum(BATCH["x"] ** 2))
+    np.testing.assert_allclose(ours, (2 * 2.0 * 9.0 * total, 2 * 3.0 * 4.0 * total), rtol=1e-5)
+
+
+class Tower(linen.Module):
+    @linen.compact
+    def __call__(self, x):
+        return linen.Dense(4)(jnp.tanh(linen.Dense(8)(x)))
+
+
+def test_linen_modules_have_the_gradient_of_the_full_batch():
+    model = Tower()
+    variables = model.init(jax.random.key(0), BATCH["x"])
+
+    def loss(apply, variables):
+        z = apply(variables, BATCH["x"])
+        return coupled.covariance({"z": z, "view": z[::-1]}, BATCH, PARAMS)
+
+    expected = jax.jit(jax.value_and_grad(lambda v: loss(model.apply, v)))(variables)
+    ours = jax.jit(jax.value_and_grad(lambda v: loss(_in(4, model.apply), v)))(variables)
+    _assert_close(ours, expected)
+
+
+def test_nnx_modules_have_the_gradient_of_the_full_batch():
+    model = nnx.Sequential(nnx.Linear(6, 8, rngs=nnx.Rngs(0)), nnx.gelu)
+    graph, params = nnx.split(model, nnx.Param)
+
+    def apply(params, x):
+        return nnx.merge(graph, params)(x)
+
+    def loss(apply, params):
+        z = apply(params, BATCH["x"])
+        return jnp.mean((z.T @ z) ** 2)
+
+    expected = jax.jit(jax.value_and_grad(lambda p: loss(apply, p)))(params)
+    ours = jax.jit(jax.value_and_grad(lambda p: loss(_in(4, apply), p)))(params)
+    _assert_close(ours, expected)
+
+
+def test_equinox_modules_have_the_gradient_of_the_full_batch():
+    model = eqx.nn.MLP(6, 4, 8, 1, key=jax.random.key(0))
+    params, static = eqx.partition(model, eqx.is_inexact_array)
+
+    def apply(params, x):
+        return jax.vmap(eqx.combine(params, static))(x)
+
+    def loss(apply, params):
+        z = apply(params, BATCH["x"])
+        return jnp.mean((z.T @ z) ** 2)
+
+    expected = jax.jit(jax.value_and_grad(lambda p: loss(apply, p)))(params)
+    ours = jax.jit(jax.value_and_grad(lambda p: loss(_in(4, apply), p)))(params)
+    _assert_close(ours, expected)
+
+
+def test_batch_norm_sees_the_rows_of_its_microbatch():
+    def norm(w, x):
+        return w * (x - x.mean(axis=0))
+
+    ours = _in(4, norm)(2.0, BATCH["x"])
+    for i in range(4):
+        np.testing.assert_allclose(ours[i::4], norm(2.0, BATCH["x"][i::4]), atol=1e-6)
+
+
+# What it refuses, so that no gradient is silently wrong.
+
+
+W = jnp.ones(3)
+X = jnp.ones((12, 3))
+
+
+def _linear(w, x, *rest, **options):
+    return x @ w
+
+
+def _linear_in(n, fun=_linear, **options):
+    return optaccum.microbatched(fun, num_microbatches=n, **options)
+
+
+def _wrap(levels, f):
+    for level in levels:
+        f = level(f)
+    return f
+
+
+LEVELS = {
+    "eager": (),
+    "jit": (jax.jit,),
+    "checkpoint": (jax.checkpoint,),
+    "vmap": (lambda f: lambda w: jax.vmap(f)(w[None])[0],),
+    "jit of checkpoint": (jax.checkpoint, jax.jit),
+}
+inner_and_outer = pytest.mark.parametrize("outer", LEVELS.values(), ids=LEVELS)
+
+
+@inner_and_outer
+@pytest.mark.parametrize("inner", [(), (jax.jit,)], ids=["eager", "jit"])
+def test_a_value_that_is_closed_over_and_differentiated_is_refused(outer, inner):
+    def loss(w):
+        encoder = _wrap(inner, _linear_in(2, lambda scale, x: scale * (x @ jnp.sin(w))))
+        return jnp.sum(encoder(2.0, X) ** 3)
+
+    message = r"closes over a value, float32\[3\], that is being diff.*pass it as an argument"
+    with pytest.raises(TypeError, match=message):
+        _wrap(outer, jax.grad(_wrap(outer, loss)))(W)
+
+
+def test_a_value_that_is_closed_over_in_a_scan_of_steps_is_refused():
+    def step(w, _):
+        def loss(w):
+            return jnp.sum(_linear_in(2, lambda scale, x: scale * (x @ w))(1.0, X) ** 2)
+
+        return w - jax.grad(loss)(w), None
+
+    with pytest.raises(TypeError, match="pass it as an argument"):
+        jax.lax.scan(step, W, None, 2)
+
+
+def test_a_value_that_is_closed_over_may_be_a_constant():
+    """Constants, tracers of `jit`, and integers under `vmap`, at every level."""
+
+    def loss(w, power, shift):
+        encoder = _linear_in(2, lambda w, x: (x @ w) ** power + shift + jnp.arange(3.0).sum())
+        return jnp.sum(encoder(w, X) ** 2)
+
+    def plain(w, power, shift):
+        return jnp.sum(((X @ w) ** power + shift + 3.0) ** 2)
+
+    powers = jnp.arange(1, 4)
+
+    def total(loss, w):
+        return jax.vmap(loss, (None, 0, None))(w, powers, 0.5).sum()
+
+    expected = jax.grad(functools.partial(total, plain))(W)
+    for grad in (jax.grad(functools.partial(total, loss)),):
+        np.testing.assert_allclose(grad(W), expected, rtol=1e-6)
+        np.testing.assert_allclose(jax.jit(grad)(W), expected, rtol=1e-6)
+    each = jax.vmap(jax.grad(loss), (None, 0, None))(W, powers, 0.5).sum(axis=0)
+    np.testing.assert_allclose(each, expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize("mode", [jax.jacfwd, lambda f: lambda w: jax.jvp(f, (w,), (w,))])
+@pytest.mark.parametrize("jit", [lambda f: f, jax.jit], ids=["eager", "jit"])
+@pytest.mark.parametrize("inner", [lambda f: f, jax.jit], ids=["eager", "jit"])
+def test_forward_mode_is_refused(mode, jit, inner):
+    loss = inner(lambda w: jnp.sum(_linear_in(2)(w, X) ** 3))
+    with pytest.raises(TypeError, match=r"forward-mode autodiff \(jvp\) to a custom_vjp"):
+        jit(mode(loss))(W)
+
+
+def test_one_microbatch_has_every_mode():
+    def loss(w):
+        return jnp.sum(_linear_in(1)(w, X) ** 3)
+
+    np.testing.assert_allclose(jax.jvp(loss, (W,), (W,))[1], 3 * 12 * 27.0, rtol=1e-6)
+
+
+def test_an_accumulator_that_would_drop_an_imaginary_part_is_refused():
+    def loss(w):
+        return jnp.sum(jnp.abs(_linear_in(2, accumulator_dtype=jnp.float32)(w, X)))
+
+    message = r"`accumulator_dtype` float32 would drop the imaginary part of the complex64 leaf"
+    with pytest.raises(ValueError, match=message):
+        jax.grad(loss)(W.astype(jnp.complex64))
+
+
+def test_rows_may_have_no_entries():
+    fun = _linear_in(4, fun=lambda w, x: x[:, :0])
+    assert fun(W, X).shape == (12, 0)
+
+
+def test_no_tracer_outlives_its_trace():
+    with jax.checking_leaks():
+        jax.grad(lambda w: jnp.sum(_linear_in(4)(w, X)))(W)

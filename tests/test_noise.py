@@ -89,7 +89,7 @@ def test_as_plain_numpy_after_every_window(decay, options):
         np.testing.assert_allclose(results(carry[2]), expected, rtol=1e-5)
 
 
-def test_without_weights():
+def test_as_plain_numpy_without_weights():
     microbatches, carry = window(0, *[1.0] * 9), (PARAMS, TX.init(PARAMS), init_noise_scale())
     for m in microbatches:
         carry = jitted(TX)(*carry, m.gradient, None)
@@ -97,7 +97,7 @@ def test_without_weights():
     np.testing.assert_allclose(results(carry[2]), expected, rtol=1e-5)
 
 
-def test_without_bias():
+def test_the_estimates_have_no_bias():
     """Over 20,000 windows of unequal weights both moments are right to their standard errors.
 
     Each window is a member of a `jax.vmap`, with a state of its own.
@@ -123,7 +123,7 @@ def test_without_bias():
         assert error < 0.02 * truth
 
 
-def test_of_complex_narrow_and_integer_leaves():
+def test_as_plain_numpy_for_complex_narrow_and_integer_leaves():
     params = [jnp.zeros((2, 3), jnp.complex64), jnp.zeros(4, jnp.bfloat16), jnp.arange(3)]
     rng = np.random.default_rng(0)
 
@@ -136,7 +136,7 @@ def test_of_complex_narrow_and_integer_leaves():
     np.testing.assert_allclose(found, reference.noise_scale(windows), rtol=1e-5)
 
 
-def test_in_double_precision(x64):
+def test_as_plain_numpy_in_double_precision(x64):
     params = [jnp.zeros(4, jnp.float32), jnp.zeros((2, 3))]
     windows = [window(i, 1, 2, like=params) for i in range(2)]
     noise = run(windows, accumulate(9), params=params)[2]
@@ -183,7 +183,7 @@ def test_rejected_microbatches_leave_no_trace():
 
 
 @pytest.mark.parametrize("factor", [1e-10, 1e10])
-def test_large_and_small_weights(factor):
+def test_large_and_small_weights_scale_the_batch_size(factor):
     """The unit of weights is the unit of `batch_size`; signal and gradients have none."""
     scaled = [[Microbatch(m.gradient, m.weight * factor) for m in w] for w in WINDOWS]
     trace, signal, size = reference.noise_scale(WINDOWS)
@@ -192,13 +192,13 @@ def test_large_and_small_weights(factor):
 
 
 @pytest.mark.parametrize("values", [(1, -1), (0, 0)])
-def test_a_signal_that_is_not_positive(values):
+def test_a_signal_that_is_not_positive_means_an_infinite_batch(values):
     noise = run([[Microbatch([np.full(p.shape, x, p.dtype) for p in PARAMS]) for x in values]])[2]
     assert noise.signal <= 0 <= noise.trace
     assert noise.batch_size == np.inf
 
 
-def test_a_window_measured_in_part():
+def test_a_window_measured_in_part_follows_the_formula():
     """The formula of the docstring, for the second and third of three microbatches."""
     first, *measured = microbatches = window(0, 1, 2, 3)
     params, state, noise = run([])
@@ -340,7 +340,7 @@ def test_pieces_of_a_model_have_one_norm(reduce_axes):
 
 
 @meshes.needs_reshard
-def test_unreduced_gradients_have_no_norm():
+def test_unreduced_gradients_are_refused():
     mesh = meshes.make_mesh(AxisType.Explicit)
     with jax.set_mesh(mesh):
         tx = accumulate(2, optax.sgd(0.1))

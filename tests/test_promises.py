@@ -1,17 +1,17 @@
 """The promises of docs/semantics.md and of the docstrings, each with numbers by hand.
 
 The id of a test is the promise: a row of a table of cases, or one of the *Guarantees*. Promises
-about several devices are kept by test_reduce.py, test_reduce_explicit.py and test_parts.py.
+about several devices are kept by test_reduce_axes.py and test_devices.py, those about temporaries
+by test_lowering.py, and refusals by test_validate.py and test_rows.py.
 """
 
 import functools
 import re
 
-from helpers import hlo, meshes
-from helpers.steps import STEPS, every_step, recording, update_and_apply
+from helpers import hlo
+from helpers.steps import STEPS, every_step, recording
 import jax
 import jax.numpy as jnp
-from jax.sharding import AxisType, PartitionSpec as P
 import numpy as np
 import optax
 import pytest
@@ -30,6 +30,9 @@ TWO = accumulate(2, SGD)  # one transformation, so that it is traced once for al
 def skipping(k):
     return accumulate(k, SGD, should_skip_update_fn=optax.skip_not_finite)
 
+
+# What a trace knows and what it does not; test_window.py has all kinds of weights.
+KINDS = (float, jnp.float32)
 
 # Each row is one call: the gradient and the extra arguments; then, after it, the parameter,
 # `mini_step`, `gradient_step` and `skipped`. A transformation takes over the state from the one
@@ -151,7 +154,7 @@ WINDOWS = {
             (4.0, {"weight": 3.0}, -3.5, 0, 1, 1),
         )
         for weight in (-1.0, -1e-30, NAN, INF, -INF, 3e38)
-        for kind in (float, np.float32, np.float64, jnp.float32)
+        for kind in KINDS
     },
     **{
         f"`weight` {weight}, {kind.__name__}: below 2**-100 is 0": (
@@ -162,7 +165,7 @@ WINDOWS = {
             (4.0, {"weight": kind(2.0**-100)}, -4.0, 0, 1, 0),
         )
         for weight in (1e-33, 2.0**-101, 1e-40, 1e-300)
-        for kind in (float, np.float32, np.float64, jnp.float32)
+        for kind in KINDS
     },
     **{
         f"weights, {kind.__name__}, whose sum would be above 2**126: the microbatch is rejected": (
@@ -174,7 +177,7 @@ WINDOWS = {
             (9.0, {"weight": kind(2.0**120)}, -2.5, 1, 1, 2),
             (2.0, {"weight": kind(1.0)}, -4.5, 0, 2, 2),
         )
-        for kind in (float, np.float32, np.float64, jnp.float32)
+        for kind in KINDS
     },
     "`should_skip_update_fn` says skip: the microbatch is rejected": (
         skipping(3),
@@ -414,8 +417,6 @@ def test_under_vmap_the_result_of_inner_is_kept_for_those_that_release(step):
 # What is compiled.
 
 LARGE = {f"w{i}": jnp.full((64, 64), 0.1 * (i + 1)) for i in range(4)}
-LARGE_BYTES = sum(p.nbytes for p in LARGE.values())
-SCALARS = 4096  # of the state, and the few hundred bytes that XLA aligns them to
 
 
 def primitives(tx, step, **extra_args):
@@ -445,24 +446,6 @@ def test_a_python_bool_for_release_compiles_no_conditional(step, release, weight
     tx = accumulate(4, optax.adamw(0.1), should_skip_update_fn=skip)
     assert "cond" not in primitives(tx, step, release=release, weight=weight)
     assert "cond" in primitives(tx, step, weight=weight), "nothing to leave out"
-
-
-@pytest.mark.parametrize(
-    ("step", "size"),
-    [
-        pytest.param(apply_gradients, 0, id="none with `apply_gradients`"),
-        pytest.param(update_and_apply, LARGE_BYTES, id="the updates with `update`"),
-    ],
-)
-def test_temporaries(step, size):
-    tx = accumulate(4, optax.adamw(0.1))
-
-    def run(params, state, grads):
-        return step(tx, grads, state, params)
-
-    compiled = jax.jit(run, donate_argnums=(0, 1)).lower(LARGE, tx.init(LARGE), LARGE).compile()
-    assert size <= hlo.temporaries(compiled) < size + SCALARS
-    assert " conditional(" in compiled.as_text()
 
 
 # `value_and_grad`. The loss of a row x at w is w x, so its gradient is the mean of the rows.
@@ -579,21 +562,6 @@ def test_num_microbatches_1_has_the_callers_keys_and_others_fold_in_their_number
     assert float(no_keys(W, ROWS, {})[1]) == 3.75
 
 
-@pytest.mark.parametrize(
-    ("rows", "n", "error", "message"),
-    [
-        pytest.param(
-            12, 5, ValueError, "nearest are 4 and 6, or pad", id="n does not divide the rows"
-        ),
-        pytest.param(4, 2, TypeError, "is a PRNG key", id="a typed key outside `rng_argnums`"),
-    ],
-)
-def test_value_and_grad_refuses(rows, n, error, message):
-    step = optaccum.value_and_grad(loss_fn_with_rest, num_microbatches=n)
-    with pytest.raises(error, match=message):
-        step(W, {"x": jnp.ones(rows)}, jax.random.key(0) if rows == 4 else 0)
-
-
 @pytest.mark.parametrize("n", [1, 2])
 def test_keyword_arguments_go_to_every_microbatch_whole_and_none_leaves_pass_through(n):
     def scaled(params, batch, *, scale, activation):
@@ -630,24 +598,3 @@ def test_a_float32_batch_is_not_copied():
     compiled = jax.jit(step).lower(W, x).compile()
     # One microbatch, of which there may be a value and a derivative, not a batch of 131 kB.
     assert hlo.temporaries(compiled) <= 4 * 2**12 * 8 * 4 // 64
-
-
-def test_with_reduce_axes_devices_reduce_gradients_weights_and_loss_once():
-    """Of 8 devices with rows d, d + 1 and weights d, the mean row is sum d (d + 1/2) / sum d."""
-    mesh = meshes.make_mesh(AxisType.Auto)
-    step = optaccum.value_and_grad(
-        lambda w, x, weight: jnp.mean(w * x),
-        num_microbatches=2,
-        batch_argnums=(1, 2),
-        weight_fn=lambda w, x, weight: weight[0],
-        reduce_axes="data",
-    )
-    specs = P(), P("data"), P("data")
-    mapped = jax.jit(jax.shard_map(step, mesh=mesh, in_specs=specs, out_specs=P()))
-    d = np.repeat(np.arange(8.0, dtype=np.float32), 2)
-    compiled = mapped.lower(W, d + np.tile([0, 1], 8).astype("f"), d).compile()
-    loss, grad = compiled(W, d + np.tile([0, 1], 8).astype("f"), d)
-    # sum d^2 = 140 and sum d = 28: 140 / 28 + 1 / 2.
-    assert (float(loss), float(grad)) == pytest.approx((11.0, 5.5), rel=1e-6)
-    always, sometimes = hlo.collectives(compiled)
-    assert (always, sometimes) == ([3 * 4], [])

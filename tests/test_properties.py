@@ -1,15 +1,18 @@
-"""Random windows against the oracle: trees, dtypes, weights, skips, releases, schedules."""
+"""Random windows against the oracle: trees, dtypes, weights, skips, releases, devices."""
 
 import dataclasses
 import functools
 from typing import Any
 
+from helpers.meshes import DEVICES, make_mesh
 from helpers.properties import DTYPES, STABLE, UNIT_ROUNDOFF, draw, mean_bound, wide
 from helpers.steps import STEPS, recording
+from helpers.tokens import SPECS
 import hypothesis
 from hypothesis import strategies as st
 import jax
 import jax.numpy as jnp
+from jax.sharding import AxisType, PartitionSpec as P
 import numpy as np
 import optax
 import pytest
@@ -255,7 +258,7 @@ def test_windows_of_one_match_the_oracle(tree, calls, skip_nan, use_grad_mean, a
     )
 
 
-def test_the_oracle_itself():
+def test_the_oracle_agrees_with_windows_by_hand():
     """Windows worked out by hand, so that the oracle is not only compared with the library."""
     g = [np.asarray([2.0]), None]
     nan = [np.asarray([np.nan]), None]
@@ -283,7 +286,7 @@ def test_the_oracle_itself():
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_release_is_rounded_once(dtype):
+def test_a_release_is_rounded_once(dtype):
     """(1 + 2^-12) / 3 comes out as the nearest number of the gradient's dtype."""
     tx = optaccum.accumulate(3, optax.identity())
     state = tx.init({"w": jnp.zeros([], dtype)})
@@ -294,3 +297,170 @@ def test_release_is_rounded_once(dtype):
     assert updates is not None
     assert updates["w"].dtype == dtype
     assert np.abs(np.complex128(updates["w"]) - np.complex128(nearest)) <= 2**-25
+
+
+# In one step.
+
+
+batch_leaves = st.tuples(
+    st.lists(st.integers(0, 3), max_size=2).map(tuple), st.sampled_from(DTYPES)
+)
+batch_trees = st.lists(st.none() | batch_leaves, min_size=1, max_size=3)
+batch_weights = st.one_of(
+    st.sampled_from([0.0, -1.0, float("nan"), float("inf")]),
+    st.sampled_from([1e-40, 2.0**-101, 2.0**-100, 2.0**125, 2.0**126]),
+    st.floats(2**-10, 2**10, width=32),
+    st.floats(2**-10, 2**10, width=32),
+)
+
+
+def _loss(params, batch):
+    """Its gradient is the mean of the rows, leaf by leaf; its value at zeros, that of `loss`."""
+
+    def term(p, x):
+        return jnp.real(jnp.sum(jnp.mean(x * p, axis=0))).astype(jnp.float32)
+
+    terms = jax.tree.leaves(jax.tree.map(term, params, batch["rows"]))
+    return sum(terms, jnp.float32(0)) + jnp.mean(batch["loss"])
+
+
+@hypothesis.settings(STABLE, max_examples=20)
+@hypothesis.given(
+    tree=batch_trees,
+    weights=st.lists(batch_weights, min_size=1, max_size=5),
+    size=st.sampled_from([1, 2]),
+    nan=st.booleans(),
+    seed=st.integers(0, 2**32 - 1),
+)
+def test_any_batch_in_one_step_matches_the_oracle(tree, weights, size, nan, seed):
+    rng, n = np.random.default_rng(seed), len(weights)
+    total, valid = 0.0, []
+    for w in weights:
+        valid.append(w >= reference.SMALLEST and total + w <= reference.LARGEST)
+        total += w if valid[-1] else 0.0
+    params = [None if leaf is None else np.zeros(*leaf) for leaf in tree]
+    hypothesis.assume(any(leaf is not None for leaf in tree))
+    rows = [None if leaf is None else draw(rng, (size, n, *leaf[0]), leaf[1]) for leaf in tree]
+    losses = draw(rng, (size, n), np.dtype(np.float32))
+    if nan:  # where there is no weight there may be anything
+        for x in [losses, *(x for x in rows if x is not None)]:
+            x[:, ~np.array(valid)] = np.nan
+
+    def flat(x):
+        return None if x is None else x.reshape(size * n, *x.shape[2:])
+
+    batch = {
+        "rows": [flat(x) for x in rows],
+        "loss": flat(losses),
+        "weight": np.tile(np.float32(weights), size),
+    }
+    step = optaccum.value_and_grad(
+        _loss, num_microbatches=n, weight_fn=lambda params, batch: batch["weight"][0]
+    )
+    loss, grads = jax.jit(step)(params, batch)
+
+    window = [
+        reference.Microbatch(
+            [None if x is None else wide(x[:, i]).mean(axis=0) for x in [*rows, losses]],
+            weights[i],
+        )
+        for i in range(n)
+        if valid[i]
+    ]
+    if not window:
+        assert not loss
+        assert not any(np.any(np.asarray(g)) for g in jax.tree.leaves(grads))
+        return
+    record = reference.simulate(window, every_k=len(window))[-1]
+    actual = [*grads, loss]
+    for x, p, exact, scale in zip(
+        actual, [*params, losses], record.gradient, record.error_scale, strict=True
+    ):
+        if exact is None:
+            assert x is None
+            continue
+        assert x.dtype == p.dtype
+        assert np.all(np.abs(wide(x) - exact) <= mean_bound(x.dtype, exact, scale, n))
+
+
+# Parts on eight devices.
+
+
+BAD = [-1.0, np.nan, np.inf]
+
+
+@functools.cache
+def programs(use_grad_mean):
+    """Returns `init` and a step, compiled once for all lengths of the window."""
+    mesh = make_mesh(AxisType.Auto)
+
+    def transformation(every_k):
+        return optaccum.accumulate(
+            every_k,
+            recording(),
+            use_grad_mean=use_grad_mean,
+            should_skip_update_fn=optaccum.skip_not_finite,
+            average_args=("value",),
+            reduce_axes="data",
+        )
+
+    def step(state, every_k, grads, weight, value):
+        return transformation(every_k).update(
+            grads[0], state, jnp.zeros(3), weight=weight[0], value=value[0]
+        )
+
+    parts = P("data")
+    step = jax.shard_map(
+        step,
+        mesh=mesh,
+        in_specs=(SPECS, P(), parts, parts, parts),
+        out_specs=(P(), SPECS),
+    )
+    init = jax.shard_map(
+        lambda: transformation(2).init(jnp.zeros(3)), mesh=mesh, in_specs=(), out_specs=SPECS
+    )
+    return jax.jit(init), jax.jit(step)
+
+
+@hypothesis.settings(STABLE, max_examples=40)
+@hypothesis.given(
+    every_k=st.integers(1, 4),
+    microbatches=st.integers(4, 12),
+    zeros=st.floats(0, 1),
+    bad=st.sampled_from([0.0, 0.02, 0.2]),
+    use_grad_mean=st.booleans(),
+    seed=st.integers(0, 2**32 - 1),
+)
+def test_parts_on_devices_match_the_oracle(every_k, microbatches, zeros, bad, use_grad_mean, seed):
+    rng = np.random.default_rng(seed)
+    init, step = programs(use_grad_mean)
+    state, batches, outcomes = init(), [], []
+    for _ in range(microbatches):
+        # Small integers, whose sums are exact: only the division rounds.
+        grads = rng.integers(-64, 65, (DEVICES, 3)).astype(np.float32)
+        value = rng.integers(-64, 65, DEVICES).astype(np.float32)
+        weight = np.where(rng.random(DEVICES) < zeros, 0, rng.integers(1, 9, DEVICES))
+        weight = weight.astype(np.float32)
+        grads[rng.random(grads.shape) < bad / 8] = np.nan
+        broken = rng.random(DEVICES) < bad
+        weight[broken] = rng.choice(BAD, broken.sum())
+        updates, state = step(state, jnp.int32(every_k), grads, weight, value)
+        outcomes.append((updates, state))
+        counted = np.where(broken, 0, weight).astype(np.float64)
+        total = counted.sum()
+        rejected = bool(np.isnan(grads).any())
+        mean = np.nan_to_num(counted @ grads / max(total, 1))
+        args = {"value": counted @ value / max(total, 1)}
+        batches.append(reference.Microbatch([mean], total, rejected=rejected, args=args))
+    records = reference.simulate(batches, every_k, use_grad_mean=use_grad_mean)
+    tolerance = {"rtol": 4 * UNIT_ROUNDOFF, "atol": 1e-12}
+    for record, (updates, state) in zip(records, outcomes, strict=True):
+        assert bool(state.released) == record.released
+        counters = state.mini_step, state.gradient_step, state.skipped
+        assert [*map(int, counters)] == [record.mini_step, record.gradient_step, record.skipped]
+        expected = record.gradient[0] if record.released else np.zeros(3)
+        np.testing.assert_allclose(updates, expected, **tolerance)
+        assert float(state.weight.sum()) == record.weight
+        np.testing.assert_allclose(state.grad_sum.sum(axis=0), record.grad_sum[0], **tolerance)
+        if record.released:
+            np.testing.assert_allclose(state.inner_state.value, record.args["value"], **tolerance)

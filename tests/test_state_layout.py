@@ -77,7 +77,7 @@ def _layout(state):
     ],
     ids=["bare", "adam", "function", "array", "one", "all"],
 )
-def test_layout(tx, expected):
+def test_the_state_has_these_leaves(tx, expected):
     lines = [line for line in expected.splitlines() if line]
     state = tx.init(PARAMS)
     assert _layout(state) == lines
@@ -85,7 +85,7 @@ def test_layout(tx, expected):
     assert _layout(state) == lines
 
 
-def test_fields():
+def test_the_state_has_these_fields():
     assert AccumulateState._fields == (
         "mini_step",
         "gradient_step",
@@ -101,14 +101,14 @@ def test_fields():
     assert (state.grad_sum, state.arg_sums, state.skip_state) == ((), {}, ())
 
 
-def test_noise_scale():
+def test_the_noise_scale_has_these_leaves():
     noise, tx = init_noise_scale(), accumulate(1)
     assert _layout(noise) == NOISE.split("\n")[1:-1]
     _, state = tx.update(PARAMS, tx.init(PARAMS))
     assert _layout(jax.jit(update_noise_scale)(noise, PARAMS, state)) == _layout(noise)
 
 
-def test_flax_train_state():
+def test_a_train_state_has_these_leaves():
     tx = accumulate(4, optax.sgd(0.1))
     state = optaccum.flax.TrainState.create(apply_fn=None, params=PARAMS, tx=tx)
     state = jax.jit(lambda state: state.apply_gradients(grads=PARAMS))(state)
@@ -121,7 +121,7 @@ def test_flax_train_state():
     assert _layout(state) == (own + inside).strip().splitlines()
 
 
-def test_flax_train_state_with_a_collection_to_overwrite():
+def test_a_train_state_with_a_collection_to_overwrite_has_these_leaves():
     params = {"params": {"w": jnp.ones(2)}, "_overwrite_with_gradient": {"scale": jnp.ones(1)}}
     tx = accumulate(1, optax.sgd(0.1))
     state = optaccum.flax.TrainState.create(apply_fn=None, params=params, tx=tx)

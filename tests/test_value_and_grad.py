@@ -3,7 +3,8 @@
 import functools
 import warnings
 
-from helpers.hlo import temporaries
+import equinox as eqx
+from flax import linen, nnx
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -101,26 +102,6 @@ def test_it_is_the_arithmetic_of_accumulate():
     _assert_close(grads, jax.tree.map(lambda s: s / state.weight, state.grad_sum), ulps=8)
 
 
-@pytest.mark.parametrize("inner", [optax.adamw, optax.contrib.muon])
-def test_any_optimizer_trains_as_on_the_full_batch(inner):
-    tx = inner(0.05)
-
-    def train(grad):
-        @jax.jit
-        def step(params, state):
-            updates, state = tx.update(grad(params, BATCH), state, params)
-            return optax.apply_updates(params, updates), state
-
-        params, state = PARAMS, tx.init(PARAMS)
-        for _ in range(3):
-            params, state = step(params, state)
-        return params
-
-    _assert_close(
-        train(optaccum.grad(_loss, num_microbatches=4)), train(jax.grad(_loss)), ulps=1024
-    )
-
-
 @every_n
 @pytest.mark.parametrize(
     ("argnums", "positive"),
@@ -146,16 +127,6 @@ def test_shapes_and_dtypes_are_those_of_jax(n, dtype):
 
     result = jax.eval_shape(optaccum.value_and_grad(loss, num_microbatches=n), params, BATCH)
     assert result == jax.eval_shape(jax.value_and_grad(loss), params, BATCH)
-
-
-def test_double_precision_stays(x64):
-    params = jax.tree.map(lambda p: p.astype(jnp.float64), PARAMS)
-    batch = jax.tree.map(lambda x: x.astype(jnp.float64), BATCH)
-    value_and_grad = optaccum.value_and_grad(
-        _loss, num_microbatches=4, weight_fn=lambda params, batch: 3
-    )
-    expected = jax.value_and_grad(_loss)(params, batch)
-    _assert_close(jax.jit(value_and_grad)(params, batch), expected, ulps=1e-6)
 
 
 def test_weights_are_double_precision_too(x64):
@@ -193,30 +164,7 @@ def test_sums_of_float16_do_not_overflow():
     _assert_close(ours, (jnp.float16(6e4), jnp.float16(6e4)))
 
 
-def test_a_microbatch_without_weight_adds_nothing_not_even_nan():
-    batch = BATCH | {"mask": jnp.where(jnp.arange(ROWS) % 4 == 1, 0.0, 1.0)}
-    batch["x"] = jnp.where(batch["mask"][:, None] > 0, batch["x"], jnp.nan)
-    rows = np.flatnonzero(batch["mask"])
-    expected = jax.value_and_grad(_loss)(PARAMS, jax.tree.map(lambda x: x[rows], BATCH))
-    weighted = optaccum.value_and_grad(_masked_loss, num_microbatches=4, weight_fn=_tokens)
-    _assert_close(jax.jit(weighted)(PARAMS, batch), expected)
-
-
-def _temporaries(fun, *args):
-    return temporaries(jax.jit(fun).lower(*args).compile())
-
-
-def test_memory_is_that_of_one_microbatch_and_the_batch_is_not_copied():
-    batch = {"x": jax.ShapeDtypeStruct((2**14, 5), jnp.float32)}
-    batch["y"] = jax.ShapeDtypeStruct((2**14,), jnp.float32)
-    full = _temporaries(jax.value_and_grad(_loss), PARAMS, batch)
-    ours = _temporaries(optaccum.value_and_grad(_loss, num_microbatches=64), PARAMS, batch)
-    assert full > 2**14 * 8 * 4
-    assert ours < full / 16
-    assert ours < 2**14 * 4 * 5 / 4
-
-
-def test_vmap():
+def test_under_vmap_each_member_equals_its_full_batch():
     params = jax.tree.map(lambda p: jnp.stack([p, 2 * p, -p]), PARAMS)
     batch = BATCH | {"mask": jnp.where(jnp.arange(ROWS) % 4, 1.0, 0.5)}
     ours = optaccum.value_and_grad(_masked_loss, num_microbatches=4, weight_fn=_tokens)
@@ -224,7 +172,7 @@ def test_vmap():
     _assert_close(jax.jit(jax.vmap(ours, (0, None)))(params, batch), expected)
 
 
-def test_jit_with_donation_and_checkpoint():
+def test_parameters_may_be_donated_and_losses_checkpointed():
     loss = jax.checkpoint(_loss)
 
     @functools.partial(jax.jit, donate_argnums=0)
@@ -238,7 +186,188 @@ def test_jit_with_donation_and_checkpoint():
         _assert_close(step(jax.tree.map(jnp.copy, PARAMS), BATCH), expected)
 
 
-def test_derivatives_of_the_loss_go_through():
-    ours = optaccum.value_and_grad(_loss, num_microbatches=4)
-    through = jax.jit(jax.grad(lambda params: ours(params, BATCH)[0]))
-    _assert_close(through(PARAMS), jax.grad(_loss)(PARAMS, BATCH))
+# What models bring along: keys, batch statistics, Flax and Equinox modules.
+
+WEIGHTS = jax.random.normal(jax.random.key(0), (5,))
+
+
+def _linear_loss(params, batch):
+    return jnp.mean((jnp.tanh(batch["x"] @ params) - batch["y"]) ** 2)
+
+
+def _noise(params, batch, rngs):
+    noise = jax.tree.map(lambda key: jax.random.normal(key, (3,)), rngs)
+    return _linear_loss(params, batch), noise
+
+
+@pytest.mark.parametrize("make", [jax.random.key, jax.random.PRNGKey], ids=["typed", "raw"])
+def test_every_microbatch_has_keys_of_its_own(make):
+    rngs = {"dropout": make(0), "other": make(1)}
+    step = jax.jit(optaccum.value_and_grad(_noise, has_aux=True, num_microbatches=8, rng_argnums=2))
+    (_, noise), _ = step(WEIGHTS, BATCH, rngs)
+    drawn = np.concatenate([*noise.values(), *_noise(WEIGHTS, BATCH, rngs)[1].values()], axis=None)
+    assert len(np.unique(drawn)) == 2 * 9 * 3, "a key was used twice"
+    for name, key in rngs.items():
+        for i in range(8):
+            expected = jax.random.normal(jax.random.fold_in(key, i), (3,))
+            np.testing.assert_array_equal(noise[name][i], expected)
+    (_, again), _ = step(WEIGHTS, jax.tree.map(lambda x: -x, BATCH), rngs)
+    jax.tree.map(np.testing.assert_array_equal, noise, again)
+
+
+@pytest.mark.parametrize("make", [jax.random.key, jax.random.PRNGKey], ids=["typed", "raw"])
+def test_arrays_of_keys_are_keys(make):
+    keys = jax.random.split(make(0), (2, 3))
+
+    def draw(params, batch, keys):
+        each = jax.vmap(jax.vmap(lambda key: jax.random.normal(key)))
+        return _linear_loss(params, batch), each(keys)
+
+    step = optaccum.value_and_grad(draw, has_aux=True, num_microbatches=4, rng_argnums=(2,))
+    (_, noise), _ = jax.jit(step)(WEIGHTS, BATCH, keys)
+    assert noise.shape == (4, 2, 3)
+    assert len(np.unique(noise)) == 24
+
+
+@every_n
+def test_a_key_for_each_example_is_split_like_data(n):
+    def loss(params, batch, keys):
+        noise = jax.vmap(lambda key: jax.random.normal(key, (5,)))(keys)
+        return _linear_loss(params, batch | {"x": batch["x"] + noise})
+
+    keys = jax.random.split(jax.random.key(0), ROWS)
+    step = optaccum.value_and_grad(loss, num_microbatches=n, batch_argnums=(1, 2))
+    expected = jax.value_and_grad(loss)(WEIGHTS, BATCH, keys)
+    _assert_close(jax.jit(step)(WEIGHTS, BATCH, keys), expected)
+
+
+@every_n
+def test_the_carry_goes_from_one_microbatch_to_the_next(n):
+    def loss(params, carry, batch):
+        key, draw = jax.random.split(carry["key"])
+        mean = 0.5 * carry["mean"] + 0.5 * jnp.mean(batch["x"])
+        noise = jax.random.normal(draw)
+        return _linear_loss(params, batch), ({"key": key, "mean": mean}, {"noise": noise})
+
+    start = {"key": jax.random.key(0), "mean": 1.0}
+    step = optaccum.value_and_grad(
+        loss, has_aux=True, num_microbatches=n, batch_argnums=2, carry_argnum=1
+    )
+    (value, (carry, aux)), grads = jax.jit(step)(WEIGHTS, start, BATCH)
+    _assert_close((value, grads), jax.value_and_grad(_linear_loss)(WEIGHTS, BATCH))
+    expected = start
+    for i, microbatch in enumerate(_split(n)):
+        _, (expected, single) = loss(WEIGHTS, expected, microbatch)
+        np.testing.assert_allclose(aux["noise"][i], single["noise"], rtol=1e-6)
+    assert jnp.all(carry["key"] == expected["key"])
+    np.testing.assert_allclose(carry["mean"], expected["mean"], rtol=1e-5)
+
+
+def _one_by_one(fun, params, carry, n):
+    """Returns loss, carry and gradients of the microbatches, one after the other."""
+    losses, gradients = [], []
+    for microbatch in _split(n):
+        (loss, (carry, _)), grads = jax.value_and_grad(fun, has_aux=True)(params, carry, microbatch)
+        losses.append(loss)
+        gradients.append(grads)
+    return sum(losses) / n, carry, jax.tree.map(lambda *g: sum(g) / n, *gradients)
+
+
+class Normed(linen.Module):
+    @linen.compact
+    def __call__(self, x, train):
+        x = linen.BatchNorm(use_running_average=not train)(linen.Dense(4)(x))
+        x = linen.Dropout(0.5, deterministic=not self.has_rng("dropout"))(x)
+        return linen.Dense(1)(x)[:, 0]
+
+
+@every_n
+def test_batch_statistics_of_linen_go_from_one_to_the_next(n):
+    model = Normed()
+    variables = model.init(jax.random.key(0), BATCH["x"], train=True)
+
+    def loss(params, stats, batch):
+        variables = {"params": params, "batch_stats": stats}
+        predicted, new = model.apply(variables, batch["x"], train=True, mutable=["batch_stats"])
+        return jnp.mean((predicted - batch["y"]) ** 2), (new["batch_stats"], predicted)
+
+    step = optaccum.value_and_grad(
+        loss, has_aux=True, num_microbatches=n, batch_argnums=2, carry_argnum=1
+    )
+    params, stats = variables["params"], variables["batch_stats"]
+    (value, (carry, predicted)), grads = jax.jit(step)(params, stats, BATCH)
+    _assert_close((value, carry, grads), _one_by_one(loss, params, stats, n))
+    assert predicted.shape == (n, ROWS // n)
+
+
+def test_microbatches_of_linen_have_masks_of_their_own():
+    model = Normed()
+    variables = model.init(jax.random.key(0), BATCH["x"], train=False)
+
+    def loss(params, batch, rngs):
+        inputs = {**variables, "params": params}
+        ones = jnp.ones_like(batch["x"])
+        predicted = model.apply(inputs, ones, train=False, rngs=rngs)
+        return jnp.mean((predicted - batch["y"]) ** 2), predicted
+
+    step = optaccum.value_and_grad(loss, has_aux=True, num_microbatches=4, rng_argnums=2)
+    rngs = {"dropout": jax.random.key(1)}
+    (_, predicted), _ = jax.jit(step)(variables["params"], BATCH, rngs)
+    assert len(np.unique(predicted, axis=0)) == 4, "microbatches share a mask"
+
+
+@every_n
+def test_nnx_state_is_carried_with_its_statistics_and_counts(n):
+    class Model(nnx.Module):
+        def __init__(self, rngs):
+            self.linear = nnx.Linear(5, 4, rngs=rngs)
+            self.norm = nnx.BatchNorm(4, rngs=rngs)
+            self.dropout = nnx.Dropout(0.5, rngs=rngs)
+
+        def __call__(self, x):
+            return self.dropout(self.norm(self.linear(x))).sum(axis=1)
+
+    graph, params, rest = nnx.split(Model(nnx.Rngs(0)), nnx.Param, ...)
+
+    def loss(params, rest, batch):
+        model = nnx.merge(graph, params, rest, copy=True)
+        value = jnp.mean((model(batch["x"]) - batch["y"]) ** 2)
+        return value, (nnx.split(model, nnx.Param, ...)[2], ())
+
+    step = optaccum.value_and_grad(
+        loss, has_aux=True, num_microbatches=n, batch_argnums=2, carry_argnum=1
+    )
+    (value, (carry, _)), grads = jax.jit(step)(params, rest, BATCH)
+    expected_value, expected, expected_grads = _one_by_one(loss, params, rest, n)
+    _assert_close((value, grads), (expected_value, expected_grads))
+    _assert_close(nnx.filter_state(carry, nnx.BatchStat), nnx.filter_state(expected, nnx.BatchStat))
+    (count,) = jax.tree.leaves(nnx.filter_state(carry, nnx.RngCount))
+    (before,) = jax.tree.leaves(nnx.filter_state(rest, nnx.RngCount))
+    assert count == before + n
+
+
+def test_keys_of_nnx_may_lie_beside_their_counts():
+    _, rngs = nnx.split(nnx.Rngs(dropout=0), ...)
+    graph = nnx.graphdef(nnx.Rngs(dropout=0))
+
+    def loss(params, batch, rngs):
+        draw = jax.random.normal(nnx.merge(graph, rngs, copy=True).dropout())
+        return _linear_loss(params, batch), draw
+
+    step = optaccum.value_and_grad(loss, has_aux=True, num_microbatches=4, rng_argnums=2)
+    (_, drawn), _ = jax.jit(step)(WEIGHTS, BATCH, rngs)
+    for i in range(4):  # a stream folds its count, here 0, into its key
+        key = jax.random.fold_in(jax.random.fold_in(jax.random.key(0), i), 0)
+        np.testing.assert_array_equal(drawn[i], jax.random.normal(key))
+
+
+def test_equinox_modules_equal_the_full_batch():
+    model = eqx.nn.MLP(5, "scalar", 8, 1, key=jax.random.key(0))
+    params, static = eqx.partition(model, eqx.is_inexact_array)
+
+    def loss(params, batch):
+        predicted = jax.vmap(eqx.combine(params, static))(batch["x"])
+        return jnp.mean((predicted - batch["y"]) ** 2)
+
+    ours = jax.jit(optaccum.value_and_grad(loss, num_microbatches=4))(params, BATCH)
+    _assert_close(ours, jax.value_and_grad(loss)(params, BATCH))

@@ -1,11 +1,24 @@
 """Programs that tests run or look into: examples and workers."""
 
 import importlib.util
+import os
 import pathlib
 import socket
+import tempfile
 from typing import Any
 
 import pytest
+
+# Programs that are run several times compile what they run once.
+CACHE = tempfile.TemporaryDirectory(prefix="optaccum-programs-")
+REPOSITORY = pathlib.Path(__file__).parents[2]
+ENVIRONMENT = {
+    **os.environ,
+    "PYTHONPATH": str(REPOSITORY),
+    "COLUMNS": "100",
+    "JAX_COMPILATION_CACHE_DIR": CACHE.name,
+    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+}
 
 
 def load(path: pathlib.Path) -> Any:

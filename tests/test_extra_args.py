@@ -13,6 +13,7 @@ import numpy as np
 import optax
 import pytest
 
+import optaccum
 from optaccum import accumulate, apply_gradients, get_state, window_metrics
 
 
@@ -191,14 +192,14 @@ def test_a_tree_that_waits_to_be_reduced_is_refused():
         ({"w": jnp.ones(2), "b": "1"}, ValueError, r"leaf \['b'\].*got '1' of type str"),
     ],
 )
-def test_a_tree_that_does_not_fit_its_sum(given, error, said):
+def test_a_tree_that_does_not_fit_its_sum_is_refused(given, error, said):
     params = {"w": jnp.zeros(2), "b": jnp.zeros(())}
     tx = accumulate(2, average_args=("grad",))
     with pytest.raises(error, match=said):
         tx.update(params, tx.init(params), grad=given)
 
 
-def test_arguments_that_cannot_be_named():
+def test_arguments_that_cannot_be_named_are_refused():
     with pytest.raises(TypeError, match=r"leaf \['n'\] of `average_args\['x'\]`.*int32\[2\]"):
         accumulate(2, average_args={"x": {"n": jnp.ones(2, int)}})
     with pytest.raises(TypeError, match=r"`window_args` must be a tuple of names"):
@@ -299,17 +300,22 @@ def distance(a, b):
     return max(jax.tree.leaves(jax.tree.map(lambda x, y: float(jnp.max(jnp.abs(x - y))), a, b)))
 
 
+@functools.cache
+def full_batch(inner, names):
+    """Returns the parameters after the windows as full batches, in double precision."""
+    return train(inner(), names, [sum(SIZES)], of_window=True)
+
+
 @every_inner
-@every_step
 @pytest.mark.usefixtures("x64")
-def test_functions_of_the_window_give_the_result_of_the_full_batch(inner, names, step):
+def test_functions_of_the_window_give_the_result_of_the_full_batch(inner, names):
     """In double precision, so that only a method can differ; a line search amplifies rounding."""
     averaged = tuple(name for name in names if name == "value")
     called = tuple(name for name in names if name.endswith("_fn"))
     tx = accumulate(len(SIZES), inner(), average_args=averaged, window_args=called)
-    full = train(inner(), names, [sum(SIZES)], of_window=True)
+    full = full_batch(inner, names)
     assert distance(full, PARAMS) > 0.1
-    held = train(tx, names, SIZES, of_window=True, step=step)
+    held = train(tx, names, SIZES, of_window=True, step=apply_gradients)
     assert distance(held, full) < 1e-6
     # Functions of the last microbatch, said to be the window's, would have been another method.
     assert distance(train(tx, names, SIZES, of_window=False), full) > 1e-3
@@ -335,9 +341,8 @@ def test_a_function_of_one_microbatch_is_refused(inner, names, step):
 @every_inner
 @pytest.mark.usefixtures("x64")
 def test_at_every_k_1_a_function_of_the_microbatch_is_the_windows(inner, names):
-    full = train(inner(), names, [sum(SIZES)], of_window=False)
     alone = train(accumulate(1, inner()), names, [sum(SIZES)], of_window=False)
-    assert distance(alone, full) < 1e-9
+    assert distance(alone, full_batch(inner, names)) < 1e-9
 
 
 @every_step
@@ -418,3 +423,44 @@ def test_a_state_of_before_says_how_to_go_on():
     before = state._replace(arg_sums={"value": jnp.zeros(())})
     with pytest.raises(ValueError, match=re.escape("arg_sums=tx.init(params).arg_sums")):
         tx.update(PARAMS, before, value=1.0)
+
+
+# Extra arguments that are almost ours: most of Optax takes any and says nothing.
+
+
+ONES = {"w": jnp.ones(2)}
+TWOS = {"w": jnp.full(2, 2.0)}
+
+
+@pytest.mark.parametrize(
+    ("typed", "meant"),
+    [("weights", "weight"), ("wieght", "weight"), ("Weight", "weight"), ("realease", "release")],
+)
+@pytest.mark.parametrize("every_k", [1, 2])
+def test_a_mistyped_extra_argument_is_refused_with_what_was_meant(typed, meant, every_k):
+    tx = optaccum.accumulate(every_k, optax.adam(0.1))
+    message = rf"`{typed}` is no argument of `accumulate`; did you mean `{meant}`\?"
+    for step in (tx.update, lambda *args, **kwargs: optaccum.apply_gradients(tx, *args, **kwargs)):
+        with pytest.raises(TypeError, match=message):
+            step(TWOS, tx.init(ONES), ONES, **{typed: 3.0})
+    tx.update(TWOS, tx.init(ONES), ONES, value=3.0, weight_decay=0.1)
+
+
+def _reading(name):
+    """Returns a transformation that names an extra argument, and scales with it."""
+    program = (
+        f"def update(g, state, params=None, *, {name}=None, **_): return times(g, {name}), state"
+    )
+    names = {"times": lambda g, x: jax.tree.map(lambda g: g * jax.tree.leaves(x)[0], g)}
+    exec(program, names)
+    return optax.GradientTransformationExtraArgs(optax.init_empty_state, names["update"])
+
+
+def test_an_argument_that_inner_names_is_not_mistyped():
+    for inner in (_reading("weights"), _reading("wieght")):
+        (name,) = set(optaccum._extra_args.named_by(inner.update)) & {"weights", "wieght"}
+        tx = optaccum.accumulate(1, inner)
+        updates, _ = tx.update(TWOS, tx.init(ONES), ONES, **{name: 3.0})
+        np.testing.assert_array_equal(updates["w"], np.full(2, 6.0))
+    tx = optaccum.accumulate(1, optax.sgd(1.0), average_args=("weights",))
+    tx.update(TWOS, tx.init(ONES), ONES, weights=3.0)

@@ -1,19 +1,19 @@
 """A program for one process of several: devices accumulate parts, and reduce them once per window.
 
-Usage: python parts_program.py ADDRESS PROCESSES NUMBER FILE. Writes the parameters and the counters
-that this process has at the end to FILE. One device sees a NaN, some see no token at all.
+Usage: python -m helpers.parts_program ADDRESS PROCESSES NUMBER FILE. Writes the parameters and the
+counters that this process has at the end to FILE. One device sees a NaN, some see no token at all.
 """
 
 import functools
 import sys
 
-from helpers.meshes import vary
 import jax
 import jax.numpy as jnp
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec as P
 import numpy as np
 import optax
 
+from helpers.meshes import vary
 import optaccum
 
 EVERY_K, MICROBATCHES, ROWS = 3, 8, 16

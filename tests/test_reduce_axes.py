@@ -1,6 +1,7 @@
 """Gradients that are parts of a sum over devices are accumulated as parts, and reduced once."""
 
 import functools
+import re
 
 from helpers.hlo import collectives, temporaries
 from helpers.meshes import DEVICES, make_mesh, vary
@@ -81,7 +82,7 @@ def test_the_mean_over_devices_is_not_the_mean_over_tokens(mesh):
     assert np.max(np.abs(params["w"] - full_batches()["w"])) > 1e-3
 
 
-def test_the_sum_and_a_window_of_one(mesh):
+def test_the_sum_and_a_window_of_one_equal_the_full_batch(mesh):
     tx = accumulate(K, optax.sgd(0.01), reduce_axes=("data",), use_grad_mean=False)
     params, _ = train(make_programs(tx, mesh))
     assert_close(params, full_batches(optax.sgd(0.01), use_grad_mean=False))
@@ -110,7 +111,7 @@ def test_unweighted_microbatches_of_devices_count_alike(mesh):
     assert float(params["w"]) == 1 - np.mean(np.arange(16))
 
 
-def test_scan_inside_shard_map(mesh):
+def test_a_scan_inside_shard_map_equals_the_full_batch(mesh):
     tx = accumulate(K, INNER, reduce_axes="data")
 
     def epoch(params, x, mask):
@@ -138,26 +139,27 @@ def test_a_nan_on_one_device_rejects_the_microbatch_on_all(mesh, skip):
     assert state.skip_state["should_skip"].shape == ()
 
 
-@pytest.mark.parametrize("bad", [jnp.nan, -1.0, jnp.inf])
-def test_what_is_no_weight_on_one_device_counts_nothing_there(mesh, bad):
+def test_what_is_no_weight_on_one_device_counts_nothing_there(mesh):
     tx = accumulate(1, INNER, reduce_axes="data")
 
-    def train_step(params, state, x, mask):
+    def train_step(params, state, x, mask, bad):
         grads = jax.grad(loss_fn)(vary(params), x, mask)
         weight = jnp.where(jax.lax.axis_index("data") == 2, bad, mask.sum())
         return apply_gradients(tx, grads, state, params, weight=weight)
 
     data = P("data")
     step = jax.shard_map(
-        train_step, mesh=mesh, in_specs=(P(), SPECS, data, data), out_specs=(P(), SPECS)
+        train_step, mesh=mesh, in_specs=(P(), SPECS, data, data, P()), out_specs=(P(), SPECS)
     )
     init, _ = make_programs(tx, mesh)
-    params, state = jax.jit(step)(PARAMS, init(PARAMS), X[0], MASK[0])
+    step, start = jax.jit(step), init(PARAMS)
     without = MASK[0].at[4:6].set(0)
-    expected = jax.grad(loss_fn)(PARAMS, X[0], without)
+    expected = jax.jit(jax.grad(loss_fn))(PARAMS, X[0], without)
     updates, _ = INNER.update(expected, INNER.init(PARAMS), PARAMS)
-    assert_close(params, optax.apply_updates(PARAMS, updates))
-    assert (bool(state.released), int(state.skipped)) == (True, 0)
+    for bad in (jnp.nan, -1.0, jnp.inf):
+        params, state = step(PARAMS, start, X[0], MASK[0], bad)
+        assert_close(params, optax.apply_updates(PARAMS, updates))
+        assert (bool(state.released), int(state.skipped)) == (True, 0)
 
 
 def test_a_window_without_weight_is_dropped_on_all_devices(mesh):
@@ -238,7 +240,7 @@ def test_value_and_grad_without_weights_counts_devices_alike(mesh):
     assert_close(step(PARAMS, *BATCH), jax.value_and_grad(plain)(PARAMS, *BATCH))
 
 
-def test_value_and_grad_where_devices_have_no_weight_or_none_has(mesh):
+def test_value_and_grad_counts_no_device_without_weight(mesh):
     step, (x, mask) = make_value_and_grad(mesh, 2), BATCH
     some = mask.at[8:40].set(0)
     expected = jax.value_and_grad(loss_fn)(PARAMS, x, some)
@@ -256,7 +258,7 @@ def test_value_and_grad_where_devices_have_no_weight_or_none_has(mesh):
     assert_close(step(PARAMS, *bad), jax.value_and_grad(loss_fn)(PARAMS, x, without))
 
 
-def test_a_loss_that_is_reduced_already(mesh):
+def test_a_loss_that_is_reduced_already_is_refused(mesh):
     """Divided by the number of devices twice, if it were taken."""
 
     def reduced(params, x, mask):
@@ -273,7 +275,7 @@ def test_a_loss_that_is_reduced_already(mesh):
         )
 
 
-def test_specs_of_the_state(mesh):
+def test_state_shardings_gives_specs_of_the_state(mesh):
     inner = optax.chain(optax.clip(1.0), accumulate(K, INNER, reduce_axes="data"))
     with jax.set_mesh(mesh):
         specs = state_shardings(inner, PARAMS, P())
@@ -288,7 +290,7 @@ def test_specs_of_the_state(mesh):
         state_shardings(inner, PARAMS, jax.NamedSharding(mesh, P()))
 
 
-def test_specs_over_two_axes_with_parameters_on_a_third():
+def test_specs_may_be_over_two_axes_with_parameters_on_a_third():
     mesh = make_mesh(AxisType.Auto, (2, 2, 2), ("a", "b", "model"))
     tx = accumulate(K, INNER, reduce_axes=("b", "a"), average_args=("value",))
     rows = {"w": P("model", None), "b": P(), "scale": P()}
@@ -303,7 +305,7 @@ def test_specs_over_two_axes_with_parameters_on_a_third():
     assert specs.inner_state[0].mu == rows
 
 
-def test_bad_axes(mesh):
+def test_axes_that_are_not_there_are_refused(mesh):
     with pytest.raises(TypeError, match=r"`reduce_axes` must be names of mesh axes, got 3"):
         accumulate(2, INNER, reduce_axes=3)
     tx = accumulate(2, INNER, reduce_axes=("model",))
@@ -315,7 +317,7 @@ def test_bad_axes(mesh):
         jax.jit(accumulate(2, INNER, reduce_axes="data").init)(PARAMS)
 
 
-def test_a_state_that_was_made_or_passed_otherwise(mesh):
+def test_a_state_that_was_made_or_passed_otherwise_is_refused(mesh):
     tx = accumulate(K, INNER, reduce_axes="data")
     init, step = make_programs(tx, mesh)
     everywhere = SPECS._replace(weight=P(), grad_sum=P())
@@ -336,7 +338,7 @@ def test_a_state_that_was_made_or_passed_otherwise(mesh):
         step(PARAMS, init(PARAMS)._replace(weight=more), X[0], MASK[0])
 
 
-def test_devices_that_would_not_release_together(mesh):
+def test_devices_that_would_not_release_together_are_refused(mesh):
     def some(step):
         return jnp.where(jax.lax.axis_index("data") > 2, 2, 3)
 
@@ -353,7 +355,7 @@ def test_devices_that_would_not_release_together(mesh):
             jax.jit(step)(PARAMS, X[0], MASK[0])
 
 
-def test_gradients_that_are_summed_already(mesh):
+def test_gradients_that_are_summed_already_are_refused(mesh):
     """Nothing may silently be scaled by the number of devices."""
     tx = accumulate(2, INNER, reduce_axes="data")
 
@@ -374,7 +376,7 @@ def test_gradients_that_are_summed_already(mesh):
         run(vary, False)(PARAMS, X[0], MASK[0])
 
 
-def test_gradients_of_one_device_without_reduce_axes(mesh):
+def test_gradients_of_one_device_without_reduce_axes_are_refused(mesh):
     tx = accumulate(2, optax.sgd(0.1))
 
     def train_step(params, state, x, mask):
@@ -382,12 +384,12 @@ def test_gradients_of_one_device_without_reduce_axes(mesh):
         return apply_gradients(tx, grads, state, params)
 
     specs = P(), P(), P("data"), P("data")
-    step = jax.shard_map(train_step, mesh=mesh, in_specs=specs, out_specs=P())
+    step = jax.jit(jax.shard_map(train_step, mesh=mesh, in_specs=specs, out_specs=P()))
     with pytest.raises(TypeError, match=r"varies over \['data'\] of jax.shard_map.*`reduce_axes`"):
         step(PARAMS, tx.init(PARAMS), X[0], MASK[0])
 
 
-def test_gradients_that_inner_reduces(mesh):
+def test_inner_may_reduce_the_gradients(mesh):
     """As in jax.pmap; sums that differ between devices are told so by the caller."""
     mean = optax.stateless(lambda grads, _: jax.lax.pmean(grads, "data"))
     tx = accumulate(2, optax.chain(mean, INNER))
@@ -408,3 +410,99 @@ def test_gradients_that_inner_reduces(mesh):
     mean_of_both = jax.tree.map(lambda a, b: (a + b) / 2, *grads)
     updates, _ = INNER.update(mean_of_both, INNER.init(PARAMS), PARAMS)
     assert_close(params, optax.apply_updates(PARAMS, updates))
+
+
+# `jax.pmap`: gradients that are reduced before they are summed, or once per window.
+
+
+def summed_loss(params, x, mask):
+    return loss_fn(params, x, mask) * mask.sum()
+
+
+def train_in_pmap(tx, gradients, mask=MASK):
+    """Returns the parameters of all devices, and the bytes sent on every call and on a release."""
+
+    def train_step(params, state, x, mask):
+        grads, extra_args = gradients(params, x, mask)
+        return apply_gradients(tx, grads, state, params, **extra_args)
+
+    step = jax.pmap(train_step, axis_name="data")
+    params = jax.tree.map(lambda p: jnp.broadcast_to(p, (DEVICES, *p.shape)), PARAMS)
+    state = jax.pmap(tx.init, axis_name="data")(params)
+    batches = [a.reshape(2 * K, DEVICES, -1, *a.shape[2:]) for a in (X, mask)]
+    for x, m in zip(*batches, strict=True):
+        params, state = step(params, state, x, m)
+    np.testing.assert_array_equal(state.gradient_step, np.full(DEVICES, 2))
+    program = step.lower(params, state, batches[0][0], batches[1][0]).compile()
+    return params, *collectives(program)
+
+
+def assert_all_close(params, expected):
+    for i in range(DEVICES):
+        assert_close(jax.tree.map(lambda p, i=i: p[i], params), expected)
+
+
+def test_in_pmap_gradients_may_be_reduced_as_they_come():
+    """The weight is that of all devices' rows, and so the same on all."""
+
+    def gradients(params, x, mask):
+        tokens = jax.lax.psum(mask.sum(), "data")
+        grads = jax.lax.psum(jax.grad(summed_loss)(params, x, mask), "data")
+        return jax.tree.map(lambda g: g / tokens, grads), {"weight": tokens}
+
+    params, always, on_release = train_in_pmap(accumulate(K, INNER), gradients)
+    assert_all_close(params, full_batches())
+    assert (sum(always), on_release) == (BYTES + SCALAR_BYTES, [])
+
+
+def test_in_pmap_means_of_as_many_rows_are_reduced_once_a_window():
+    pmean = optax.stateless(lambda updates, _: jax.lax.pmean(updates, "data"))
+    tx = accumulate(K, optax.chain(pmean, INNER))
+
+    def gradients(params, x, mask):
+        return jax.grad(loss_fn)(params, x, mask), {}
+
+    mask = jnp.ones_like(MASK)
+    params, always, on_release = train_in_pmap(tx, gradients, mask)
+    assert (always, sum(on_release)) == ([], BYTES)
+    alone, state = PARAMS, INNER.init(PARAMS)
+    for x in X.reshape(2, -1, X.shape[-1]):
+        grads = jax.grad(loss_fn)(alone, x, jnp.ones(len(x)))
+        updates, state = INNER.update(grads, state, alone)
+        alone = optax.apply_updates(alone, updates)
+    assert_all_close(params, alone)
+
+
+def mean_over_devices(axis):
+    """Returns a link that divides the devices' sums by the number of their tokens."""
+
+    def update(updates, state, params=None, *, tokens, **extra_args):
+        del params, extra_args
+        total = jnp.maximum(jax.lax.psum(tokens, axis), 1)
+        return jax.tree.map(lambda u: u / total, jax.lax.psum(updates, axis)), state
+
+    return optax.GradientTransformationExtraArgs(optax.init_empty_state, update)
+
+
+def test_in_pmap_sums_over_tokens_are_reduced_once_a_window():
+    """A window's mean of sums over its mean of tokens is its mean over tokens."""
+    inner = optax.chain(mean_over_devices("data"), INNER)
+    tx = accumulate(K, inner, average_args=("tokens",))
+
+    def gradients(params, x, mask):
+        return jax.grad(summed_loss)(params, x, mask), {"tokens": mask.sum()}
+
+    params, always, on_release = train_in_pmap(tx, gradients)
+    assert_all_close(params, full_batches())
+    assert (always, sum(on_release)) == ([], BYTES + SCALAR_BYTES)
+
+
+def test_reduce_axes_needs_types_that_pmap_has_not():
+    tx = accumulate(K, INNER, reduce_axes="data")
+
+    def gradients(params, x, mask):
+        return jax.grad(loss_fn)(params, x, mask), {}
+
+    message = re.compile(r"`reduce_axes`.*jax\.shard_map", re.DOTALL)
+    with pytest.raises((TypeError, ValueError), match=message):
+        train_in_pmap(tx, gradients)

@@ -1,4 +1,4 @@
-"""Rows passed by keyword are split if they are named, and refused if nobody said what they are."""
+"""Which arguments are rows: the named ones are split, and rows that nobody named are refused."""
 
 import equinox as eqx
 from flax import linen, nnx
@@ -45,7 +45,7 @@ def test_a_named_keyword_is_split(n, names):
 
 
 @every_n
-def test_a_batch_by_keyword_alone(n):
+def test_a_batch_may_come_by_keyword_alone(n):
     options = {"num_microbatches": n, "batch_argnames": ("x", "y", "mask"), "weight_fn": tokens}
     expected = jax.value_and_grad(masked)(W, X, Y, mask=MASK)
     for given in ({}, {"batch_argnums": ()}):
@@ -63,7 +63,7 @@ def test_a_batch_by_keyword_alone(n):
 
 
 @every_n
-def test_leaves_of_a_keyword_are_a_tree_with_nones_and_keys(n):
+def test_a_keyword_may_be_a_tree_with_nones_and_keys(n):
     def loss(w, x, *, more):
         assert more["none"] is None
         noise = jax.vmap(lambda key: jax.random.normal(key, (3,)))(more["keys"])
@@ -107,7 +107,7 @@ def test_a_name_that_is_left_out_has_its_default(make, n):
 
 @everywhere
 @every_n
-def test_a_keyword_with_rows_that_nobody_named(make, n):
+def test_a_keyword_with_rows_that_nobody_named_is_refused(make, n):
     message = r"argument `mask` has 8 rows, as many as the batch in argument 1, but `batch_argn.*"
     remedy = r'pass `batch_argnames=\("mask",\)` to split it, or `batch_argnames=\(\)` to give'
     with pytest.raises(ValueError, match=message + remedy):
@@ -176,20 +176,20 @@ def test_a_keyword_with_as_many_rows_is_whole_if_somebody_says_so():
         ),
     ],
 )
-def test_names_that_do_not_fit(make, options, args, kwargs, error, message):
+def test_names_that_do_not_fit_are_refused(make, options, args, kwargs, error, message):
     with pytest.raises(error, match=message):
         make(2, **options)(*args, **kwargs)
 
 
 @pytest.mark.parametrize("make", list(SPLIT.values())[:3], ids=list(SPLIT)[:3])
-def test_a_batch_by_keyword_that_nobody_named(make):
+def test_a_batch_by_keyword_that_nobody_named_is_refused(make):
     message = r"argument 1, but the call has 1 positional .* keyword argument in `batch_argnames`"
     with pytest.raises(ValueError, match=message):
         make(2)(W, x=X, mask=MASK)
 
 
 @pytest.mark.parametrize("n", [1, 2, 8])
-def test_outputs_and_gradients_of_rows_by_keyword(n):
+def test_microbatched_takes_rows_by_keyword(n):
     def encode(w, *, x, mask, shift):
         return mask[:, None] * jnp.tanh(x * w) + shift
 
@@ -213,7 +213,7 @@ class Tower(linen.Module):
 
 
 @pytest.mark.parametrize("n", [1, 4])
-def test_models_are_called_by_keyword(n):
+def test_models_may_be_called_by_keyword(n):
     names = {"num_microbatches": n, "batch_argnums": (), "batch_argnames": ("image", "text")}
     rows = {"image": X, "text": Y[:, None]}
 
@@ -263,3 +263,53 @@ def test_check_loss_judges_a_loss_that_is_called_by_keyword():
     assert_equivalent(masked, W, **given, weight_fn=tokens)
     with pytest.raises(TypeError, match="`kwargs` must be the keyword arguments of `fun`, a dict"):
         check_loss(masked, W, X, kwargs=("mask", MASK))
+
+
+# Rows in an argument that `batch_argnums` does not name.
+
+
+def _loss(w, x, y, scale=1.0):
+    return jnp.mean((x @ w - y) ** 2) * jnp.mean(scale)
+
+
+ROWS = jnp.array([[1.0, 0.0], [2.0, 1.0], [0.0, 3.0], [1.0, 1.0]])
+LABELS = jnp.array([0.0, 1.0, 5.0, -1.0])
+WEIGHTS = jnp.array([1.0, -1.0])
+
+
+@pytest.mark.parametrize("n", [1, 2, 4])
+def test_labels_beside_the_batch_are_refused(n):
+    step = optaccum.value_and_grad(_loss, num_microbatches=n)
+    message = r"argument 2 has 4 rows, as many as the batch in argument 1.*`batch_argnums=\(1, 2\)`"
+    with pytest.raises(ValueError, match=message):
+        jax.jit(step)(WEIGHTS, ROWS, LABELS)
+    with pytest.raises(ValueError, match=r"argument 2\['y'\] has 4 rows.*`batch_argnums=1` to"):
+        optaccum.grad(lambda w, x, y: 0.0, num_microbatches=n)(
+            WEIGHTS, ROWS, {"scale": 2.0, "y": LABELS}
+        )
+    both = optaccum.value_and_grad(_loss, num_microbatches=n, batch_argnums=(1, 2))
+    loss, grads = both(WEIGHTS, ROWS, LABELS)
+    expected = jax.value_and_grad(_loss)(WEIGHTS, ROWS, LABELS)
+    np.testing.assert_allclose(loss, expected[0], rtol=1e-6)
+    np.testing.assert_allclose(grads, expected[1], rtol=1e-6)
+
+
+def test_as_many_rows_are_whole_if_somebody_says_so():
+    whole = jnp.arange(4.0)
+    expected, _ = jax.value_and_grad(_loss)(WEIGHTS, ROWS, 0.0, whole)
+    named = optaccum.value_and_grad(_loss, num_microbatches=2, batch_argnums=1)
+    left_out = optaccum.value_and_grad(_loss, num_microbatches=2)
+    by_name = optaccum.value_and_grad(_loss, num_microbatches=2, batch_argnames=())
+    for loss, _ in (named(WEIGHTS, ROWS, 0.0, whole), by_name(WEIGHTS, ROWS, 0.0, scale=whole)):
+        np.testing.assert_allclose(loss, expected, rtol=1e-6)
+    with pytest.raises(ValueError, match=r"argument 3 has 4 rows.*`batch_argnums=\(1, 3\)`"):
+        left_out(WEIGHTS, ROWS, 0.0, whole)
+
+
+def test_what_has_another_role_may_have_as_many_rows():
+    def fun(w, x, carry):
+        return jnp.mean(x) * jnp.mean(w), (carry + 1, ())
+
+    step = optaccum.value_and_grad(fun, has_aux=True, num_microbatches=2, carry_argnum=2)
+    (_, (carry, _)), _ = step(jnp.ones(4), ROWS, jnp.zeros(4))
+    np.testing.assert_array_equal(carry, np.full(4, 2.0))

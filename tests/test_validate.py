@@ -8,7 +8,8 @@ import numpy as np
 import optax
 import pytest
 
-from optaccum import accumulate, apply_gradients, get_state, has_released
+import optaccum
+from optaccum import accumulate, apply_gradients, has_released
 
 PARAMS = {"layer": {"w": jnp.ones((3, 2)), "b": jnp.zeros(2)}}
 GRADS = jax.tree.map(jnp.ones_like, PARAMS)
@@ -30,7 +31,7 @@ GRADS = jax.tree.map(jnp.ones_like, PARAMS)
         (jnp.float32(4), TypeError, r"`every_k` must be a scalar \(integer\), got float32\[\]"),
     ],
 )
-def test_every_k(every_k, error, message):
+def test_lengths_that_cannot_be_are_refused(every_k, error, message):
     with pytest.raises(error, match=message):
         accumulate(every_k, optax.sgd(0.1))
 
@@ -45,21 +46,21 @@ def test_every_k(every_k, error, message):
         (0, ValueError, r"`every_k` must be >= 1, got 0"),
     ],
 )
-def test_every_k_function(returned, error, message):
+def test_functions_that_return_no_length_are_refused(returned, error, message):
     tx = accumulate(lambda step: returned, optax.sgd(0.1))
     with pytest.raises(error, match=message):
         tx.update(GRADS, tx.init(PARAMS), PARAMS)
 
 
 @pytest.mark.parametrize("inner", [optax.adam, 0.1, "adam", (), optax.constant_schedule(0.1)])
-def test_inner(inner):
+def test_what_is_no_transformation_is_refused(inner):
     message = r"`inner` must be an optax.GradientTransformation.*got"
     with pytest.raises(TypeError, match=message) as error:
         accumulate(4, inner)
     assert ("call it to build" in str(error.value)) == callable(inner)
 
 
-def test_tx_of_apply_gradients():
+def test_apply_gradients_refuses_what_is_no_transformation():
     with pytest.raises(TypeError, match=r"`tx` must be an optax.GradientTransformation"):
         apply_gradients(optax.adam, GRADS, None, PARAMS)  # pyright: ignore[reportArgumentType]
 
@@ -73,18 +74,18 @@ def test_tx_of_apply_gradients():
         (jnp.float64, ValueError, r"`accumulator_dtype` float64 needs 64-bit types.*enable_x64"),
     ],
 )
-def test_accumulator_dtype(dtype, error, message):
+def test_dtypes_that_cannot_be_are_refused(dtype, error, message):
     with pytest.raises(error, match=message):
         accumulate(4, optax.sgd(0.1), accumulator_dtype=dtype)
 
 
-def test_real_accumulator_for_a_complex_leaf():
+def test_a_real_accumulator_for_a_complex_leaf_is_refused():
     tx = accumulate(4, optax.sgd(0.1), accumulator_dtype=jnp.float32)
     with pytest.raises(ValueError, match=r"float32 would drop the imaginary part.*complex64.*'z'"):
         tx.init({"a": jnp.ones(2), "z": jnp.ones(2, jnp.complex64)})
 
 
-def test_should_skip_update_fn():
+def test_what_is_no_judge_is_refused():
     with pytest.raises(TypeError, match=r"`should_skip_update_fn` must be a function.*got True"):
         accumulate(4, optax.sgd(0.1), should_skip_update_fn=True)  # pyright: ignore
     tx = accumulate(4, optax.sgd(0.1), should_skip_update_fn=lambda grads, step, params: (step, ()))
@@ -95,19 +96,19 @@ def test_should_skip_update_fn():
         tx.init(PARAMS)
 
 
-def test_parameters_that_are_not_arrays():
+def test_parameters_that_are_not_arrays_are_refused():
     with pytest.raises(TypeError, match=r"parameter leaf \['activation'\] is not an array but"):
         accumulate(4, optax.sgd(0.1)).init({"w": jnp.ones(2), "activation": jax.nn.relu})
 
 
-def test_the_state_of_multi_steps():
+def test_the_state_of_multi_steps_is_refused_with_the_remedy():
     tx, old = accumulate(4, optax.sgd(0.1)), optax.MultiSteps(optax.sgd(0.1), 4)
     with pytest.raises(TypeError, match=r"got MultiStepsState; .* optaccum\.from_multi_steps"):
         tx.update(PARAMS, old.init(PARAMS), PARAMS)
 
 
 @pytest.mark.parametrize("every_k", [1, 4])
-def test_a_state_that_is_not_ours(every_k):
+def test_a_state_that_is_not_ours_is_refused(every_k):
     tx = accumulate(every_k, optax.sgd(0.1))
     remedy = r"the order is update\(grads, state, params\), and a checkpoint is restored into"
     with pytest.raises(TypeError, match=rf"must be the AccumulateState.*got dict; {remedy}"):
@@ -116,7 +117,7 @@ def test_a_state_that_is_not_ours(every_k):
         apply_gradients(tx, GRADS, optax.adam(0.1).init(PARAMS), PARAMS)
 
 
-def test_a_state_without_sums_for_a_longer_window():
+def test_a_state_without_sums_says_how_it_gets_them():
     state = accumulate(1, optax.sgd(0.1)).init(PARAMS)
     tx = accumulate(4, optax.sgd(0.1))
     with pytest.raises(ValueError, match=r"made with `every_k=1`; give it one with `state._repl"):
@@ -124,7 +125,7 @@ def test_a_state_without_sums_for_a_longer_window():
     tx.update(GRADS, state._replace(grad_sum=tx.init(PARAMS).grad_sum), PARAMS)
 
 
-def test_an_inner_state_that_changes_its_structure():
+def test_an_inner_state_that_changes_its_structure_is_refused():
     inner = optax.GradientTransformation(lambda _: None, lambda g, state, params=None: (g, 1.0))
     tx = accumulate(1, inner)
     with pytest.raises(ValueError, match=r"`inner` returned a state of the tree structure"):
@@ -164,20 +165,20 @@ BAD_GRADIENTS = [
 @pytest.mark.parametrize("every_k", [1, 4])
 @pytest.mark.parametrize(("grads", "error", "message"), BAD_GRADIENTS)
 @pytest.mark.parametrize("fused", [False, True], ids=["update", "apply_gradients"])
-def test_gradients_that_do_not_fit(every_k, grads, error, message, fused):
+def test_gradients_that_do_not_fit_are_refused(every_k, grads, error, message, fused):
     tx = accumulate(every_k, optax.sgd(0.1))
     step = functools.partial(apply_gradients, tx) if fused else tx.update
     with pytest.raises(error, match=message):
         jax.jit(step)(grads, tx.init(PARAMS), PARAMS)
 
 
-def test_a_gradient_that_is_not_an_array():
+def test_a_gradient_that_is_not_an_array_is_refused():
     tx = accumulate(4, optax.sgd(0.1))
     with pytest.raises(TypeError, match=r"gradient leaf \['layer'\]\['w'\] is not an array but"):
         tx.update(_set("w", "gradient"), tx.init(PARAMS), PARAMS)
 
 
-def test_an_unlike_container_of_the_same_leaves():
+def test_another_container_of_the_same_leaves_is_refused():
     tx = accumulate(4, optax.sgd(0.1))
     state = tx.init((jnp.ones(2), jnp.ones(3)))
     with pytest.raises(
@@ -200,20 +201,20 @@ def test_an_unlike_container_of_the_same_leaves():
     ],
 )
 @pytest.mark.parametrize("every_k", [1, 4])
-def test_weight_and_release(every_k, extra, error, message):
+def test_weights_and_releases_that_cannot_be_are_refused(every_k, extra, error, message):
     tx = accumulate(every_k, optax.sgd(0.1))
     with pytest.raises(error, match=message):
         tx.update(GRADS, tx.init(PARAMS), PARAMS, **extra)
 
 
 @pytest.mark.parametrize("release", [False, jnp.array(False), jnp.array(True)])
-def test_release_where_there_is_no_accumulator(release):
+def test_release_without_an_accumulator_is_refused(release):
     tx = accumulate(1, optax.sgd(0.1))
     with pytest.raises(ValueError, match=r"`release` must be None or True where `every_k` is 1"):
         tx.update(GRADS, tx.init(PARAMS), PARAMS, release=release)
 
 
-def test_average_args():
+def test_averaged_arguments_that_cannot_be_are_refused():
     with pytest.raises(TypeError, match=r"`average_args` must be a tuple of names.*'value'"):
         accumulate(4, optax.sgd(0.1), average_args="value")  # pyright: ignore
     with pytest.raises(TypeError, match=r"`average_args` must be a tuple of names.*None"):
@@ -229,23 +230,10 @@ def test_average_args():
             tx.update(GRADS, state, PARAMS, value=value)
 
 
-def test_missing_params_is_optax_own_message():
+def test_missing_parameters_are_refused_by_optax():
     tx = accumulate(4, optax.adamw(0.1))
     with pytest.raises(ValueError, match="you are not passing `params`"):
         tx.update(GRADS, tx.init(PARAMS))
-
-
-def test_get_state_finds_none_or_several():
-    two = optax.partition(
-        {"a": accumulate(2, optax.sgd(0.1)), "b": accumulate(3, optax.sgd(0.1))},
-        {"layer": {"w": "a", "b": "b"}},
-    )
-    for read in (get_state, has_released):
-        with pytest.raises(ValueError, match=r"holds no AccumulateState.*got tuple"):
-            read(optax.adam(0.1).init(PARAMS))
-        with pytest.raises(ValueError, match=r"holds 2 AccumulateStates, at .*'a'.*'b'"):
-            read(two.init(PARAMS))
-    assert get_state(two.init(PARAMS).inner_states["a"]).mini_step == 0
 
 
 @pytest.mark.parametrize(("bad", "error", "_"), BAD_GRADIENTS)
@@ -261,7 +249,7 @@ def test_nothing_accumulated_is_lost_by_an_error(bad, error, _):
     np.testing.assert_array_equal(params["layer"]["b"], -np.ones(2))
 
 
-def test_an_inner_state_that_changes_its_shape():
+def test_an_inner_state_that_changes_its_shape_is_refused():
     def update(updates, state, params=None):
         return updates, jnp.ones(3)
 
@@ -271,7 +259,7 @@ def test_an_inner_state_that_changes_its_shape():
         tx.update(jnp.ones(2), tx.init(jnp.ones(2)))
 
 
-def test_parameters_of_another_shape():
+def test_parameters_of_another_shape_are_refused():
     tx = accumulate(2, optax.sgd(0.1))
     params = {"layer": {"w": jnp.ones((3, 1)), "b": jnp.zeros(2)}}
     message = r"parameter leaf \['layer'\]\['w'\] has shape \(3, 1\), but .* shape \(3, 2\)"
@@ -281,7 +269,7 @@ def test_parameters_of_another_shape():
 
 
 @pytest.mark.parametrize("params", [{}, {"layer": PARAMS["layer"]["w"]}, [1.0]])
-def test_parameters_of_another_structure(params):
+def test_parameters_of_another_structure_are_refused(params):
     tx = accumulate(2, optax.sgd(0.1))
     message = r"`params` have the tree structure .*; pass the parameters that `init` was given"
     with pytest.raises(ValueError, match=message):
@@ -291,7 +279,7 @@ def test_parameters_of_another_structure(params):
 
 
 @pytest.mark.parametrize("every_k", [1, 2])
-def test_no_gradients(every_k):
+def test_no_gradients_are_refused(every_k):
     tx = accumulate(every_k, optax.sgd(0.1))
     with pytest.raises(TypeError, match=r"the gradients are None; pass a tree like the parameters"):
         tx.update(None, tx.init(PARAMS), PARAMS)
@@ -304,7 +292,7 @@ def test_a_flag_is_true_or_false(value):
 
 
 @pytest.mark.parametrize("name", ["updates", "grads", "state", "params", "weight", "release"])
-def test_names_that_update_has_itself(name):
+def test_names_that_update_has_itself_are_refused(name):
     with pytest.raises(ValueError, match=rf"`metrics` cannot name '{name}'"):
         accumulate(2, optax.sgd(0.1), metrics=(name,))
 
@@ -334,3 +322,44 @@ def test_a_state_that_was_made_without_a_judge_says_how_it_gets_one():
     state = state._replace(skip_state=new.init(PARAMS).skip_state)
     _, state = new.update(GRADS, state, PARAMS)
     assert has_released(state)
+
+
+def _stateful(first, new):
+    return optax.GradientTransformation(
+        lambda params: {"a": first}, lambda g, state, params=None: (g, {"a": new(state["a"])})
+    )
+
+
+@pytest.mark.parametrize("every_k", [1, 2])
+@pytest.mark.parametrize(
+    ("first", "new", "was", "is_"),
+    [
+        (0, lambda x: x + 0.26, "int32", "float32"),
+        (jnp.float32(0), lambda x: x + 1j, "float32", "complex64"),
+        (jnp.bool_(True), lambda x: x + 1, "bool", "int32"),
+    ],
+)
+def test_an_inner_state_that_changes_its_kind_is_refused(every_k, first, new, was, is_):
+    tx = accumulate(every_k, _stateful(first, new))
+    message = rf"`inner` returned a state whose leaf \['a'\] is {is_}, but began as {was}"
+    for update in (tx.update, jax.jit(tx.update)):
+        state = tx.init(PARAMS)
+        with pytest.raises(TypeError, match=message):
+            update(GRADS, state, PARAMS)
+
+
+# The order of `optax.MultiSteps`.
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda opt: optaccum.accumulate(opt, 4),
+        lambda opt: optaccum.accumulate(opt),
+        lambda opt: optaccum.accumulate(optax.MultiSteps(opt, 4), 4),
+    ],
+)
+def test_the_order_of_multi_steps_is_refused(call):
+    message = r"`every_k` comes first and the optimizer second.*: accumulate\(every_k, optimizer\)"
+    with pytest.raises(TypeError, match=message):
+        call(optax.adam(1e-3))

@@ -1,9 +1,10 @@
-"""Under explicit sharding: gradients that wait to be reduced are summed so, and reduced once."""
+"""Devices that share an optimizer: explicit sharding, ensembles, and pieces of a model."""
 
 import functools
 
+from flax.linen.fp8_ops import OVERWRITE_WITH_GRADIENT
 from helpers.hlo import collectives
-from helpers.meshes import DEVICES, make_mesh, needs_reshard
+from helpers.meshes import DEVICES, make_mesh, needs_reshard, vary
 from helpers.tokens import (
     BYTES,
     INNER,
@@ -35,8 +36,7 @@ from optaccum import (
     state_shardings,
     value_and_grad,
 )
-
-pytestmark = needs_reshard
+import optaccum.flax
 
 
 @pytest.fixture
@@ -107,7 +107,7 @@ def transformer_params(width=16, vocabulary=32):
     }
 
 
-def test_a_transformer_with_explicit_sharding(explicit):
+def test_a_transformer_with_explicit_sharding_equals_the_full_batch(explicit):
     params = transformer_params()
     tokens = jax.random.randint(jax.random.key(1), (K, ROWS, 12), 0, 32)
     lengths = jnp.linspace(2, 12, ROWS).astype(int)
@@ -204,7 +204,7 @@ def test_a_nan_on_one_device_rejects_the_microbatch(explicit):
     assert on_a_hold(tx) == without + SCALAR_BYTES
 
 
-def test_optax_cannot_judge_them(explicit):
+def test_optax_cannot_judge_unreduced_gradients(explicit):
     tx = accumulate(2, INNER, reduce_axes="data", should_skip_update_fn=optax.skip_not_finite)
     params, place = replicated(explicit)
     refused = r"leaf \['w'\], which are unreduced .*optaccum.skip_not_finite"
@@ -212,14 +212,14 @@ def test_optax_cannot_judge_them(explicit):
         explicit_step(tx, loss_fn)(params, tx.init(params), place(X[0]), place(MASK[0]))
 
 
-def test_unreduced_gradients_that_nobody_asked_for(explicit):
+def test_unreduced_gradients_that_nobody_asked_for_are_refused(explicit):
     tx = accumulate(2, INNER)
     params, place = replicated(explicit)
     with pytest.raises(TypeError, match=r"leaf \['w'\] is unreduced over \['data'\]; name"):
         explicit_step(tx, loss_fn)(params, tx.init(params), place(X[0]), place(MASK[0]))
 
 
-def test_gradients_that_are_reduced_already(explicit):
+def test_gradients_that_are_reduced_already_are_refused(explicit):
     tx = accumulate(2, INNER, reduce_axes="data")
     params, place = replicated(explicit)
     grads = jax.grad(loss_fn)(params, place(X[0]), place(MASK[0]))
@@ -227,7 +227,7 @@ def test_gradients_that_are_reduced_already(explicit):
         apply_gradients(tx, grads, tx.init(params), params)
 
 
-def test_gradients_that_are_sharded_otherwise_than_their_sums(explicit):
+def test_gradients_that_are_sharded_otherwise_than_their_sums_are_refused(explicit):
     params, _ = replicated(explicit)
     grads = {**params, "w": jax.device_put(PARAMS["w"], NamedSharding(explicit, P("data", None)))}
     message = r"leaf \['w'\] is sharded as float32\[40@data,30\], but its sum .* float32\[40,30\]"
@@ -264,7 +264,7 @@ def test_value_and_grad_reduces_once(explicit, n):
         step(params, *batch)
 
 
-def test_shardings_of_the_state(explicit):
+def test_state_shardings_gives_what_init_gives(explicit):
     tx = optax.chain(optax.clip(1.0), accumulate(K, INNER, reduce_axes="data"))
     params, _ = replicated(explicit)
     params["w"] = jax.device_put(params["w"], NamedSharding(explicit, P("data", None)))
@@ -273,3 +273,208 @@ def test_shardings_of_the_state(explicit):
     assert jax.tree.map(jax.typeof, state) == jax.tree.map(jax.typeof, tx.init(params))
     spec = get_state(shardings).grad_sum["b"].spec
     assert (spec.unreduced, get_state(shardings).weight.spec) == ({"data"}, P())
+
+
+# What devices must agree on, and what is refused as no part.
+
+
+@pytest.fixture
+def mesh():
+    return make_mesh(AxisType.Auto)
+
+
+def test_members_of_an_ensemble_judge_their_own_weights(mesh):
+    """Without `reduce_axes` a weight that is none rejects its device's microbatch."""
+    tx = accumulate(2, optax.sgd(1.0))
+
+    def train(params, weights):
+        state = tx.init(params)
+        for i in range(2):
+            grads = jnp.ones_like(params)
+            params, state = apply_gradients(tx, grads, state, params, weight=weights[0, i])
+        return params
+
+    bad = jnp.array([jnp.inf, jnp.nan, -0.5])
+    weights = jnp.ones((DEVICES, 2)).at[1:4, 0].set(bad)
+    mapped = jax.shard_map(train, mesh=mesh, in_specs=(P("data"),) * 2, out_specs=P("data"))
+    params = jax.jit(mapped)(jnp.zeros((DEVICES, 1)), weights)
+    np.testing.assert_array_equal(params[:, 0], [-1, 0, 0, 0, -1, -1, -1, -1])
+
+
+@pytest.mark.parametrize("release", [None, True])
+def test_devices_with_pieces_of_the_parameters_reject_together(release):
+    """A NaN in the columns of one device rejects the microbatch for the other columns too."""
+    mesh, columns = make_mesh(AxisType.Auto, (4, 2), ("data", "model")), P(None, "model")
+    tx = accumulate(1, optax.sgd(0.1), reduce_axes="data", should_skip_update_fn=skip_not_finite)
+
+    def train(params, scale):
+        state = tx.init(params)
+        for i in range(2):
+            grads = vary(jnp.ones_like(params)) * jnp.where(i == 0, scale[0], 1.0)
+            params, state = apply_gradients(tx, grads, state, params, release=release)
+        return params, state.skipped
+
+    mapped = jax.shard_map(
+        train, mesh=mesh, in_specs=(columns, P("model")), out_specs=(columns, P())
+    )
+    params, skipped = jax.jit(mapped)(jnp.zeros((2, 4)), jnp.array([1.0, jnp.nan]))
+    np.testing.assert_allclose(params, np.full((2, 4), -0.1), rtol=1e-6)
+    assert int(skipped) == 1
+
+
+def test_members_of_an_ensemble_may_have_several_devices():
+    """Weights vary over the members too, of which each closes its own windows."""
+    mesh = make_mesh(AxisType.Auto, (2, 4), ("member", "data"))
+    tx = accumulate(2, optax.sgd(1.0), reduce_axes="data")
+
+    def train(params, weights):
+        params, state = params[0], tx.init(params[0])
+        for i in range(2):
+            grads = vary(jnp.ones_like(params)) * (i + 1)
+            params, state = apply_gradients(tx, grads, state, params, weight=weights[0, 0, i])
+        return params[None]
+
+    weights = np.ones((2, 4, 2), np.float32)
+    weights[1] = 0  # of this member's windows none counts
+    weights[0, 0, 1] = 5
+    mapped = jax.shard_map(
+        train, mesh=mesh, in_specs=(P("member"), P("member", "data")), out_specs=P("member")
+    )
+    params = jax.jit(mapped)(jnp.zeros((2, 3)), weights)
+    np.testing.assert_allclose(params[0], np.full(3, -(4 * 1 + 8 * 2) / 12), rtol=1e-6)
+    np.testing.assert_array_equal(params[1], np.zeros(3))
+
+
+def test_parameters_that_are_divided_over_the_axis_are_refused(mesh):
+    """Sums of pieces of different devices would be added to each other."""
+    tx = accumulate(2, optax.sgd(0.1), reduce_axes="data")
+    rows = {"experts": P("data")}
+    params = {"experts": jnp.ones((DEVICES, 2))}
+    message = r"leaf \['experts'\] varies over \['data'\] of `reduce_axes`.*of their own"
+    with pytest.raises(TypeError, match=message):
+        jax.shard_map(tx.init, mesh=mesh, in_specs=(rows,), out_specs=P())(params)
+    step = value_and_grad(
+        lambda params, x: jnp.mean(x @ params["experts"].T),
+        num_microbatches=2,
+        reduce_axes="data",
+    )
+    specs = rows, P("data")
+    with pytest.raises(TypeError, match=message):
+        jax.shard_map(step, mesh=mesh, in_specs=specs, out_specs=P())(params, jnp.ones((16, 2)))
+    with jax.set_mesh(mesh), pytest.raises(ValueError, match=r"sharded as .* over \['data'\]"):
+        state_shardings(tx, params, rows)
+
+
+def test_an_axis_of_the_rows_that_was_not_named_is_refused():
+    """JAX sums over it on its own, and nobody would divide."""
+    mesh = make_mesh(AxisType.Auto, (2, 4), ("replica", "data"))
+    x = jnp.arange(64.0).reshape(16, 4)
+
+    def loss_fn(w, x):
+        return jnp.mean((x @ w) ** 2)
+
+    def run(fun, axes):
+        step = value_and_grad(fun, num_microbatches=2, reduce_axes=axes)
+        specs = P(), P(("replica", "data"))
+        return jax.jit(jax.shard_map(step, mesh=mesh, in_specs=specs, out_specs=P()))(w, x)
+
+    w = jnp.ones(4)
+    with pytest.raises(TypeError, match=r"varies over \['replica'\].*`reduce_axes` too"):
+        run(loss_fn, "data")
+    expected = jax.value_and_grad(loss_fn)(w, x)
+    averaged = run(lambda w, x: jax.lax.pmean(loss_fn(w, x), "replica"), "data")
+    for actual in (run(loss_fn, ("replica", "data")), averaged):
+        jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-5), actual, expected)
+
+
+@pytest.mark.parametrize("n", [1, 2])
+@pytest.mark.parametrize("weighted", [False, True])
+def test_what_is_carried_is_each_devices_own(mesh, n, weighted):
+    def loss_fn(w, stats, x):
+        return jnp.mean((x @ w) ** 2), ({"mean": (stats["mean"] + x.mean()) / 2}, ())
+
+    step = value_and_grad(
+        loss_fn,
+        has_aux=True,
+        num_microbatches=n,
+        batch_argnums=2,
+        carry_argnum=1,
+        weight_fn=(lambda w, stats, x: jnp.sum(x > 0)) if weighted else None,
+        reduce_axes="data",
+    )
+
+    def local(w, stats, x):
+        (loss, (stats, _)), grads = step(w, stats, x)
+        return loss, stats["mean"][None], jax.lax.pmean(stats["mean"], "data"), grads
+
+    x = jnp.arange(1, 33.0).reshape(16, 2)
+    out_specs = P(), P("data"), P(), P()
+    mapped = jax.shard_map(local, mesh=mesh, in_specs=(P(), P(), P("data")), out_specs=out_specs)
+    _, own, mean, _ = jax.jit(mapped)(jnp.ones(2), {"mean": jnp.zeros(())}, x)
+    expected = np.zeros(DEVICES)
+    for i in range(n):
+        expected = (expected + x.reshape(DEVICES, 2, 2)[:, i::n].mean(axis=(1, 2))) / 2
+    np.testing.assert_allclose(own, expected, rtol=1e-6)
+    np.testing.assert_allclose(mean, expected.mean(), rtol=1e-6)
+
+
+def test_a_collection_to_overwrite_is_refused(mesh):
+    tx = accumulate(2, optax.sgd(0.1), reduce_axes="data")
+    params = {"params": {"w": jnp.ones(2)}, OVERWRITE_WITH_GRADIENT: {"scale": jnp.ones(())}}
+
+    def step(params):
+        state = optaccum.flax.TrainState.create(apply_fn=None, params=params, tx=tx)
+        return state.apply_gradients(grads=vary(params)).params
+
+    with pytest.raises(ValueError, match=rf"'{OVERWRITE_WITH_GRADIENT}'.*`reduce_axes`"):
+        jax.shard_map(step, mesh=mesh, in_specs=P(), out_specs=P())(params)
+
+
+def test_specs_on_an_explicit_mesh_are_those_of_shard_map():
+    """They are those of `jax.shard_map`, and an `init` that reshards is none of its business."""
+    mesh = make_mesh(AxisType.Explicit)
+    reshard = getattr(jax, "reshard", None) or jax.sharding.reshard
+    plain = optax.GradientTransformation(
+        lambda params: jax.tree.map(lambda p: reshard(p, P("data")), params),
+        lambda updates, state, params=None: (updates, state),
+    )
+    params = jnp.ones((16, 2))
+    with jax.set_mesh(mesh):
+        assert state_shardings(plain, params, P("data")) == P("data")
+        tx = accumulate(2, optax.sgd(0.1, momentum=0.9), reduce_axes="data")
+        specs = state_shardings(tx, params, P())
+    assert (specs.grad_sum, specs.weight) == (P("data"), P("data"))
+    assert specs.inner_state[0].trace == P()
+
+
+@needs_reshard
+def test_complex_parameters_are_refused():
+    mesh = make_mesh(AxisType.Explicit)
+    tx = accumulate(2, optax.sgd(0.1), reduce_axes="data")
+    with jax.set_mesh(mesh):
+        params = {"c": jax.device_put(jnp.ones(2, jnp.complex64), NamedSharding(mesh, P()))}
+        with pytest.raises(TypeError, match=r"leaf \['c'\] is complex, and JAX cannot"):
+            tx.init(params)
+
+
+@needs_reshard
+def test_the_state_of_parameters_that_wait_to_be_reduced_waits_too():
+    mesh = make_mesh(AxisType.Explicit)
+    tx = accumulate(2, optax.sgd(0.1, momentum=0.9), reduce_axes="data")
+    with jax.set_mesh(mesh):
+        params = jax.device_put(jnp.ones((4, 2)), NamedSharding(mesh, P()))
+        params = jax.reshard(params, P(None, None, reduced={"data"}))
+        shardings = state_shardings(tx, params)
+        state = jax.jit(tx.init)(params)
+    assert (
+        shardings.grad_sum.spec.unreduced == {"data"} == shardings.inner_state[0].trace.spec.reduced
+    )
+    assert jax.typeof(state.grad_sum).sharding.spec.unreduced == {"data"}
+
+
+@pytest.mark.skipif(hasattr(jax, "reshard"), reason="this JAX knows unreduced arrays")
+def test_a_jax_that_cannot_compute_with_unreduced_arrays_is_named():
+    tx = accumulate(2, optax.sgd(0.1), reduce_axes="data")
+    message = r"'data', an Explicit axis.*update JAX"
+    with jax.set_mesh(make_mesh(AxisType.Explicit)), pytest.raises(ValueError, match=message):
+        tx.init(jnp.ones(2))

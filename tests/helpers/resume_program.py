@@ -1,6 +1,6 @@
 """A training program that checkpoints every microbatch and, run again, goes on where it was.
 
-Usage: python resume_program.py FOLDER MICROBATCHES [WAIT_AFTER]. Says `saved N` after each
+Usage: python -m helpers.resume_program FOLDER MICROBATCHES [WAIT_AFTER]. Says `saved N` after each
 microbatch, after one of them waits to be killed, and writes its state to FOLDER/params.npz.
 """
 

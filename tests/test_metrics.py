@@ -47,7 +47,7 @@ def logged(tx, calls, **options):
 @pytest.mark.parametrize(
     "k", [3, lambda step: 3, jnp.int32(3)], ids=["constant", "function", "array"]
 )
-def test_the_numbers_of_a_window(k):
+def test_numbers_of_an_open_window_are_those_so_far(k):
     tx = accumulate(k, optax.adam(0.1), metrics=("loss",))
     calls = list(zip(WEIGHTS, LOSSES, map(gradients, range(3)), strict=True))
     found = logged(tx, calls)
@@ -67,7 +67,7 @@ def test_the_numbers_of_a_window(k):
     "k", [1, lambda step: 1, jnp.int32(1)], ids=["constant", "function", "array"]
 )
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
-def test_the_same_program_at_k_1(k, reduction):
+def test_the_same_program_runs_at_k_1(k, reduction):
     tx = accumulate(k, optax.adam(0.1), metrics=("loss",), loss_reduction=reduction)
     calls = list(zip(WEIGHTS, LOSSES, map(gradients, range(3)), strict=True))
     for i, metrics in enumerate(logged(tx, calls, loss_reduction=reduction)):
@@ -119,7 +119,7 @@ def test_metrics_are_not_seen_by_the_inner_optimizer():
 
 
 @pytest.mark.parametrize("k", [1, 2])
-def test_of_integer_parameters_and_sums_for_the_inner_optimizer(k):
+def test_the_norm_is_that_of_the_mean_over_what_has_a_gradient(k):
     """The norm is that of the mean, over what has a gradient."""
     params, grads = PARAMS | {"steps": jnp.arange(3)}, gradients(0) | {"steps": None}
     tx = accumulate(k, optax.sgd(0.1), use_grad_mean=False)
@@ -171,12 +171,12 @@ def test_under_jit_an_unused_norm_costs_nothing():
         ),
     ],
 )
-def test_names_that_cannot_be(options, error, text):
+def test_names_that_cannot_be_are_refused(options, error, text):
     with pytest.raises(error, match=text):
         accumulate(4, **options)
 
 
-def test_what_cannot_be_read():
+def test_what_cannot_be_read_is_refused():
     match = "name 'grad_norm', which `window_metrics` returns itself"
     with pytest.raises(ValueError, match=match):
         accumulate(2, metrics=("grad_norm",))
@@ -201,7 +201,7 @@ def test_a_forgotten_metric_is_an_error():
         tx.update(PARAMS, tx.init(PARAMS))
 
 
-def test_a_state_with_other_metrics():
+def test_a_state_with_other_metrics_says_how_to_go_on():
     old, new = accumulate(4, metrics=("loss",)), accumulate(4, metrics=("loss", "accuracy"))
     state = old.init(PARAMS)
     with pytest.raises(
@@ -210,7 +210,7 @@ def test_a_state_with_other_metrics():
         new.update(PARAMS, state, loss=1.0, accuracy=1.0)
 
 
-def test_of_a_linen_train_state():
+def test_a_linen_train_state_can_be_read():
     tx = accumulate(2, optax.adam(0.1), metrics=("loss",))
     model = nn.Dense(1)
     params = model.init(jax.random.key(0), jnp.ones((1, 2)))["params"]
@@ -224,7 +224,7 @@ def test_of_a_linen_train_state():
     np.testing.assert_allclose(metrics["grad_norm"], np.sqrt(3), rtol=1e-6)
 
 
-def test_of_an_nnx_optimizer():
+def test_an_nnx_optimizer_can_be_read():
     tx = accumulate(2, optax.adam(0.1), metrics=("loss",))
     model = nnx.Linear(2, 1, rngs=nnx.Rngs(0))
     optimizer = optaccum.flax.Optimizer(model, tx, wrt=nnx.Param)
@@ -238,7 +238,7 @@ def test_of_an_nnx_optimizer():
 
 
 @pytest.mark.parametrize("inside", [True, False], ids=["inside", "outside"])
-def test_parts_of_devices(inside):
+def test_parts_of_devices_are_read_as_one(inside):
     """The numbers of all devices, read inside and outside of `jax.shard_map`."""
     mesh = meshes.make_mesh(AxisType.Auto)
     tx = accumulate(tokens.K, tokens.INNER, reduce_axes="data", metrics=("value",))
@@ -261,7 +261,7 @@ def test_parts_of_devices(inside):
 
 
 @meshes.needs_reshard
-def test_unreduced_sums():
+def test_unreduced_sums_are_read_as_one():
     mesh = meshes.make_mesh(AxisType.Explicit)
     tx = accumulate(2, optax.sgd(0.1), reduce_axes="data")
 

@@ -1,6 +1,7 @@
 """Derivatives of what `value_and_grad` returns, beside microbatches that hold NaN and no weight."""
 
 import collections
+import functools
 import re
 
 from helpers import meshes
@@ -38,49 +39,56 @@ OURS = {
         _sum, num_microbatches=4, weight_fn=_tokens, loss_reduction="sum"
     ),
 }
+
+
+@functools.cache
+def _derivatives():
+    """Returns the first and second derivatives of the loss of the rows that count."""
+    return jax.jit(jax.grad(_loss))(W, CLEAN), jax.jit(jax.hessian(_loss))(W, CLEAN)
+
+
 both = pytest.mark.parametrize("ours", OURS.values(), ids=OURS)
-jit_or_not = pytest.mark.parametrize("jit", [lambda f: f, jax.jit], ids=["eager", "jit"])
-
-
-@both
-@jit_or_not
-@pytest.mark.parametrize("mode", [jax.jacrev, jax.jacfwd])
-def test_derivatives_of_the_gradient(ours, jit, mode):
-    found = jit(mode(lambda w: ours(w, BATCH)[1]))(W)
-    np.testing.assert_allclose(found, jax.hessian(_loss)(W, CLEAN), rtol=1e-4, atol=1e-5)
 
 
 @both
 @pytest.mark.parametrize("mode", [jax.jacrev, jax.jacfwd])
-def test_derivatives_of_the_loss(ours, mode):
-    found = mode(lambda w: ours(w, BATCH)[0])(W)
-    np.testing.assert_allclose(found, jax.grad(_loss)(W, CLEAN), rtol=1e-5, atol=1e-6)
+def test_derivatives_are_those_of_the_rows_that_count(ours, mode):
+    of_loss, of_gradient = jax.jit(mode(lambda w: ours(w, BATCH)))(W)
+    expected, expected_too = _derivatives()
+    np.testing.assert_allclose(of_loss, expected, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(of_gradient, expected_too, rtol=1e-4, atol=1e-5)
+
+
+def test_derivatives_outside_of_jit_are_those_of_the_rows_that_count():
+    found = jax.jacrev(lambda w: OURS["mean"](w, BATCH)[1])(W)
+    np.testing.assert_allclose(found, _derivatives()[1], rtol=1e-4, atol=1e-5)
 
 
 @both
-def test_derivatives_by_rows_and_weights(ours):
+def test_derivatives_by_rows_that_do_not_count_are_zero(ours):
     def penalty(grad):
         return lambda batch: jnp.sum(grad(W, batch) ** 2)
 
     found = jax.jit(jax.grad(penalty(lambda w, batch: ours(w, batch)[1])))(BATCH)
-    expected = jax.grad(penalty(jax.grad(_loss)))(CLEAN)
+    expected = jax.jit(jax.grad(penalty(jax.grad(_loss))))(CLEAN)
     for a, e in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
         np.testing.assert_allclose(a[ROWS], e, rtol=1e-4, atol=1e-5)
         assert not np.any(np.delete(a, ROWS, axis=0))
 
 
-def test_one_microbatch_without_weight():
+def test_one_microbatch_without_weight_has_derivatives_of_zero():
     ours = optaccum.value_and_grad(_loss, num_microbatches=1, weight_fn=_tokens)
     nothing = {"x": jnp.full((4, 3), jnp.nan), "mask": jnp.zeros(4)}
     np.testing.assert_array_equal(jax.jacrev(lambda w: ours(w, nothing)[1])(W), np.zeros((3, 3)))
 
 
 @pytest.mark.parametrize("axes", [(0, None), (None, 0), (0, 0)], ids=str)
-def test_over_batches(axes):
+def test_under_vmap_each_member_has_its_own(axes):
     """Which microbatch counts differs between members, or not."""
     members = jax.tree.map(lambda x: jnp.stack([x, jnp.roll(x, 1, axis=0)]), BATCH)
     weights = jnp.stack([W, 2 * W])
 
+    @jax.jit
     def hessian(w, batch):
         return jax.jacrev(lambda w: OURS["mean"](w, batch)[1])(w)
 
@@ -97,7 +105,7 @@ def test_over_batches(axes):
 
 
 @meshes.needs_reshard
-def test_devices_that_differ_in_what_counts():
+def test_devices_may_differ_in_what_counts():
     """Microbatch 1 of every device but the first has weight."""
     mesh = jax.make_mesh((2,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
     more = {"x": jnp.nan_to_num(X, nan=0.5), "mask": jnp.arange(8.0) + 1}
@@ -114,7 +122,7 @@ def test_devices_that_differ_in_what_counts():
 
 
 @pytest.mark.parametrize("n", [1, 4])
-def test_the_program_of_the_gradient_has_nothing_of_it(n, monkeypatch):
+def test_the_gradient_alone_costs_nothing_more(n, monkeypatch):
     def operations():
         step = optaccum.value_and_grad(_loss, num_microbatches=n, weight_fn=_tokens)
         text = jax.jit(step).lower(W, BATCH).compile().as_text()
@@ -127,8 +135,7 @@ def test_the_program_of_the_gradient_has_nothing_of_it(n, monkeypatch):
 
 
 @both
-@jit_or_not
-def test_derivatives_by_what_the_loss_closes_over(ours, jit):
+def test_derivatives_by_what_the_loss_closes_over_are_right(ours):
     def penalty(scale):
         loss = _sum if ours is OURS["sum"] else _loss
         options = {"loss_reduction": "sum"} if ours is OURS["sum"] else {}
@@ -143,4 +150,5 @@ def test_derivatives_by_what_the_loss_closes_over(ours, jit):
     def expected(scale):
         return jnp.sum(jax.grad(lambda w: _loss(scale * w, CLEAN))(W) ** 2)
 
-    np.testing.assert_allclose(jit(jax.grad(penalty))(1.5), jax.grad(expected)(1.5), rtol=1e-4)
+    found, wanted = (jax.jit(jax.grad(fun))(1.5) for fun in (penalty, expected))
+    np.testing.assert_allclose(found, wanted, rtol=1e-4)

@@ -90,7 +90,7 @@ def test_microbatches_of_a_window_compute_as_one_batch():
     np.testing.assert_array_equal(input_history(parts), input_history(whole))
 
 
-def test_values_of_the_type_that_takes_the_largest():
+def test_values_of_the_type_that_takes_the_largest_keep_it():
     """Parameters of the dtype that Flax gives to values that are used more than once."""
 
     @jax.jit
@@ -122,7 +122,7 @@ def test_collections_need_a_state_with_room_for_them():
     assert step(state, jnp.ones((16, 16)))[0].mini_step == 1
 
 
-def test_collections_and_several_windows():
+def test_collections_beside_several_windows_are_refused():
     tx = optax.partition(
         {"a": accumulate(2, optax.sgd(0.1)), "b": accumulate(3, optax.sgd(0.1))},
         lambda params: {"kernel": "a"},

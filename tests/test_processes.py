@@ -2,7 +2,6 @@
 
 import argparse
 import os
-from pathlib import Path
 import re
 import shutil
 import signal
@@ -10,9 +9,11 @@ import subprocess
 import sys
 import time
 
-from helpers import scripts
+from helpers import parts_program, scripts
+from helpers.meshes import DEVICES
 import jax
 import numpy as np
+import optax
 import pytest
 
 pytestmark = pytest.mark.slow
@@ -22,12 +23,10 @@ for requirement in ("flax", "matplotlib", "rich", "sklearn"):
 pytest.importorskip("orbax.checkpoint")
 scripts.free_address()  # or skip this module
 
-REPOSITORY = Path(__file__).parents[1]
-MULTIHOST = REPOSITORY / "examples" / "multihost.py"
+MULTIHOST = scripts.REPOSITORY / "examples" / "multihost.py"
 STEPS, EVERY_K = 3, 4
 LAST = STEPS * EVERY_K
 COMMAND = [sys.executable, "-W", "error", str(MULTIHOST), f"--every-k={EVERY_K}"]
-ENVIRONMENT = {**os.environ, "PYTHONPATH": str(REPOSITORY), "COLUMNS": "100"}
 # Eight devices' parts of a gradient are summed in another order: at most 8 roundings of 2**-24 of
 # their sizes, here below 0.1. Where the gradient itself is tiny, AdamW with eps 1e-6 makes of that
 # a difference of rounding / eps of its step, 3e-3. (Seen: 1e-7; training moves parameters by 6e-3.)
@@ -48,7 +47,7 @@ def finished(tmp_path_factory):
     done = subprocess.run(
         [*COMMAND, f"--steps={STEPS}", "--save-every=5"],
         cwd=folder,
-        env=ENVIRONMENT,
+        env=scripts.ENVIRONMENT,
         encoding="utf-8",
         capture_output=True,
         timeout=300,
@@ -121,7 +120,7 @@ def endless(tmp_path):
     launcher = subprocess.Popen(
         [*COMMAND, "--steps=100000", "--save-every=10"],
         cwd=tmp_path,
-        env=ENVIRONMENT,
+        env=scripts.ENVIRONMENT,
         encoding="utf-8",
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -168,7 +167,7 @@ def test_processes_that_were_started_differently_all_stop(tmp_path):
         subprocess.Popen(
             [*COMMAND, "--steps=1000", f"--every-k={5 + i}", "--worker", address, "2", str(i)],
             cwd=tmp_path,
-            env=ENVIRONMENT,
+            env=scripts.ENVIRONMENT,
             encoding="utf-8",
             stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
@@ -209,3 +208,63 @@ def test_what_cannot_work_is_refused(multihost, tmp_path, monkeypatch, capsys, o
     assert exit_.value.code == 2
     assert f"argument {option}: " in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["something"]
+
+
+# Parts of sums on the devices of two real processes are those of one process.
+
+
+def one_batch_a_window():
+    """Returns the parameters after the windows as full batches, without what is rejected."""
+    batches = [
+        (x, mask)
+        for i, (x, mask) in enumerate(zip(parts_program.X, parts_program.MASK, strict=True))
+        if i != parts_program.REJECTED
+    ]
+    inner = optax.adam(0.1, eps=1e-2)
+    params = {"w": np.linspace(-1, 1, 24, dtype=np.float32).reshape(6, 4), "b": np.zeros(4, "f")}
+    state = inner.init(params)
+    for start in (0, parts_program.EVERY_K):
+        window = batches[start : start + parts_program.EVERY_K]
+        x, mask = (np.concatenate(arrays) for arrays in zip(*window, strict=True))
+        grads = jax.grad(parts_program.loss_fn)(params, x, mask)
+        updates, state = inner.update(grads, state, params)
+        params = optax.apply_updates(params, updates)
+    return params
+
+
+def test_two_processes_end_with_what_one_has(tmp_path):
+    if jax.device_count() < DEVICES:
+        pytest.skip(f"needs {DEVICES} devices")
+    address = scripts.free_address()
+    flags = f"--xla_force_host_platform_device_count={DEVICES // 2}"
+    environment = os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
+    environment |= {"PYTHONPATH": str(scripts.REPOSITORY)}
+    files = [tmp_path / f"{i}.npz" for i in range(2)]
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-m", parts_program.__name__, address, "2", str(i), file],
+            cwd=scripts.REPOSITORY / "tests",
+            env=environment,
+            encoding="utf-8",
+            stdout=subprocess.DEVNULL,  # gloo reports to it
+            stderr=subprocess.PIPE,
+        )
+        for i, file in enumerate(files)
+    ]
+    try:
+        errors = [process.communicate(timeout=120)[1] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
+    assert not any(process.returncode for process in processes), errors
+    first, second = (dict(np.load(file)) for file in files)
+    jax.tree.map(np.testing.assert_array_equal, first, second)
+    alone = parts_program.train(jax.devices()[:DEVICES])
+    counters = "mini_step", "gradient_step", "skipped", "released"
+    for counted in (first, alone):
+        assert [int(counted[name]) for name in counters] == [1, 2, 1, 0]
+    for name, expected in one_batch_a_window().items():
+        # Sums in another order, in steps of 0.1 that are divided by |g| + 1e-2.
+        np.testing.assert_allclose(first[name], alone[name], rtol=2e-5, atol=2e-5)
+        np.testing.assert_allclose(first[name], expected, rtol=2e-5, atol=2e-5)
