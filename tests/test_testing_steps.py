@@ -10,8 +10,7 @@ import optax
 import pytest
 
 import optaccum
-from optaccum._testing import probes, runs, step
-from optaccum.testing import check_step
+from optaccum.testing import check_step, probes, runs, step
 
 ROWS, FEATURES, K = 12, 5, 4
 _keys = jax.random.split(jax.random.key(0), 4)

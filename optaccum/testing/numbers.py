@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from optaccum._check import arguments
-from optaccum._testing.gradients import Point
+from optaccum.testing.gradients import Point
 
 LARGEST_TOLERANCE = 0.05
 COARSE = 0.01  # a tolerance above which a mistake of a percent is not seen

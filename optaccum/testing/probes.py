@@ -7,10 +7,10 @@ from typing import Any
 import jax
 import numpy as np
 
-from optaccum._testing import counts, numbers, runs
-from optaccum._testing.gradients import Point
-from optaccum._testing.report import Finding, Report
-from optaccum._testing.runs import Program, Run
+from optaccum.testing import counts, numbers, runs
+from optaccum.testing.gradients import Point
+from optaccum.testing.report import Finding, Report
+from optaccum.testing.runs import Program, Run
 
 INSIDE = (
     "put everything that acts on every call inside: `optaccum.accumulate(every_k, "

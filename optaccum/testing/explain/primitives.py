@@ -4,8 +4,8 @@ from collections.abc import Callable
 import math
 from typing import Any
 
-from optaccum._testing.calls import CALLS
-from optaccum._testing.values import CONST, Value, merge
+from optaccum.testing.explain.calls import CALLS
+from optaccum.testing.explain.values import CONST, Value, merge
 
 KEEP = {
     "convert_element_type", "broadcast_in_dim", "squeeze", "transpose", "expand_dims", "copy",

@@ -8,8 +8,8 @@ the module by its name: `import optaccum` does not.
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from optaccum._testing import loss as _loss, step as _step
-from optaccum._testing.report import Finding, Report
+from optaccum.testing import loss as _loss, step as _step
+from optaccum.testing.report import Finding, Report
 
 __all__ = ("Finding", "Report", "assert_equivalent", "check_loss", "check_step")
 

@@ -8,11 +8,11 @@ import jax
 import numpy as np
 
 from optaccum._check import arguments, batch as check_batch
-from optaccum._testing import numbers, probes, runs
-from optaccum._testing.numbers import LARGEST_TOLERANCE
-from optaccum._testing.report import Finding, Report
-from optaccum._testing.runs import Program, Run
-from optaccum._testing.structure import EPS
+from optaccum.testing import numbers, probes, runs
+from optaccum.testing.explain.structure import EPS
+from optaccum.testing.numbers import LARGEST_TOLERANCE
+from optaccum.testing.report import Finding, Report
+from optaccum.testing.runs import Program, Run
 
 WINDOWS = 2
 AVERAGES = re.compile(r"ema|averag|avg|shadow|polyak", re.IGNORECASE)

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from optaccum._testing.structure import EPS, MANY
+from optaccum.testing.explain.structure import EPS, MANY
 
 ROUNDING = 8 * EPS * math.sqrt(MANY)  # what it explains of a gradient, relative to its size
 MEANS = re.compile(r"\b(mu|trace)\b")  # where optimizers of Optax keep means of gradients

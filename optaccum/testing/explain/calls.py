@@ -3,7 +3,7 @@
 import dataclasses
 from typing import Any
 
-from optaccum._testing.values import CONST, Value, merge
+from optaccum.testing.explain.values import CONST, Value, merge
 
 ROUNDS = 6  # of a loop, until what it carries stays as it is
 

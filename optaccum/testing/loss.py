@@ -9,10 +9,11 @@ import jax
 import numpy as np
 
 from optaccum._check import arguments, batch as check_batch, roles as check_roles
-from optaccum._testing import counts, gradients, numbers, structure
-from optaccum._testing.gradients import Loss
-from optaccum._testing.report import Finding, Report
-from optaccum._testing.structure import Structure
+from optaccum.testing import counts, gradients, numbers
+from optaccum.testing.explain import structure
+from optaccum.testing.explain.structure import Structure
+from optaccum.testing.gradients import Loss
+from optaccum.testing.report import Finding, Report
 
 COUPLING = ("pairwise", "batch_statistic", "nonlinear", "order")
 

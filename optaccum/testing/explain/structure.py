@@ -10,11 +10,11 @@ from jax.extend.core import Literal
 import jax.numpy as jnp
 import numpy as np
 
-from optaccum._testing import primitives
-from optaccum._testing.gradients import Loss
-from optaccum._testing.lines import find_line
-from optaccum._testing.report import Finding
-from optaccum._testing.values import BAD, CONST, Rules, Value
+from optaccum.testing.explain import primitives
+from optaccum.testing.explain.lines import find_line
+from optaccum.testing.explain.values import BAD, CONST, Rules, Value
+from optaccum.testing.gradients import Loss
+from optaccum.testing.report import Finding
 
 EPS = float(np.finfo(np.float32).eps)
 MANY = 1000  # roundings on a path, where the program could not be read
