@@ -413,7 +413,7 @@ def test_a_failure_of_the_check_is_not_the_step_s(monkeypatch):
     report = check_step(plain(inside(SGD)), PARAMS, BATCH, every_k=K)
     assert (report.exact, report.kind) == (None, "unknown")
     assert "could not be compared" in str(report)
-    assert report.remedy == probes.REPORT
+    assert report.remedy == step.REPORT
 
 
 @pytest.mark.slow
@@ -428,7 +428,7 @@ def test_low_precision_is_not_taken_for_a_mistake(store, inner):
     report = check_step(plain(inside(inner), loss), params, BATCH, every_k=K)
     assert report.exact is not False
     if report.exact is None:
-        assert report.remedy == probes.COARSE
+        assert report.remedy == step.COARSE
 
 
 @pytest.mark.slow

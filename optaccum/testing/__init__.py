@@ -10,6 +10,7 @@ from typing import Any
 
 from optaccum.testing import loss as _loss, step as _step
 from optaccum.testing.report import Finding, Report
+from optaccum.testing.runs import Program
 
 __all__ = ("Finding", "Report", "assert_equivalent", "check_loss", "check_step")
 
@@ -98,9 +99,7 @@ def check_loss(
     Raises:
         TypeError, ValueError: for arguments that do not fit, as :func:`optaccum.value_and_grad`.
     """
-    return _loss.check(
-        fun,
-        args,
+    options = _loss.Options(
         {} if kwargs is None else kwargs,
         num_microbatches,
         argnums,
@@ -111,6 +110,7 @@ def check_loss(
         rng_argnums,
         tolerance,
     )
+    return _loss.check(fun, args, options)
 
 
 def assert_equivalent(fun: Callable[..., Any], *args: Any, **options: Any) -> None:
@@ -215,4 +215,5 @@ def check_step(
     Raises:
         TypeError, ValueError: for arguments that do not fit.
     """
-    return _step.check(make_step, params, batch, every_k, inside_step, get_params, tolerance)
+    program = Program(make_step, params, every_k, inside_step, get_params)
+    return _step.check(program, batch, tolerance)

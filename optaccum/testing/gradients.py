@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -11,94 +12,137 @@ import numpy as np
 from optaccum._core import batch
 from optaccum._value_and_grad import value_and_grad
 
+POINTS = 3
 
-@dataclasses.dataclass(frozen=True)
+
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class Loss:
-    """A loss of arguments by position with their roles, no position negative, and their names."""
+    """A loss of arguments by position, with their names and roles.
+
+    Attributes:
+        fun: the function of `args`.
+        args: its arguments.
+        names: what the function calls them.
+        argnums: positions of what is differentiated.
+        rows: positions of what is split.
+        keys: positions of random keys.
+        has_aux: whether `fun` returns `(scalar, aux)`.
+        weight_fn: what counts a microbatch, also a function of `args`, or None.
+    """
 
     fun: Callable[..., Any]
     args: list[Any]
     names: list[str]
     argnums: tuple[int, ...]
     rows: tuple[int, ...]
-    rngs: tuple[int, ...]
+    keys: tuple[int, ...]
     has_aux: bool
     weight_fn: Callable[..., Any] | None
 
+    def some(self, positions: tuple[int, ...]) -> dict[int, Any]:
+        """Returns the arguments at some positions."""
+        return {j: self.args[j] for j in sorted(positions)}
+
     @property
     def arrays(self) -> dict[int, Any]:
-        """The arguments that are traced; the others may be anything and are closed over."""
-        return {j: self.args[j] for j in sorted((*self.argnums, *self.rows, *self.rngs))}
+        """The arguments that are traced; the others may be anything."""
+        return self.some((*self.argnums, *self.rows, *self.keys))
+
+    @property
+    def count_rows(self) -> int:
+        """The rows of the full batch."""
+        return np.shape(jax.tree.leaves(self.some(self.rows))[0])[0]
+
+    def leaves(self, j: int) -> dict[str, Any]:
+        """Returns the leaves of argument j by the names that the function would write."""
+        leaves = jax.tree_util.tree_leaves_with_path(self.args[j])
+        return {self.names[j] + jax.tree_util.keystr(path): leaf for path, leaf in leaves}
 
     def __call__(self, arrays: dict[int, Any]) -> jax.Array:
         """Returns the loss with some arguments replaced."""
-        args = [arrays.get(j, x) for j, x in enumerate(self.args)]
-        result = self.fun(*args)
+        result = self.fun(*[arrays.get(j, x) for j, x in enumerate(self.args)])
         return result[0] if self.has_aux else result
 
-    def weight(self, arrays: dict[int, Any]) -> float:
+    def weight(self, arrays: dict[int, Any]) -> Any:
         """Returns how much a microbatch counts."""
-        return 1.0 if self.weight_fn is None else float(self.counted(arrays))
-
-    def counted(self, arrays: dict[int, Any]) -> Any:
-        """Returns what `weight_fn` does."""
-        assert self.weight_fn is not None
+        if self.weight_fn is None:
+            return 1.0
         return self.weight_fn(*[arrays.get(j, x) for j, x in enumerate(self.args)])
+
+    def split(self, trained: dict[int, Any], rest: dict[int, Any]) -> jax.Array:
+        """Returns the loss, with what is differentiated in an argument of its own."""
+        return self({**rest, **trained})
+
+    @functools.cached_property
+    def compiled(self) -> Callable[..., Any]:
+        """The compiled gradient of :meth:`split`."""
+        return jax.jit(jax.grad(self.split))
+
+    def trace_gradient(self) -> Any:
+        """Returns the program of the gradient."""
+        rest = self.some((*self.rows, *self.keys))
+        return jax.make_jaxpr(jax.grad(self.split))(self.some(self.argnums), rest)
+
+    def gradient(self, changed: dict[int, Any]) -> np.ndarray:
+        """Returns the gradient with some arguments replaced, f64[P]."""
+        arrays = self.arrays | changed
+        trained = {j: arrays.pop(j) for j in self.argnums}
+        with jax.default_matmul_precision("highest"):
+            return flat(self.compiled(trained, arrays))
 
 
 @dataclasses.dataclass(frozen=True)
-class Point:
-    """Gradients at one value of the parameters.
+class Gradients:
+    """Gradients at m values of the parameters, in units of their size.
+
+    The size is the norm of the full batch's gradient, or of a typical microbatch's if it is larger.
 
     Attributes:
-        full: f64[P], of the full batch.
-        parts: f64[n, P], of the microbatches.
-        noise: how far the full batch's gradient moves when its rows change places.
+        full: f64[m, P], of the full batch.
+        parts: f64[m, n, P], of the microbatches.
+        sizes: f64[m], the units.
     """
 
     full: np.ndarray
     parts: np.ndarray
-    noise: float
-
-    @property
-    def size(self) -> float:
-        """The norm against which errors count: no smaller than that of a typical microbatch."""
-        parts = self.parts[np.isfinite(self.parts).all(1)]
-        typical = np.sqrt(np.mean(np.sum(parts**2, 1))) if len(parts) else 0.0
-        return max(float(np.linalg.norm(self.full)), float(typical), np.finfo(float).tiny)
+    sizes: np.ndarray
 
 
-def measure(loss: Loss, n: int, points: int = 3) -> tuple[list[Point], np.ndarray]:
-    """Returns the gradients at the caller's parameters and at others near them, and the weights.
+def scaled(full: Any, parts: Any) -> Gradients:
+    """Returns gradients in units of their size."""
+    full, parts = np.asarray(full), np.asarray(parts)
+    finite = np.isfinite(parts).all(2)
+    squares = np.where(finite, np.square(parts).sum(2), 0.0).sum(1)
+    typical = np.sqrt(squares / np.maximum(finite.sum(1), 1))
+    sizes = np.maximum(np.linalg.norm(full, axis=1), typical)
+    sizes = np.where(np.isfinite(sizes) & (sizes > 0), sizes, 1.0)
+    return Gradients(full / sizes[:, None], parts / sizes[:, None, None], sizes)
 
-    Points where the full batch's gradient is not finite are left out, but for the first.
+
+def measure(loss: Loss, n: int) -> tuple[Gradients, np.ndarray, float]:
+    """Returns gradients at the caller's parameters and near them, the weights, and the noise.
+
+    The noise is how far the full batch's gradient moves if its rows change places. Parameters with
+    a gradient that is not finite are left out, but for the caller's.
     """
-    differentiate = jax.jit(jax.grad(lambda trained, rest: loss({**rest, **trained})))
-    split = {j: batch.split(jax.tree.map(jnp.asarray, loss.args[j]), n) for j in loss.rows}
-
-    def gradient(trained: Any, rest: Any) -> np.ndarray:
-        with jax.default_matmul_precision("highest"):
-            return flat(differentiate(trained, rest))
-
-    trained = {j: loss.args[j] for j in loss.argnums}
-    whole = {j: x for j, x in loss.arrays.items() if j not in trained}
-    own = [
-        {**whole, **{j: batch.take(x, jnp.asarray(i)) for j, x in split.items()}} for i in range(n)
-    ]
-    # The same rows, those of the last microbatch first: sums in another order.
-    turned = {j: jax.tree.map(_reverse, x) for j, x in whole.items() if j in split}
+    rows = jax.tree.map(jnp.asarray, loss.some(loss.rows))
+    # The rows of the last microbatch come first: sums in another order.
+    turned = jax.tree.map(lambda x: jnp.flip(x, 0), rows)
+    cut = batch.split(rows, n)
+    microbatches = [batch.take(cut, jnp.asarray(i)) for i in range(n)]
     found = []
-    for number in range(points):
-        at = trained if not number else nearby(trained, number)
-        full = gradient(at, whole)
+    for number in range(POINTS):
+        params = nearby(loss.some(loss.argnums), number)
+        full = loss.gradient(params)
         if number and not np.isfinite(full).all():
             continue
-        parts = np.stack([gradient(at, rest) for rest in own])
-        point = Point(full, parts, 0.0)
-        noise = float(np.linalg.norm(gradient(at, {**whole, **turned}) - full)) / point.size
-        found.append(dataclasses.replace(point, noise=noise))
-    weights = np.array([loss.weight({**trained, **rest}) for rest in own])
-    return found, weights
+        parts = [loss.gradient(params | each) for each in microbatches]
+        found.append((full, parts, loss.gradient(params | turned)))
+    full, parts, again = (np.stack(each) for each in zip(*found, strict=True))
+    gradients = scaled(full, parts)
+    noise = np.linalg.norm(again / gradients.sizes[:, None] - gradients.full, axis=1)
+    weights = np.array([float(loss.weight(each)) for each in microbatches])
+    return gradients, weights, float(noise.max())
 
 
 def of_loop(loss: Loss, n: int) -> np.ndarray:
@@ -106,54 +150,44 @@ def of_loop(loss: Loss, n: int) -> np.ndarray:
 
     The arrays lie where the caller put them, so that compilers do here what they do in training.
     """
-    trained = {j: loss.args[j] for j in loss.argnums}
-    rows = {j: jax.tree.map(jnp.asarray, loss.args[j]) for j in loss.rows}
-    keys = {j: loss.args[j] for j in loss.rngs}
+    keys = loss.some(loss.keys)
 
     def value(trained, rows):
-        return loss({**keys, **trained, **rows})
+        return loss(keys | trained | rows)
 
-    def counted(trained, rows):
-        return loss.counted({**keys, **trained, **rows})
+    def weight(trained, rows):
+        return loss.weight(keys | trained | rows)
 
-    weight_fn = None if loss.weight_fn is None else counted
-    loop = value_and_grad(value, num_microbatches=n, weight_fn=weight_fn)
+    weight_fn = None if loss.weight_fn is None else weight
+    loop = jax.jit(value_and_grad(value, num_microbatches=n, weight_fn=weight_fn))
+    rows = jax.tree.map(jnp.asarray, loss.some(loss.rows))
     with jax.default_matmul_precision("highest"):
-        return flat(jax.jit(loop)(trained, rows)[1])
+        return flat(loop(loss.some(loss.argnums), rows)[1])
 
 
 def depends_on_keys(loss: Loss, tolerance: float) -> bool:
-    """Returns whether other keys in `rng_argnums` give another gradient."""
-    if not loss.rngs:
+    """Returns whether other random keys give another gradient."""
+    others = {j: batch.own_keys(x, jnp.asarray(1)) for j, x in loss.some(loss.keys).items()}
+    if not others:
         return False
-    differentiate = jax.jit(jax.grad(lambda trained, rest: loss({**rest, **trained})))
-    trained = {j: loss.args[j] for j in loss.argnums}
-    rest = {j: x for j, x in loss.arrays.items() if j not in trained}
-    others = {j: batch.own_keys(loss.args[j], jnp.asarray(1)) for j in loss.rngs}
-    a, b = (flat(differentiate(trained, x)) for x in (rest, {**rest, **others}))
+    a, b = loss.gradient({}), loss.gradient(others)
     return not float(np.linalg.norm(a - b)) <= tolerance * max(np.linalg.norm(a), 1e-300)
 
 
 def flat(tree: Any) -> np.ndarray:
     """Returns the real numbers in a tree, f64[P]."""
-    parts = []
-    for leaf in jax.tree.leaves(tree):
-        if not jnp.issubdtype(leaf.dtype, jnp.inexact):
-            continue
-        x: Any = np.asarray(leaf)
-        if np.iscomplexobj(x):
-            x = np.stack([x.real, x.imag])
-        parts.append(x.astype(np.float64).ravel())
-    return np.concatenate(parts) if parts else np.zeros(0)
+    leaves = [np.asarray(x) for x in jax.tree.leaves(tree) if jnp.issubdtype(x.dtype, jnp.inexact)]
+    pairs = [np.stack([x.real, x.imag]) if np.iscomplexobj(x) else x for x in leaves]
+    return np.concatenate([np.zeros(0), *(x.astype(np.float64).ravel() for x in pairs)])
 
 
 def nearby(tree: Any, number: int) -> Any:
-    """Returns parameters moved at random by about a tenth of their size."""
+    """Returns parameters moved at random by about a tenth of their size; 0 leaves them."""
     random = np.random.default_rng(number)
 
     def move(x):
         x = jnp.asarray(x)
-        if not jnp.issubdtype(x.dtype, jnp.inexact):
+        if not number or not jnp.issubdtype(x.dtype, jnp.inexact):
             return x
         wide = np.asarray(x).astype(complex if jnp.iscomplexobj(x) else float)
         size = float(np.sqrt(np.mean(np.abs(wide) ** 2))) if x.size else 0.0
@@ -162,7 +196,3 @@ def nearby(tree: Any, number: int) -> Any:
         return jax.device_put((wide + step).astype(x.dtype), x.sharding)
 
     return jax.tree.map(move, tree)
-
-
-def _reverse(x: Any) -> Any:
-    return jnp.flip(jnp.asarray(x), 0)

@@ -6,10 +6,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from optaccum._check import arguments
-from optaccum.testing.gradients import Point
+from optaccum.testing.gradients import Gradients
 
 LARGEST_TOLERANCE = 0.05
-COARSE = 0.01  # a tolerance above which a mistake of a percent is not seen
 
 
 def check_tolerance(tolerance: float | None) -> None:
@@ -27,7 +26,7 @@ class Verdict:
 
     Attributes:
         kind: "exact", "factor", "weights", "coupled", "not_finite" or "unknown".
-        error: of the mean as it is taken now.
+        error: of the mean with the weights in use.
         scale: the factor it lacks, or None.
         weights: f64[n], the right shares, or None.
         source: the expression of the batch that counts so, or None.
@@ -43,116 +42,99 @@ class Verdict:
 
 
 def judge(
-    points: list[Point], given: np.ndarray, counts: dict[str, np.ndarray], tolerance: float
+    gradients: Gradients, used: np.ndarray, counts: dict[str, np.ndarray], tolerance: float
 ) -> Verdict:
     """Returns the verdict.
 
     The right weights depend on the data alone, so one set of them has to fit at all values of the
-    parameters. The gradient of f(mean of rows), such as that of a root of a mean, fits microbatches
-    at each value with other shares: it is no mean.
+    parameters. The gradient of f(mean of rows), such as a root of a mean, fits microbatches at each
+    value with other shares: it is no mean.
 
     Args:
-        points: gradients at several values of the parameters, the caller's first.
-        given: f64[n], the weights that the caller uses.
+        gradients: of the full batch and of microbatches.
+        used: f64[n], the weights in use.
         counts: {expression: f64[n]}, what the batch's leaves hold per microbatch.
         tolerance: the error that rounding explains.
     """
-    n = len(given)
-    error = off(points, given)
-    if not np.isfinite(points[0].full).all():
+    m, n, size = gradients.parts.shape
+    error = off(gradients, used)
+    if not np.isfinite(gradients.full[0]).all():
         return Verdict("not_finite", float("nan"))
     if error <= tolerance:
-        return Verdict("exact", error, 1.0, _shares(given))
-    scale = _factor(points, given, tolerance)
+        return Verdict("exact", error, 1.0, _shares(used))
+    scale = _factor(gradients, used, tolerance)
     if scale is not None:
-        return Verdict("factor", error, scale, _shares(given))
+        return Verdict("factor", error, scale, _shares(used))
     candidates = {"": np.ones(n), **counts}
     for source, weights in candidates.items():
-        if off(points, weights) <= tolerance:
+        if off(gradients, weights) <= tolerance:
             return Verdict("weights", error, 1.0, _shares(weights), source)
     for source, weights in candidates.items():
-        scale = _factor(points, weights, tolerance)
+        scale = _factor(gradients, weights, tolerance)
         if scale is not None:
             return Verdict("weights", error, scale, _shares(weights), source)
-    fitted = _fit(points, given, tolerance)
+    fitted = _fit(gradients.full, gradients.parts, used, tolerance)
     if fitted is not None and (fitted > -tolerance).all():
         total = float(fitted.sum())
         return Verdict("weights", error, total, fitted / total)
-    finite = [np.isfinite(point.parts).all() for point in points]
-    if not all(finite):
+    if not np.isfinite(gradients.parts).all():
         return Verdict("not_finite", error)
-    equations = len(points[0].full)
-    if equations * len(points) <= n:
+    if size * m <= n:
         return Verdict("unknown", error)
-    alone = equations > n and all(_fit([point], given, tolerance) is not None for point in points)
-    return Verdict("coupled", error, nonlinear=alone)
+    points = zip(gradients.full[:, None], gradients.parts[:, None], strict=True)
+    fits = size > n and all(_fit(*point, used, tolerance) is not None for point in points)
+    return Verdict("coupled", error, nonlinear=fits)
 
 
-def off(points: list[Point], weights: np.ndarray) -> float:
+def off(gradients: Gradients, weights: np.ndarray) -> float:
     """Returns how far the weighted means are from the full batch's gradients."""
-    return max(_error(point, weights) for point in points)
-
-
-def off_first(points: list[Point], gradient: np.ndarray) -> float:
-    """Returns how far a gradient at the caller's parameters is from the full batch's."""
-    return float(np.linalg.norm(gradient - points[0].full)) / points[0].size
+    means = _means(gradients, weights)
+    if means is None:
+        return float("inf")
+    return float(np.linalg.norm(means - gradients.full, axis=1).max())
 
 
 def _shares(weights: np.ndarray) -> np.ndarray | None:
     counts = np.where(np.isfinite(weights) & (weights >= 0), weights, 0)
-    total = counts.sum()
-    return counts / total if total > 0 else None
+    return counts / counts.sum() if counts.sum() > 0 else None
 
 
-def _mean(point: Point, weights: np.ndarray) -> np.ndarray | None:
-    """Returns the weighted mean; a microbatch that counts 0 adds nothing, not even a NaN."""
+def _means(gradients: Gradients, weights: np.ndarray) -> np.ndarray | None:
+    """Returns the weighted means; a microbatch that counts 0 adds nothing, not even a NaN."""
     shares = _shares(weights)
     if shares is None:
         return None
-    parts = np.where((shares > 0)[:, None], point.parts, 0.0)
-    return shares @ parts
+    means = np.einsum("n,mnp", shares, np.where((shares > 0)[:, None], gradients.parts, 0.0))
+    return means if np.isfinite(means).all() else None
 
 
-def _error(point: Point, weights: np.ndarray, scale: float = 1.0) -> float:
-    mean = _mean(point, weights)
-    if mean is None or not np.isfinite(mean).all():
-        return float("inf")
-    return float(np.linalg.norm(scale * mean - point.full)) / point.size
-
-
-def _factor(points: list[Point], weights: np.ndarray, tolerance: float) -> float | None:
+def _factor(gradients: Gradients, weights: np.ndarray, tolerance: float) -> float | None:
     """Returns the one factor with which the weighted means are the full batch's gradients."""
-    means = [_mean(point, weights) for point in points]
-    if not all(mean is not None and np.isfinite(mean).all() for mean in means):
+    means = _means(gradients, weights)
+    if means is None or not means.any() or means.size < 2:
         return None
-    a = np.concatenate([m / p.size for m, p in zip(means, points, strict=True) if m is not None])
-    b = np.concatenate([point.full / point.size for point in points])
-    if a @ a == 0 or len(b) < 2:
-        return None
-    scale = float(a @ b / (a @ a))
-    off = max(
-        float(np.linalg.norm(scale * mean - point.full))
-        / max(point.size, abs(scale) * float(np.linalg.norm(mean)))
-        for mean, point in zip(means, points, strict=True)
-        if mean is not None
-    )
+    scale = float(np.vdot(means, gradients.full) / np.vdot(means, means))
+    sizes = np.maximum(1.0, abs(scale) * np.linalg.norm(means, axis=1))
+    error = np.linalg.norm(scale * means - gradients.full, axis=1) / sizes
     # A factor near 0 fits whatever is near 0: it has to be told from none.
-    return scale if off <= tolerance and scale > 8 * tolerance else None
+    return scale if error.max() <= tolerance and scale > 8 * tolerance else None
 
 
-def _fit(points: list[Point], given: np.ndarray, tolerance: float) -> np.ndarray | None:
+def _fit(
+    full: np.ndarray, parts: np.ndarray, used: np.ndarray, tolerance: float
+) -> np.ndarray | None:
     """Returns factors with which the microbatches sum to the full batch, or None.
 
-    Of all that fit, those nearest to `given`: a microbatch without a gradient keeps its share.
+    Of all that fit, those nearest to `used`: a microbatch without a gradient keeps its share.
     """
-    used = np.all([np.isfinite(point.parts).all(1) for point in points], axis=0)
-    a = np.concatenate([np.where(used[:, None], p.parts, 0.0).T / p.size for p in points])
-    b = np.concatenate([p.full / p.size for p in points])
-    if len(b) <= used.sum():
+    n = len(used)
+    finite = np.isfinite(parts).all((0, 2))
+    a = np.where(finite[:, None], parts, 0.0).swapaxes(1, 2).reshape(-1, n)
+    if len(a) <= finite.sum():
         return None
-    shares = _shares(given)
-    start = np.where(used, 1 / len(given) if shares is None else shares, 0.0)
-    change = np.linalg.lstsq(a, b - a @ start, rcond=tolerance)[0]
-    fitted = start + change
-    off = np.linalg.norm(a @ fitted - b) / np.sqrt(len(points))
-    return fitted if off <= tolerance else None
+    shares = _shares(used)
+    start = np.where(finite, 1 / n if shares is None else shares, 0.0)
+    rest = full.ravel() - a @ start
+    fitted = start + np.linalg.lstsq(a, rest, rcond=tolerance)[0]
+    error = np.linalg.norm(a @ fitted - full.ravel()) / np.sqrt(len(full))
+    return fitted if error <= tolerance else None

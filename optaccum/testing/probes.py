@@ -1,50 +1,39 @@
 """Which mistake is it? Runs of a training step that one mistake changes and others do not."""
 
 import dataclasses
-import re
-from typing import Any
+import functools
+from typing import Any, NamedTuple
 
 import jax
+from jax.tree_util import keystr
 import numpy as np
 
-from optaccum.testing import counts, numbers, runs
-from optaccum.testing.gradients import Point
-from optaccum.testing.report import Finding, Report
-from optaccum.testing.runs import Program, Run
-
-INSIDE = (
-    "put everything that acts on every call inside: `optaccum.accumulate(every_k, "
-    "optax.chain(...))`, and keep averages of parameters by `has_released`."
-)
-DONATED = (
-    "use what the step returned, and copy with `jnp.copy` what you keep of a donated argument or "
-    "hold twice in the state."
-)
-LEARNING_RATE = "raise the learning rate, so that rounding is small beside a step."
-COARSE = "check the step in float32, parameters and batch included, where rounding is small."
-REPORT = "this is a fault of the check: report it, with the step."
-RUN = "make `step(state, rows)` run on the full batch and on each microbatch."
-REMEDIES = {
-    "optimizer": INSIDE,
-    "schedule": INSIDE,
-    "clip": "clip the mean, not each microbatch: `optaccum.accumulate(every_k, "
-    "optax.chain(optax.clip_by_global_norm(...), ...))`.",
-    "divided_twice": "do not divide the loss by `every_k`: the window's mean divides already.",
-    "factor": "sum against mean: return the mean over rows as the loss, and `use_grad_mean=True`.",
-    "dropout_keys": "give each microbatch a key of its own: `jax.random.fold_in(key, i)`, or "
-    "`rng_argnums` of `optaccum.value_and_grad`.",
-    "stochastic": "check in a deterministic mode, without dropout.",
-    "batch_norm": "BatchNorm sees microbatches: use GroupNorm or LayerNorm, "
-    "`optaccum.microbatched`, or accept it.",
-    "coupled": "`optaccum.microbatched`; `optaccum.testing.check_loss` of the loss names the line.",
-    "unknown": "`optaccum.testing.check_loss` of the loss tells whether it or the optimizer "
-    "differs.",
-}
+from optaccum.testing import counts, numbers
+from optaccum.testing.gradients import scaled
+from optaccum.testing.runs import Program, Run, take
 
 
-@dataclasses.dataclass
+class Mistake(NamedTuple):
+    """What a probe found: a kind and a sentence, and what a report has of it besides."""
+
+    kind: str
+    detail: str
+    scale: float | None = None
+    weights: np.ndarray | None = None
+
+
+@dataclasses.dataclass(frozen=True)
 class Probe:
-    """What is known of a step whose microbatches do not give what the full batch gives."""
+    """What is known of a step whose microbatches do not give what the full batch gives.
+
+    Attributes:
+        program: the way to train.
+        batch: the full batch.
+        full: two windows of it as a whole.
+        window: two windows of its microbatches.
+        used: which numbers of the parameters are compared, bool[P].
+        bound: the error that rounding explains.
+    """
 
     program: Program
     batch: Any
@@ -53,185 +42,150 @@ class Probe:
     used: np.ndarray
     bound: float
 
-    def report(self, error: float, ordered: bool) -> Report:
-        """Returns the report: the first mistake that explains the difference.
+    def find(self, ordered: bool) -> Mistake:
+        """Returns the first mistake that explains the difference.
 
-        Args:
-            error: how far microbatches are off.
-            ordered: whether the order of the rows matters to the full batch.
+        `ordered` says whether the order of the rows matters to the full batch.
         """
-        k = self.program.every_k
-        rows = jax.tree.map(lambda x: np.repeat(np.asarray(x)[::k], k, axis=0), self.batch)
-        alike = runs.run(self.program, rows, k, 2)
-        finding = self._of_noise(alike) if ordered else None
-        scale = weights = None
-        if finding is None:
-            finding = self._of_holds(alike) or self._of_counts()
-        if finding is None:
-            # Microbatches of the same rows: what still differs is not the rows' doing.
-            finding, scale = self._of_scale(alike, runs.run(self.program, rows, 1, 2))
-        if finding is None:
-            finding, scale, weights = self._of_rows()
-        kind = finding.kind
-        remedy = REMEDIES.get(kind)
-        if kind == "weights":
-            remedy = (
-                "pass what each microbatch counts, as the detail says, as `weight=` to "
-                "`optaccum.accumulate` or `weight_fn` to `optaccum.value_and_grad`."
-            )
-        exact = None if kind in ("stochastic", "unknown") else False
-        return Report(exact, error, scale, weights, (finding,), remedy, self.bound)
+        if ordered:
+            return self._of_noise()
+        return self._of_holds() or self._of_counts() or self._of_scale() or self._of_rows()
 
-    def _of_noise(self, alike: Run) -> Finding:
-        """Says whether microbatches of the same rows and another key would be told apart."""
-        reused = False
-        if alike.per_window > 2:
-            one, two = _sums(alike, 1), _sums(alike, 2)
-            if one is not None and two is not None and len(one) == len(two):
-                size = max(np.linalg.norm(two), 1e-300)
+    @functools.cached_property
+    def _rows(self) -> Any:
+        """A batch whose microbatches have the same rows: what differs is not the rows' doing."""
+        k = self.program.every_k
+        return jax.tree.map(lambda x: np.repeat(np.asarray(x)[::k], k, axis=0), self.batch)
+
+    @functools.cached_property
+    def _alike(self) -> Run:
+        return self.program.run(self._rows, self.program.every_k)
+
+    def _of_noise(self) -> Mistake:
+        """Says whether microbatches of the same rows would be told apart by their keys."""
+        run, off, size = self._alike, np.inf, 1.0
+        if run.per_window > 2:
+            one, two = _sums(run, 1), _sums(run, 2)
+            if len(one) == len(two) > 0:
                 # Sums of equal gradients double, and their running mean stays.
                 off = min(np.linalg.norm(two - times * one) for times in (1, 2))
-                reused = bool(off <= 1e-4 * size)
+                size = np.linalg.norm(two)
         elif self.program.inside_step:
-            rows = runs.take(self.batch, 0, self.program.every_k)
-            a, b = alike.seen(), runs.run(self.program, rows, 1, 1).seen()
-            reused = bool(np.linalg.norm(a - b) <= 1e-4 * np.linalg.norm(b))
-        if reused:
+            alone = self.program.run(take(self.batch, 0, self.program.every_k), 1, 1).seen()
+            off, size = np.linalg.norm(run.seen() - alone), np.linalg.norm(alone)
+        if off <= 1e-4 * size:
             detail = "microbatches of the same rows have the same gradient: they share one key"
-            return Finding("dropout_keys", None, detail)
+            return Mistake("dropout_keys", detail)
         detail = "the gradient depends on the order of the rows: they draw random numbers"
-        return Finding("stochastic", None, detail)
+        return Mistake("stochastic", detail)
 
-    def _of_holds(self, alike: Run) -> Finding | None:
+    def _of_holds(self) -> Mistake | None:
         """Says whether a hold moves parameters, or lets an optimizer's means decay."""
-        for run in (self.window, alike):
+        for run in (self.window, self._alike):
             for i in range(1, len(run.params)):
                 if i % run.per_window == 0:
                     continue
-                if np.linalg.norm(run.params[i] - run.params[i - 1]) > 0:
-                    detail = (
+                if not np.array_equal(run.params[i], run.params[i - 1]):
+                    return Mistake(
+                        "optimizer",
                         f"parameters move in call {i}, which should only accumulate: the "
-                        "optimizer steps outside the accumulation"
+                        "optimizer steps outside the accumulation",
                     )
-                    return Finding("optimizer", None, detail)
-                path = _decays(run.states[i - 1], run.states[i])
-                if path is not None:
-                    detail = f"{path} decays in a call that should only accumulate"
-                    return Finding("optimizer", None, f"{detail}: it is outside the accumulation")
+                for path, x in run.states[i].items():
+                    if run.names(path) and _decays(run.states[i - 1].get(path), x):
+                        detail = f"{keystr(path)} decays in a call that should only accumulate"
+                        return Mistake("optimizer", f"{detail}: it is outside the accumulation")
         return None
 
-    def _of_counts(self) -> Finding | None:
+    def _of_counts(self) -> Mistake | None:
         """Says whether a schedule counts microbatches."""
-        a, b = self.full.state(2), self.window.state(2)
-        for path, count in b.items():
-            holder = self.window.holders.get(path, "")
-            if not re.search(r"\bcount\b", holder) or path not in a or count.shape != ():
-                continue
-            if a[path] == 2 and count == 2 * self.window.per_window > 2:
-                detail = f"{path} is {count} after two windows: it counts microbatches"
-                return Finding("schedule", None, detail)
+        before, after = self.full.state(2), self.window.state(2)
+        calls = 2 * self.window.per_window
+        for path, count in after.items():
+            if "count" in self.window.names(path) and path in before and count.shape == ():
+                if before[path] == 2 and count == calls > 2:
+                    detail = f"{keystr(path)} is {count} after two windows: it counts microbatches"
+                    return Mistake("schedule", detail)
         return None
 
-    def _of_scale(self, alike: Run, full: Run) -> tuple[Finding | None, float | None]:
+    def _of_scale(self) -> Mistake | None:
         """Says whether windows of one microbatch's rows lack a factor."""
-        a, b = alike.seen(), full.seen()
+        full, k = self.program.run(self._rows, 1), self.program.every_k
+        a, b = self._alike.seen(), full.seen()
         if len(a) != len(b) or not a.any() or not b.any():
-            return None, None
-        k, scale = self.program.every_k, float(a @ b / (a @ a))
+            return None
+        scale = float(a @ b / (a @ a))
         if np.linalg.norm(a - b) <= self.bound * np.linalg.norm(b):
             used = self.used & full.shown()
-            a, b = (run.change(2)[used] for run in (alike, full))
+            a, b = (run.change(2)[used] for run in (self._alike, full))
             if np.linalg.norm(a - b) <= 8 * self.bound * np.linalg.norm(b):
-                return None, None
-            detail = (
-                "the first window is right and the second is not: something counts microbatches"
-            )
-            return Finding("schedule", None, detail), None
+                return None
+            detail = "the first window is right and the second is not: something counts"
+            return Mistake("schedule", f"{detail} microbatches")
         if np.linalg.norm(scale * a - b) > self.bound * np.linalg.norm(b):
-            return None, None
+            return None
         if abs(scale - k) < 1e-3 * k:
             detail = f"the gradient of a window is 1/{k} of the full batch's: divided by {k} twice"
-            return Finding("divided_twice", None, detail), scale
+            return Mistake("divided_twice", detail, scale)
         detail = f"the gradient of the full batch is {scale:.6g} times that of a window"
-        return Finding("factor", None, detail), scale
+        return Mistake("factor", detail, scale)
 
-    def _of_rows(self) -> tuple[Finding, float | None, np.ndarray | None]:
-        """Says what it is about the rows: clipping, BatchNorm, weights or coupling."""
+    def _of_rows(self) -> Mistake:
+        """Says what it is about the rows: BatchNorm, clipping, weights or coupling."""
         k = self.program.every_k
-        if any("batch_stats" in path or "BatchNorm" in path for path in self.full.state()):
+        names = {
+            name
+            for path in self.full.state()
+            for name in keystr(path, simple=True, separator="/").split("/")
+        }
+        normalizes = any(name == "batch_stats" or "BatchNorm" in name for name in names)
+        if normalizes or self.program.has_statistics():
             detail = "the state has batch statistics, which are those of each microbatch"
-            return Finding("batch_norm", None, detail), None, None
-        own = [runs.take(self.batch, i, k) for i in range(k)]
-        parts = np.stack([runs.run(self.program, rows, 1, 1).seen() for rows in own])
-        whole, mean = self.full.seen(), self.window.seen()
-        sizes = np.linalg.norm(parts, axis=1)
-        averaged = np.linalg.norm(parts.mean(0) - mean) <= 8 * self.bound * np.linalg.norm(mean)
-        largest = sizes >= (1 - 1e-4) * sizes.max()
-        stats = self._has_statistics()
+            return Mistake("batch_norm", detail)
         if self.full.hides():
             detail = "windows of different rows differ; the optimizer hides their gradients"
-            return Finding("unknown", None, detail), None, None
-        if averaged and largest.sum() > 1 and np.linalg.norm(mean) < 0.9999 * sizes.max():
-            detail = (
-                f"{largest.sum()} of {k} microbatches have a gradient of the same norm, the largest"
-                ": each is clipped by itself"
-            )
-            return Finding("clip", None, detail), None, None
-        if stats:
-            detail = "the state has batch statistics, which are those of each microbatch"
-            return Finding("batch_norm", None, detail), None, None
-        leaves = {
-            f"batch{jax.tree_util.keystr(path)}": leaf
-            for path, leaf in jax.tree_util.tree_leaves_with_path(self.batch)
-        }
-        points = [Point(whole, parts, 0.0)]
-        verdict = numbers.judge(points, np.ones(k), counts.count(leaves, k), 8 * self.bound)
-        if verdict.kind == "weights" and verdict.weights is not None:
+            return Mistake("unknown", detail)
+        alone = (self.program.run(take(self.batch, i, k), 1, 1) for i in range(k))
+        parts = np.stack([run.seen() for run in alone])
+        whole, mean = self.full.seen(), self.window.seen()
+        sizes = np.linalg.norm(parts, axis=1)
+        largest = (sizes >= (1 - 1e-4) * sizes.max()).sum()
+        size = np.linalg.norm(mean)
+        averaged = np.linalg.norm(parts.mean(0) - mean) <= 8 * self.bound * size
+        if averaged and largest > 1 and size < 0.9999 * sizes.max():
+            detail = f"{largest} of {k} microbatches have a gradient of the same norm, the largest"
+            return Mistake("clip", f"{detail}: each is clipped by itself")
+        leaves = jax.tree_util.tree_leaves_with_path(self.batch)
+        counted = counts.count({f"batch{keystr(path)}": leaf for path, leaf in leaves}, k)
+        gradients = scaled([whole], [parts])
+        verdict = numbers.judge(gradients, np.ones(k), counted, 8 * self.bound)
+        if verdict.kind == "weights":
             by = f"`{verdict.source}`" if verdict.source else "a count of their own"
             detail = f"microbatches should count with {by}, and do not"
-            return Finding("weights", None, detail), verdict.scale, verdict.weights
+            return Mistake("weights", detail, verdict.scale, verdict.weights)
         if verdict.kind == "coupled":
             detail = "no weighting of the microbatches gives the full batch: rows are coupled"
-            return Finding("coupled", None, detail), None, None
+            return Mistake("coupled", detail)
         if verdict.kind == "exact":
             detail = "microbatches count alike in the full batch, and differently in the window"
-            return Finding("weights", None, detail), 1.0, np.full(k, 1 / k)
-        detail = "windows of different rows differ, and nothing tried explains it"
-        return Finding("unknown", None, detail), None, None
-
-    def _has_statistics(self) -> bool:
-        nnx = runs._nnx()
-        if nnx is None:
-            return False
-        params = self.program.params
-        return isinstance(params, nnx.Module) and bool(
-            jax.tree.leaves(nnx.to_pure_dict(nnx.state(params, nnx.BatchStat)))
-        )
+            return Mistake("weights", detail, 1.0, np.full(k, 1 / k))
+        return Mistake("unknown", "windows of different rows differ, and nothing tried explains it")
 
 
-def _sums(run: Run, call: int) -> np.ndarray | None:
-    """Returns what a hold changed in the state: the sums of gradients."""
+def _sums(run: Run, call: int) -> np.ndarray:
+    """Returns what a hold changed in the state: the sums of gradients, or nothing."""
     before, after = run.states[0], run.states[call]
     changed = [
-        after[path].ravel()
-        for path in after
-        if after[path].dtype.kind == "f"
-        and after[path].size > 1
-        and path in before
-        and not np.array_equal(after[path], before[path])
+        x.ravel()
+        for path, x in after.items()
+        if x.dtype.kind == "f" and x.size > 1 and not np.array_equal(before.get(path), x)
     ]
-    return np.concatenate(changed) if changed else None
+    return np.concatenate([np.zeros(0), *changed])
 
 
-def _decays(before: dict[str, np.ndarray], after: dict[str, np.ndarray]) -> str | None:
-    """Returns the path of a leaf that a hold has multiplied by a number in (0, 1)."""
-    for path, x in after.items():
-        if re.search("grad_sum|acc", path):
-            continue  # sums, which a window overwrites
-        y = before.get(path)
-        if y is None or x.shape != y.shape or x.dtype.kind != "f" or x.size < 2 or not y.any():
-            continue
-        factor = float((x * y).sum() / (y * y).sum())
-        if 0.01 < factor < 1 - 1e-6 and np.allclose(x, factor * y, rtol=1e-5, atol=0):
-            return path
-    return None
+def _decays(before: np.ndarray | None, after: np.ndarray) -> bool:
+    """Returns whether a hold has multiplied a leaf by a number in (0, 1)."""
+    if before is None or after.dtype.kind != "f" or after.size < 2 or not before.any():
+        return False
+    factor = float(np.vdot(after, before) / np.vdot(before, before))
+    return 0.01 < factor < 1 - 1e-6 and np.allclose(after, factor * before, rtol=1e-5, atol=0)

@@ -1,0 +1,76 @@
+"""How much of a difference rounding explains, from the operations of a program and their types."""
+
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import jax
+from jax.extend.core import ClosedJaxpr, Jaxpr, Literal
+import jax.numpy as jnp
+import numpy as np
+
+EPS = float(np.finfo(np.float32).eps)
+COARSE = 0.01  # a bound above which a mistake of a percent is not seen
+
+
+def bound(eps: float, roundings: int) -> float:
+    """Returns the relative error that rounding explains.
+
+    It adds up like a random walk over the program and back (2), in two computations that are
+    compared (2), of which the larger of a few draws counts (2): 8 u sqrt(roundings), u = eps.
+    """
+    return 8 * eps * float(np.sqrt(roundings))
+
+
+def equations(given: Iterable[Any], times: int = 1) -> Iterator[tuple[Any, int]]:
+    """Yields equations, those of the programs inside them, and how often each of them runs."""
+    for equation in given:
+        yield equation, times
+        inside = times * equation.params.get("length", 1)
+        for x in jax.tree.leaves([*equation.params.values()], is_leaf=_is_program):
+            if _is_program(x):
+                yield from equations(getattr(x, "jaxpr", x).eqns, inside)
+
+
+def _is_program(x: Any) -> bool:
+    return isinstance(x, ClosedJaxpr | Jaxpr)
+
+
+def count(program: Any) -> int:
+    """Returns at most how many roundings follow each other in a program."""
+    found = 0
+    for equation, times in equations(program.eqns):
+        for x in filter(_eps, equation.outvars):
+            found += times
+            if equation.primitive.name in ("reduce_sum", "dot_general", "cumsum"):
+                ins = max(y.aval.size for y in equation.invars)
+                found += times * (ins // max(x.aval.size, 1))
+    return max(found, 1)
+
+
+def narrowest(given: Iterable[Any]) -> float:
+    """Returns the eps of the narrowest floating-point type that equations compute."""
+    variables = (x for equation, _ in equations(given) for x in equation.outvars)
+    return max(map(_eps, variables), default=EPS)
+
+
+def narrowest_needed(program: Any) -> float:
+    """Returns `narrowest` of the equations that the results of a program need."""
+    needed = {x for x in program.jaxpr.outvars if not isinstance(x, Literal)}
+    found = []
+    for equation in reversed(program.eqns):
+        if not needed.isdisjoint(equation.outvars):
+            found.append(equation)
+            needed |= {x for x in equation.invars if not isinstance(x, Literal)}
+    return narrowest(found)
+
+
+def coarsest(tree: Any) -> float:
+    """Returns the eps of the narrowest floating-point type of a tree, at least that of float32."""
+    return max(EPS, *map(_eps, [0, *jax.tree.leaves(tree)]))
+
+
+def _eps(x: Any) -> float:
+    """Returns the eps of the type of an array or a variable, and 0 for what has none."""
+    dtype = getattr(getattr(x, "aval", x), "dtype", None)
+    inexact = dtype is not None and jnp.issubdtype(dtype, jnp.inexact)
+    return float(jnp.finfo(dtype).eps) if inexact else 0.0
