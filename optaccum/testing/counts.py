@@ -6,8 +6,6 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from optaccum._core.batch import is_typed_key
-
 LARGEST = 2**24  # elements; larger leaves are no masks
 VALUES = 64  # of an integer leaf that are tried as the one to ignore
 
@@ -30,11 +28,9 @@ def count(named: dict[str, Any], n: int) -> dict[str, np.ndarray]:
 
 
 def _counts(x: Any) -> bool:
-    if is_typed_key(x) or np.size(x) > LARGEST:
-        return False
     dtype = jnp.result_type(x)
-    return (
-        dtype == bool or jnp.issubdtype(dtype, jnp.integer) or jnp.issubdtype(dtype, jnp.floating)
+    return np.size(x) <= LARGEST and any(
+        jnp.issubdtype(dtype, kind) for kind in (jnp.bool_, jnp.integer, jnp.floating)
     )
 
 
@@ -44,31 +40,19 @@ def _counted(leaves: dict[str, np.ndarray]) -> Iterator[tuple[str, np.ndarray]]:
         views = {name: x}
         if x.ndim > 1 and x.shape[1] > 1:
             views |= {f"{name}[:, 1:]": x[:, 1:], f"{name}[:, :-1]": x[:, :-1]}
+        values, times = np.unique(x, return_counts=True) if x.dtype.kind in "biu" else ([], [])
+        often = [int(values[i]) for i in np.argsort(-np.asarray(times))[:VALUES]]
         for view, y in views.items():
             yield f"{view}.sum()", y
-            yield f"({view} != 0).sum()", y != 0
-        integral = x.dtype.kind in "biu"
-        values, times = np.unique(x, return_counts=True) if integral else ([], [])
-        often = [int(values[i]) for i in np.argsort(-np.asarray(times))[:VALUES]]
-        for value in (-100, -1):
-            for view, y in views.items() if value in often else ():
+        for value in [0, *(value for value in (-100, -1) if value in often), *often]:
+            for view, y in views.items():
                 yield f"({view} != {value}).sum()", y != value
         for view, y in views.items():
             yield f"({view} > 0).sum()", y > 0
             yield f"({view} >= 0).sum()", y >= 0
             yield f"(~jnp.isnan({view})).sum()", y == y
-        for value in often:
-            for view, y in views.items():
-                yield f"({view} != {value}).sum()", y != value
+            for value in often:
                 yield f"({view} == {value}).sum()", y == value
-                if y.ndim > 1:
-                    others = (y != value).any(axis=tuple(range(1, y.ndim)))
-                    yield f"({view} != {value}).any(axis=1).sum()", others
-        if integral:
-            yield f"({name} - 1).sum()", x.astype(np.float64) - 1
-        if x.ndim > 1:
-            yield f"{name}.any(axis=1).sum()", x.any(axis=tuple(range(1, x.ndim)))
-        yield f"({name} ** 2).sum()", x.astype(np.float64) ** 2
     few = [*leaves.items()][:8]
     for i, (a, x) in enumerate(few):
         for b, y in few[:i]:

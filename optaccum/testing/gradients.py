@@ -3,6 +3,7 @@
 from collections.abc import Callable
 import dataclasses
 import functools
+import operator
 from typing import Any
 
 import jax
@@ -11,6 +12,7 @@ import numpy as np
 
 from optaccum._core import batch
 from optaccum._value_and_grad import value_and_grad
+from optaccum.testing import rounding
 
 POINTS = 3
 
@@ -21,7 +23,7 @@ class Loss:
 
     Attributes:
         fun: the function of `args`.
-        args: its arguments.
+        args: its arguments by position.
         names: what the function calls them.
         argnums: positions of what is differentiated.
         rows: positions of what is split.
@@ -31,7 +33,7 @@ class Loss:
     """
 
     fun: Callable[..., Any]
-    args: list[Any]
+    args: dict[int, Any]
     names: list[str]
     argnums: tuple[int, ...]
     rows: tuple[int, ...]
@@ -39,56 +41,49 @@ class Loss:
     has_aux: bool
     weight_fn: Callable[..., Any] | None
 
-    def some(self, positions: tuple[int, ...]) -> dict[int, Any]:
+    def some(self, *positions: int) -> dict[int, Any]:
         """Returns the arguments at some positions."""
         return {j: self.args[j] for j in sorted(positions)}
 
     @property
     def arrays(self) -> dict[int, Any]:
         """The arguments that are traced; the others may be anything."""
-        return self.some((*self.argnums, *self.rows, *self.keys))
-
-    @property
-    def count_rows(self) -> int:
-        """The rows of the full batch."""
-        return np.shape(jax.tree.leaves(self.some(self.rows))[0])[0]
+        return self.some(*self.argnums, *self.rows, *self.keys)
 
     def leaves(self, j: int) -> dict[str, Any]:
         """Returns the leaves of argument j by the names that the function would write."""
         leaves = jax.tree_util.tree_leaves_with_path(self.args[j])
         return {self.names[j] + jax.tree_util.keystr(path): leaf for path, leaf in leaves}
 
-    def __call__(self, arrays: dict[int, Any]) -> jax.Array:
+    def __call__(self, *changed: dict[int, Any]) -> jax.Array:
         """Returns the loss with some arguments replaced."""
-        result = self.fun(*[arrays.get(j, x) for j, x in enumerate(self.args)])
+        result = self.fun(*functools.reduce(operator.or_, changed, self.args).values())
         return result[0] if self.has_aux else result
 
-    def weight(self, arrays: dict[int, Any]) -> Any:
+    def weight(self, *changed: dict[int, Any]) -> Any:
         """Returns how much a microbatch counts."""
         if self.weight_fn is None:
             return 1.0
-        return self.weight_fn(*[arrays.get(j, x) for j, x in enumerate(self.args)])
-
-    def split(self, trained: dict[int, Any], rest: dict[int, Any]) -> jax.Array:
-        """Returns the loss, with what is differentiated in an argument of its own."""
-        return self({**rest, **trained})
+        return self.weight_fn(*functools.reduce(operator.or_, changed, self.args).values())
 
     @functools.cached_property
-    def compiled(self) -> Callable[..., Any]:
-        """The compiled gradient of :meth:`split`."""
-        return jax.jit(jax.grad(self.split))
-
-    def trace_gradient(self) -> Any:
-        """Returns the program of the gradient."""
-        rest = self.some((*self.rows, *self.keys))
-        return jax.make_jaxpr(jax.grad(self.split))(self.some(self.argnums), rest)
+    def differentiated(self) -> Any:
+        """The compiled gradient, a function of what is trained and of the other arrays."""
+        return jax.jit(jax.grad(self.__call__))
 
     def gradient(self, changed: dict[int, Any]) -> np.ndarray:
         """Returns the gradient with some arguments replaced, f64[P]."""
         arrays = self.arrays | changed
         trained = {j: arrays.pop(j) for j in self.argnums}
         with jax.default_matmul_precision("highest"):
-            return flat(self.compiled(trained, arrays))
+            return flat(self.differentiated(trained, arrays))
+
+    def rounding(self) -> float:
+        """Returns the relative error of the gradient that rounding explains."""
+        rest = self.some(*self.rows, *self.keys)
+        program = self.differentiated.trace(self.some(*self.argnums), rest).jaxpr
+        depth = rounding.count(jax.make_jaxpr(self)(self.arrays))
+        return rounding.bound(rounding.narrowest(program), depth)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -125,14 +120,14 @@ def measure(loss: Loss, n: int) -> tuple[Gradients, np.ndarray, float]:
     The noise is how far the full batch's gradient moves if its rows change places. Parameters with
     a gradient that is not finite are left out, but for the caller's.
     """
-    rows = jax.tree.map(jnp.asarray, loss.some(loss.rows))
+    rows = jax.tree.map(jnp.asarray, loss.some(*loss.rows))
     # The rows of the last microbatch come first: sums in another order.
     turned = jax.tree.map(lambda x: jnp.flip(x, 0), rows)
     cut = batch.split(rows, n)
     microbatches = [batch.take(cut, jnp.asarray(i)) for i in range(n)]
     found = []
     for number in range(POINTS):
-        params = nearby(loss.some(loss.argnums), number)
+        params = nearby(loss.some(*loss.argnums), number)
         full = loss.gradient(params)
         if number and not np.isfinite(full).all():
             continue
@@ -150,24 +145,20 @@ def of_loop(loss: Loss, n: int) -> np.ndarray:
 
     The arrays lie where the caller put them, so that compilers do here what they do in training.
     """
-    keys = loss.some(loss.keys)
-
-    def value(trained, rows):
-        return loss(keys | trained | rows)
-
-    def weight(trained, rows):
-        return loss.weight(keys | trained | rows)
-
-    weight_fn = None if loss.weight_fn is None else weight
-    loop = jax.jit(value_and_grad(value, num_microbatches=n, weight_fn=weight_fn))
-    rows = jax.tree.map(jnp.asarray, loss.some(loss.rows))
+    keys = loss.some(*loss.keys)
+    loop = value_and_grad(
+        lambda *arrays: loss(keys, *arrays),
+        num_microbatches=n,
+        weight_fn=loss.weight_fn and (lambda *arrays: loss.weight(keys, *arrays)),
+    )
+    rows = jax.tree.map(jnp.asarray, loss.some(*loss.rows))
     with jax.default_matmul_precision("highest"):
-        return flat(loop(loss.some(loss.argnums), rows)[1])
+        return flat(jax.jit(loop)(loss.some(*loss.argnums), rows)[1])
 
 
 def depends_on_keys(loss: Loss, tolerance: float) -> bool:
     """Returns whether other random keys give another gradient."""
-    others = {j: batch.own_keys(x, jnp.asarray(1)) for j, x in loss.some(loss.keys).items()}
+    others = {j: batch.own_keys(x, jnp.asarray(1)) for j, x in loss.some(*loss.keys).items()}
     if not others:
         return False
     a, b = loss.gradient({}), loss.gradient(others)

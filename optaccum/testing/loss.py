@@ -17,6 +17,7 @@ from optaccum.testing.numbers import Verdict
 from optaccum.testing.report import Finding, Report
 
 COUPLING = ("pairwise", "batch_statistic", "nonlinear", "order")
+# The kinds of lines that explain a kind of loss.
 LINES = {
     "coupled": COUPLING,
     "terms": ("terms",),
@@ -78,10 +79,11 @@ def check(fun: Callable[..., Any], args: tuple, options: Options) -> Report:
     """Returns what `optaccum.testing.check_loss` does."""
     loss = _make_loss(fun, args, options)
     read = walk.read(loss)
+    structural = _by_structure(read, loss.weight_fn is not None)
     if options.num_microbatches is None:
-        return _by_structure(read, loss.weight_fn is not None)
+        return structural
     try:
-        return _by_numbers(loss, options.num_microbatches, read, options.tolerance)
+        return _by_numbers(loss, options, read, structural)
     except Exception as error:
         detail = f"the gradients could not be taken ({type(error).__name__}: {str(error)[:300]})"
         findings = (Finding("unknown", None, detail), *read.findings)
@@ -114,8 +116,9 @@ def _make_loss(fun: Callable[..., Any], args: tuple, options: Options) -> Loss:
     check_roles.check_no_other_rows(call, roles._replace(by_default=False))
     names = [_name(fun, j) for j in range(call.count)] + call.names
     weight_fn = None if weight_fn is None else call.by_position(weight_fn)
+    args_at = dict(enumerate(call.args))
     fun = call.by_position(fun)
-    return Loss(fun, call.args, names, trained, rows, keys, options.has_aux, weight_fn)
+    return Loss(fun, args_at, names, trained, rows, keys, options.has_aux, weight_fn)
 
 
 def _name(fun: Any, j: int) -> str:
@@ -130,122 +133,113 @@ def _name(fun: Any, j: int) -> str:
 
 def _by_structure(read: Structure, weighted: bool) -> Report:
     """Returns the report of a loss that is not run."""
-    value, kinds = read.value, {finding.kind for finding in read.findings}
     if not read.traced:
         return Report(None, findings=read.findings, remedy=REMEDIES["failed"])
-    exact, kind, detail = None, "unknown", None
-    if value is None or "unknown" in kinds:
-        detail = None if kinds else "the program could not be followed"
-    elif value.kind == "mixed" or kinds & {*COUPLING}:
-        exact, kind = False, "coupled"
-    elif value.kind == "row":
-        detail = "the loss is not a sum over rows"
-    elif "stochastic" in kinds:
-        kind = "stochastic"
-    elif "terms" in kinds:
-        exact, kind = False, "terms"
-    elif "divisor" in kinds and not weighted:
-        kind = "weights"
-    elif "divisor" in kinds:
-        kind = "divisor"
-        detail = "whether `weight_fn` counts as the divisor does, only numbers can tell"
-    elif weighted:
-        kind, detail = "weights", "`weight_fn` counts, and no count divides the loss"
-    elif value.kind == "total" and not value.degree == 0:
-        exact, kind = False, "factor"
-        detail = "the loss is divided by another power of the number of rows than the first"
-    else:
+    exact, kind, detail = _judge(read, weighted)
+    if kind is None:
         return Report(True)
     found = sorted(read.findings, key=lambda finding: finding.kind not in LINES[kind])
-    if detail is not None:
-        where = next((f.where for f in found[:1] if f.kind in LINES[kind]), None)
-        found.insert(0, Finding(kind, where, detail))
+    if detail:
+        found.insert(0, Finding(kind, _line(read, kind), detail))
     return Report(exact, findings=tuple(found), remedy=_remedy(kind))
 
 
-def _by_numbers(loss: Loss, n: int, read: Structure, tolerance: float | None) -> Report:
+def _judge(read: Structure, weighted: bool) -> tuple[bool | None, str | None, str]:
+    """Returns whether a loss is exact, its kind, and a detail if no line says enough."""
+    value, kinds = read.value, {finding.kind for finding in read.findings}
+    if value is None or "unknown" in kinds:
+        return None, "unknown", ""
+    if value.kind == "mixed" or kinds & {*COUPLING}:
+        return False, "coupled", ""
+    if value.kind == "row":
+        return None, "unknown", "the loss is not a sum over rows"
+    if "stochastic" in kinds:
+        return None, "stochastic", ""
+    if "terms" in kinds:
+        return False, "terms", ""
+    if "divisor" in kinds:
+        detail = "whether `weight_fn` counts as the divisor does, only numbers can tell"
+        return (None, "divisor", detail) if weighted else (None, "weights", "")
+    if weighted:
+        return None, "weights", "`weight_fn` counts, and no count divides the loss"
+    if value.kind == "total" and value.degree != 0:
+        detail = "the loss is divided by another power of the number of rows than the first"
+        return False, "factor", detail
+    return True, None, ""
+
+
+def _by_numbers(loss: Loss, options: Options, read: Structure, structural: Report) -> Report:
     """Returns the report of the gradients."""
+    n, tolerance = options.num_microbatches or 1, options.tolerance
     found, weights, noise = gradients.measure(loss, n)
-    program = jax.make_jaxpr(loss)(loss.arrays)
-    eps, depth = rounding.narrowest_needed(loss.trace_gradient()), rounding.count(program)
-    bound = min(rounding.bound(eps, depth), numbers.LARGEST_TOLERANCE)
+    bound = loss.rounding()
+    low = tolerance is None and bound > rounding.COARSE
     # A gradient in which rows nearly cancel is less exact than that. Its rows in another order
     # show by how much; what they show beyond 100 times the bound is not rounding.
     if 4 * noise <= 100 * bound:
-        bound = min(max(bound, 4 * noise), numbers.LARGEST_TOLERANCE)
+        bound = min(max(bound, 4 * noise), rounding.LARGEST)
     bound = bound if tolerance is None else tolerance
     leaves = {name: leaf for j in loss.rows for name, leaf in loss.leaves(j).items()}
     likely = {name: leaves[name] for name in read.leaves} or leaves
     verdict = numbers.judge(found, weights, counts.count(likely, n), bound)
-    weighted = loss.weight_fn is not None
-    structural = _by_structure(read, weighted)
     doubts = structural.findings if structural.exact is False else ()
-    eps = rounding.narrowest(program.eqns)
-    low = tolerance is None and rounding.bound(eps, depth) > rounding.COARSE
-
-    def report(exact, kind, error=verdict.error, others=(), **changes):
-        where = next((f.where for f in read.findings if f.kind == kind), None)
-        finding = Finding("unknown" if kind == "coarse" else kind, where, DETAILS[kind])
-        return Report(
-            exact, error, findings=(finding, *others), remedy=REMEDIES[kind], tolerance=bound
-        )
-
-    if verdict.kind == "exact":
+    random = any(finding.kind == "stochastic" for finding in read.findings)
+    kind = verdict.kind
+    if kind == "exact":
         # Other weights that would not fit show that these do, however coarse the tolerance.
-        told = weighted and numbers.off(found, np.ones(n)) > bound
-        if low and bound > rounding.COARSE and not (told or structural.exact):
-            return report(None, "coarse", others=read.findings)
+        told = loss.weight_fn is not None and numbers.off(found, np.ones(n)) > bound
         loop = gradients.of_loop(loss, n) / found.sizes[0] - found.full[0]
         compiled = float(np.linalg.norm(loop))
-        if not compiled <= bound:
-            return report(False, "compiler", compiled)
-        remedy = REMEDIES["doubt"] if doubts else None
-        return Report(True, verdict.error, 1.0, verdict.weights, doubts, remedy, bound)
-    random = any(finding.kind == "stochastic" for finding in read.findings)
-    if gradients.depends_on_keys(loss, bound) or (random and verdict.kind == "coupled"):
-        others = [finding for finding in read.findings if finding.kind != "stochastic"]
-        return report(None, "stochastic", others=others)
-    # A count that fits if the weights in use do not is no rounding; fitted shares may be.
-    proven = doubts or (verdict.source is not None and not structural.exact)
-    if bound <= rounding.COARSE:  # low precision is only beside the way of the gradients
-        proven = proven or (not structural.exact and verdict.error > numbers.LARGEST_TOLERANCE)
-    if low and not proven and verdict.kind not in ("not_finite", "unknown"):
-        return report(None, "coarse", others=read.findings)
-    return _explain(verdict, read, bound, weighted)
+        if low and not (told or structural.exact):
+            kind = "coarse"
+        elif compiled <= bound:
+            remedy = REMEDIES["doubt"] if doubts else None
+            return Report(True, verdict.error, 1.0, verdict.weights, doubts, remedy, bound)
+        else:
+            kind, verdict = "compiler", Verdict("compiler", compiled)
+    elif gradients.depends_on_keys(loss, bound) or (random and kind == "coupled"):
+        kind, verdict = "stochastic", Verdict("stochastic", verdict.error)
+    elif low and kind not in ("not_finite", "unknown"):
+        # A count that fits if the weights in use do not is no rounding; fitted shares may be.
+        proven = doubts or (verdict.source is not None and not structural.exact)
+        kind = kind if proven else "coarse"
+    return _explain(
+        dataclasses.replace(verdict, kind=kind), read, bound, loss.weight_fn is not None
+    )
 
 
 def _explain(verdict: Verdict, read: Structure, tolerance: float, weighted: bool) -> Report:
     """Returns the report on a verdict, with the lines that explain it."""
     kind, kinds = verdict.kind, {finding.kind for finding in read.findings}
+    scale, weights = verdict.scale, verdict.weights
     named = verdict.source is not None and (verdict.source == "" or "divisor" in kinds)
     if kind in ("weights", "factor") and kinds & {*COUPLING} and not named:
         # The shares of a maximum stay as they are while its row does; some count has them, too.
-        kind = "coupled"
-        verdict = dataclasses.replace(verdict, scale=None, weights=None)
+        kind, scale, weights = "coupled", None, None
     if kind == "coupled" and "terms" in kinds and not kinds & {*COUPLING}:
         kind = "terms"
-    lines = [f for f in read.findings if f.kind in LINES.get(kind, ())]
-    others = [f for f in read.findings if f in lines or f.kind == "unknown"]
-    detail = _detail(kind, verdict)
+    known = LINES.get(kind, ("unknown", *kinds))
+    others = [f for f in read.findings if f.kind in (*known, "unknown") and f.kind != kind]
+    told = "unknown" if kind == "coarse" else kind
     return Report(
-        None if kind in ("unknown", "not_finite") else False,
+        None if kind in ("unknown", "not_finite", "coarse", "stochastic") else False,
         verdict.error,
-        verdict.scale,
-        verdict.weights,
-        (
-            Finding(kind, lines[0].where if lines else None, detail),
-            *(f for f in others if f.kind != kind),
-        ),
+        scale,
+        weights,
+        (Finding(told, _line(read, kind), _detail(kind, verdict)), *others),
         _remedy(kind, verdict.source, weighted),
         tolerance,
     )
 
 
+def _line(read: Structure, kind: str) -> str | None:
+    """Returns the first line that explains a kind of loss."""
+    return next((f.where for f in read.findings if f.kind in LINES.get(kind, ())), None)
+
+
 def _detail(kind: str, verdict: Verdict) -> str:
     """Returns what a report says of a verdict."""
     scale = verdict.scale
-    if kind == "coupled" and verdict.nonlinear:
-        return "the loss is a nonlinear function of a mean over rows; it is no mean over rows"
     if kind == "factor":
         return f"the full batch has {scale:.6g} times the mean over microbatches"
     if kind != "weights":

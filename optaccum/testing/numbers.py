@@ -8,8 +8,6 @@ import numpy as np
 from optaccum._check import arguments
 from optaccum.testing.gradients import Gradients
 
-LARGEST_TOLERANCE = 0.05
-
 
 def check_tolerance(tolerance: float | None) -> None:
     """Raises unless the tolerance is None or a number between 0 and 1."""
@@ -30,7 +28,6 @@ class Verdict:
         scale: the factor it lacks, or None.
         weights: f64[n], the right shares, or None.
         source: the expression of the batch that counts so, or None.
-        nonlinear: whether microbatches fit at each value of the parameters, with other shares.
     """
 
     kind: str
@@ -38,7 +35,6 @@ class Verdict:
     scale: float | None = None
     weights: np.ndarray | None = None
     source: str | None = None
-    nonlinear: bool = False
 
 
 def judge(
@@ -47,8 +43,7 @@ def judge(
     """Returns the verdict.
 
     The right weights depend on the data alone, so one set of them has to fit at all values of the
-    parameters. The gradient of f(mean of rows), such as a root of a mean, fits microbatches at each
-    value with other shares: it is no mean.
+    parameters. The gradient of a root of a mean fits at each of them, with other weights.
 
     Args:
         gradients: of the full batch and of microbatches.
@@ -73,7 +68,7 @@ def judge(
         scale = _factor(gradients, weights, tolerance)
         if scale is not None:
             return Verdict("weights", error, scale, _shares(weights), source)
-    fitted = _fit(gradients.full, gradients.parts, used, tolerance)
+    fitted = _fit(gradients, used, tolerance)
     if fitted is not None and (fitted > -tolerance).all():
         total = float(fitted.sum())
         return Verdict("weights", error, total, fitted / total)
@@ -81,9 +76,7 @@ def judge(
         return Verdict("not_finite", error)
     if size * m <= n:
         return Verdict("unknown", error)
-    points = zip(gradients.full[:, None], gradients.parts[:, None], strict=True)
-    fits = size > n and all(_fit(*point, used, tolerance) is not None for point in points)
-    return Verdict("coupled", error, nonlinear=fits)
+    return Verdict("coupled", error)
 
 
 def off(gradients: Gradients, weights: np.ndarray) -> float:
@@ -120,21 +113,18 @@ def _factor(gradients: Gradients, weights: np.ndarray, tolerance: float) -> floa
     return scale if error.max() <= tolerance and scale > 8 * tolerance else None
 
 
-def _fit(
-    full: np.ndarray, parts: np.ndarray, used: np.ndarray, tolerance: float
-) -> np.ndarray | None:
+def _fit(gradients: Gradients, used: np.ndarray, tolerance: float) -> np.ndarray | None:
     """Returns factors with which the microbatches sum to the full batch, or None.
 
     Of all that fit, those nearest to `used`: a microbatch without a gradient keeps its share.
     """
-    n = len(used)
+    parts, full, n = gradients.parts, gradients.full.ravel(), len(used)
     finite = np.isfinite(parts).all((0, 2))
     a = np.where(finite[:, None], parts, 0.0).swapaxes(1, 2).reshape(-1, n)
     if len(a) <= finite.sum():
         return None
     shares = _shares(used)
     start = np.where(finite, 1 / n if shares is None else shares, 0.0)
-    rest = full.ravel() - a @ start
-    fitted = start + np.linalg.lstsq(a, rest, rcond=tolerance)[0]
-    error = np.linalg.norm(a @ fitted - full.ravel()) / np.sqrt(len(full))
+    fitted = start + np.linalg.lstsq(a, full - a @ start, rcond=tolerance)[0]
+    error = np.linalg.norm(a @ fitted - full) / np.sqrt(len(parts))
     return fitted if error <= tolerance else None

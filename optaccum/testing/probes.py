@@ -133,13 +133,9 @@ class Probe:
     def _of_rows(self) -> Mistake:
         """Says what it is about the rows: BatchNorm, clipping, weights or coupling."""
         k = self.program.every_k
-        names = {
-            name
-            for path in self.full.state()
-            for name in keystr(path, simple=True, separator="/").split("/")
-        }
-        normalizes = any(name == "batch_stats" or "BatchNorm" in name for name in names)
-        if normalizes or self.program.has_statistics():
+        paths = [keystr(path) for path in self.full.state()]
+        named = any("batch_stats" in path or "BatchNorm" in path for path in paths)
+        if named or self.program.has_statistics():
             detail = "the state has batch statistics, which are those of each microbatch"
             return Mistake("batch_norm", detail)
         if self.full.hides():

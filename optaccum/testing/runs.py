@@ -89,7 +89,7 @@ class Program:
             program = jax.make_jaxpr(lambda rows: step(state, rows))(batch)
         except Exception:  # a step that changes what it is given, or looks at numbers
             return eps > rounding.EPS
-        return max(eps, rounding.narrowest(program.eqns)) > rounding.EPS
+        return max(eps, rounding.narrowest(program)) > rounding.EPS
 
 
 @dataclasses.dataclass(frozen=True)

@@ -8,7 +8,6 @@ import numpy as np
 
 from optaccum._check import arguments, batch as check_batch
 from optaccum.testing import numbers, probes, rounding
-from optaccum.testing.numbers import LARGEST_TOLERANCE
 from optaccum.testing.report import Finding, Report
 from optaccum.testing.runs import ROUNDING, WINDOWS, Program, Run, StepError
 
@@ -86,10 +85,10 @@ def _check(program: Program, batch: Any, tolerance: float | None) -> Report:
     used = _determined(full, turned) & (window if full.hides() else full).shown()
     noise, error = distance(turned, full, used), distance(window, full, used)
     rounded = ROUNDING + _stored(full, used, rounding.EPS)
-    bound = min(rounded, LARGEST_TOLERANCE)
+    bound = min(rounded, rounding.LARGEST)
     # The same rows in another order: what they show beyond 100 times the bound is not rounding.
-    ordered = noise > min(100 * bound, LARGEST_TOLERANCE)
-    bound = bound if ordered else min(max(bound, 8 * noise), LARGEST_TOLERANCE)
+    ordered = noise > min(100 * bound, rounding.LARGEST)
+    bound = bound if ordered else min(max(bound, 8 * noise), rounding.LARGEST)
     bound = bound if tolerance is None else tolerance
     hidden = error <= max(rounded, bound) and _of_means(window, full) <= bound
     if tolerance is None and rounded > rounding.COARSE and hidden:
@@ -98,7 +97,7 @@ def _check(program: Program, batch: Any, tolerance: float | None) -> Report:
         return _report("unknown", detail, LEARNING_RATE, error=error, tolerance=bound)
     if tolerance is None and error > bound and program.is_low_precision(batch):
         stored = _stored(full, used, rounding.coarsest(program.params))
-        if error <= max(2 * LARGEST_TOLERANCE, stored):
+        if error <= max(2 * rounding.LARGEST, stored):
             detail = "a step in low precision may be off by as much without a mistake"
             return _report("unknown", detail, COARSE, error=error, tolerance=bound)
     if not error <= bound:

@@ -6,7 +6,17 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from optaccum.testing.explain.values import (
-    Mark, Value, add, curve, flaw, mark, merge, multiply, of_number, select, sum_rows,
+    Mark,
+    Value,
+    add,
+    curve,
+    flaw,
+    mark,
+    merge,
+    multiply,
+    of_number,
+    select,
+    sum_rows,
 )  # fmt: skip
 
 KEEP = {
@@ -75,7 +85,9 @@ def apply(e: Equation) -> Value:
 
 
 def _broadcasts(shape: tuple[int, ...], wide: tuple[int, ...]) -> bool:
-    return len(shape) in (0, len(wide)) and all(x in (1, y) for x, y in zip(shape, wide, strict=False))
+    return len(shape) in (0, len(wide)) and all(
+        x in (1, y) for x, y in zip(shape, wide, strict=False)
+    )
 
 
 def _unknown(e: Equation) -> Value:
