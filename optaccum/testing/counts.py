@@ -13,9 +13,7 @@ VALUES = 64  # of an integer leaf that are tried as the one to ignore
 def count(named: dict[str, Any], n: int) -> dict[str, np.ndarray]:
     """Returns {expression: f64[n]}, the simplest first, of those that are not all alike.
 
-    Args:
-        named: {expression: leaf}, the likeliest first.
-        n: the number of microbatches; microbatch i holds the rows i, i + n, ...
+    Of `named` leaves the likeliest come first. Microbatch i of n holds the rows i, i + n, ...
     """
     found: dict[str, np.ndarray] = {}
     for source, x in _counted({name: np.asarray(x) for name, x in named.items() if _counts(x)}):

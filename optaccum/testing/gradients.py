@@ -19,27 +19,16 @@ POINTS = 3
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class Loss:
-    """A loss of arguments by position, with their names and roles.
-
-    Attributes:
-        fun: the function of `args`.
-        args: its arguments by position.
-        names: what the function calls them.
-        argnums: positions of what is differentiated.
-        rows: positions of what is split.
-        keys: positions of random keys.
-        has_aux: whether `fun` returns `(scalar, aux)`.
-        weight_fn: what counts a microbatch, also a function of `args`, or None.
-    """
+    """A loss of arguments by position, with their names and roles."""
 
     fun: Callable[..., Any]
     args: dict[int, Any]
-    names: list[str]
-    argnums: tuple[int, ...]
-    rows: tuple[int, ...]
-    keys: tuple[int, ...]
+    names: list[str]  # of the arguments in `fun`
+    argnums: tuple[int, ...]  # positions of what is differentiated
+    rows: tuple[int, ...]  # positions of what is split
+    keys: tuple[int, ...]  # positions of random keys
     has_aux: bool
-    weight_fn: Callable[..., Any] | None
+    weight_fn: Callable[..., Any] | None  # of the same arguments
 
     def some(self, *positions: int) -> dict[int, Any]:
         """Returns the arguments at some positions."""
@@ -91,16 +80,11 @@ class Gradients:
     """Gradients at m values of the parameters, in units of their size.
 
     The size is the norm of the full batch's gradient, or of a typical microbatch's if it is larger.
-
-    Attributes:
-        full: f64[m, P], of the full batch.
-        parts: f64[m, n, P], of the microbatches.
-        sizes: f64[m], the units.
     """
 
-    full: np.ndarray
-    parts: np.ndarray
-    sizes: np.ndarray
+    full: np.ndarray  # f64[m, P], of the full batch
+    parts: np.ndarray  # f64[m, n, P], of the microbatches
+    sizes: np.ndarray  # f64[m], the units
 
 
 def scaled(full: Any, parts: Any) -> Gradients:

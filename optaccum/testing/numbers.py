@@ -20,21 +20,13 @@ def check_tolerance(tolerance: float | None) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class Verdict:
-    """What the gradients say.
+    """What the gradients say."""
 
-    Attributes:
-        kind: "exact", "factor", "weights", "coupled", "not_finite" or "unknown".
-        error: of the mean with the weights in use.
-        scale: the factor it lacks, or None.
-        weights: f64[n], the right shares, or None.
-        source: the expression of the batch that counts so, or None.
-    """
-
-    kind: str
-    error: float
-    scale: float | None = None
-    weights: np.ndarray | None = None
-    source: str | None = None
+    kind: str  # "exact", "factor", "weights", "coupled", "not_finite" or "unknown"
+    error: float  # of the mean with the weights in use
+    scale: float | None = None  # the factor it lacks
+    weights: np.ndarray | None = None  # f64[n], the right shares
+    source: str | None = None  # the expression of the batch that counts so
 
 
 def judge(
@@ -45,11 +37,8 @@ def judge(
     The right weights depend on the data alone, so one set of them has to fit at all values of the
     parameters. The gradient of a root of a mean fits at each of them, with other weights.
 
-    Args:
-        gradients: of the full batch and of microbatches.
-        used: f64[n], the weights in use.
-        counts: {expression: f64[n]}, what the batch's leaves hold per microbatch.
-        tolerance: the error that rounding explains.
+    `used` are the weights in use, f64[n], and `counts` {expression: f64[n]} what the leaves of the
+    batch hold per microbatch. `tolerance` is the error that rounding explains.
     """
     m, n, size = gradients.parts.shape
     error = off(gradients, used)

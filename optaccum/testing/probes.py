@@ -14,7 +14,7 @@ from optaccum.testing.runs import Program, Run, take
 
 
 class Mistake(NamedTuple):
-    """What a probe found: a kind and a sentence, and what a report has of it besides."""
+    """What a probe found, for the report."""
 
     kind: str
     detail: str
@@ -24,23 +24,14 @@ class Mistake(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Probe:
-    """What is known of a step whose microbatches do not give what the full batch gives.
-
-    Attributes:
-        program: the way to train.
-        batch: the full batch.
-        full: two windows of it as a whole.
-        window: two windows of its microbatches.
-        used: which numbers of the parameters are compared, bool[P].
-        bound: the error that rounding explains.
-    """
+    """What is known of a step whose microbatches do not give what the full batch gives."""
 
     program: Program
     batch: Any
-    full: Run
-    window: Run
-    used: np.ndarray
-    bound: float
+    full: Run  # two windows of the batch as a whole
+    window: Run  # two windows of its microbatches
+    used: np.ndarray  # bool[P], the numbers of the parameters that are compared
+    bound: float  # the error that rounding explains
 
     def find(self, ordered: bool) -> Mistake:
         """Returns the first mistake that explains the difference.
@@ -102,10 +93,12 @@ class Probe:
         before, after = self.full.state(2), self.window.state(2)
         calls = 2 * self.window.per_window
         for path, count in after.items():
-            if "count" in self.window.names(path) and path in before and count.shape == ():
-                if before[path] == 2 and count == calls > 2:
-                    detail = f"{keystr(path)} is {count} after two windows: it counts microbatches"
-                    return Mistake("schedule", detail)
+            counts_steps = "count" in self.window.names(path) and np.array_equal(
+                before.get(path), 2
+            )
+            if counts_steps and np.array_equal(count, calls) and calls > 2:
+                detail = f"{keystr(path)} is {count} after two windows: it counts microbatches"
+                return Mistake("schedule", detail)
         return None
 
     def _of_scale(self) -> Mistake | None:

@@ -24,15 +24,7 @@ class StepError(Exception):
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-    """A way to train.
-
-    Attributes:
-        make_step: `(params, every_k) -> (state, step)`.
-        params: the parameters to begin with: a tree, or a module of `flax.nnx`.
-        every_k: microbatches per window.
-        inside_step: whether `step` takes the whole batch and cuts it itself.
-        get_params: `state -> parameters`, or None to find them.
-    """
+    """A way to train: the arguments of `optaccum.testing.check_step`, which explains them."""
 
     make_step: Callable[..., Any]
     params: Any
@@ -94,19 +86,12 @@ class Program:
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """What a program leaves behind.
+    """What a program leaves behind."""
 
-    Attributes:
-        params: f64[P] after 0, 1, ... calls.
-        states: {path: array} after 0, 1, ... calls.
-        per_window: calls per window.
-        sizes: {path: size} of the leaves of the parameters, in their order.
-    """
-
-    params: list[np.ndarray]
-    states: list[dict[Path, np.ndarray]]
-    per_window: int
-    sizes: dict[Path, int]
+    params: list[np.ndarray]  # f64[P] after 0, 1, ... calls
+    states: list[dict[Path, np.ndarray]]  # after 0, 1, ... calls
+    per_window: int  # calls per window
+    sizes: dict[Path, int]  # of the leaves of the parameters, in their order
 
     def change(self, window: int = 1) -> np.ndarray:
         """Returns by how much the windows so far moved the parameters."""

@@ -82,7 +82,7 @@ def _check(program: Program, batch: Any, tolerance: float | None) -> Report:
         return _report("unknown", "no parameter moves in a step on the full batch", RUN)
     if not np.isfinite(full.params[-1]).all():
         return _report("unknown", "a step on the full batch is not finite", RUN)
-    used = _determined(full, turned) & (window if full.hides() else full).shown()
+    used = (window if full.hides() else full).shown()
     noise, error = distance(turned, full, used), distance(window, full, used)
     rounded = ROUNDING + _stored(full, used, rounding.EPS)
     bound = min(rounded, rounding.LARGEST)
@@ -119,18 +119,6 @@ def _stored(full: Run, used: np.ndarray, eps: float) -> float:
     two computations per window.
     """
     return float(2 * WINDOWS * eps * np.linalg.norm(full.params[0][used]) / full.moved(used))
-
-
-def _determined(full: Run, turned: Run) -> np.ndarray:
-    """Returns which entries the order of the rows does not decide, bool[P].
-
-    An entry whose gradient is zero but for rounding moves by its sign with Adam: either way.
-    """
-    used = np.ones(len(full.params[0]), bool)
-    for number in range(1, WINDOWS + 1):
-        a, b = full.change(number), turned.change(number)
-        used &= np.abs(a - b) <= 1e-2 * np.maximum(np.abs(a), np.sqrt(np.mean(a**2)))
-    return used if used.mean() > 0.5 else np.ones_like(used)
 
 
 def distance(run: Run, full: Run, used: np.ndarray) -> float:

@@ -2,44 +2,30 @@
 
 import dataclasses
 import math
-from typing import Any, NamedTuple
+from typing import Any
+
+from optaccum.testing.report import Finding
 
 KINDS = ("const", "row", "total", "mixed")
-
-
-class Mark(NamedTuple):
-    """A finding without its line; `leaves` are what a divisor counts."""
-
-    kind: str
-    detail: str
-    leaves: tuple[str, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Value:
     """How one value of a program depends on the rows.
 
-    Attributes:
-        kind: "const", without data of the batch; "row", each entry of one row; "total", a sum over
-            rows; "mixed", anything else that is made of several rows, or unknown.
-        degree: the power of the number of rows that multiplies it: 1 for a sum, 0 for a mean, nan
-            for another function of the number.
-        active: whether it depends on what is differentiated.
-        divided: whether a count of the data divides it.
-        positions: whether it holds the positions of rows: 0, 1, 2, ...
-        number: its value for the rows as they are and for twice as many, if known.
-        leaves: the leaves of the batch that it depends on.
-        marks: the findings that it depends on.
+    Its kind is "const", without data of the batch; "row", each entry of one row; "total", a sum
+    over rows; or "mixed", anything else that is made of several rows, or unknown.
     """
 
     kind: str = "const"
-    degree: float = 0.0
-    active: bool = False
-    divided: bool = False
-    positions: bool = False
-    number: tuple[float, float] | None = None
-    leaves: frozenset[str] = frozenset()
-    marks: frozenset[Any] = frozenset()
+    degree: float = 0.0  # the power of the number of rows in it; nan for another function of it
+    active: bool = False  # whether it depends on what is differentiated
+    divided: bool = False  # whether a count of the data divides it
+    positions: bool = False  # whether it holds the positions of rows: 0, 1, 2, ...
+    number: tuple[float, float] | None = None  # for the rows, and for twice as many, if known
+    leaves: frozenset[str] = frozenset()  # of the batch that it depends on
+    counted: frozenset[str] = frozenset()  # leaves that its divisors count
+    findings: frozenset[Finding] = frozenset()  # on the way to it
 
 
 def of_number(once: float, twice: float) -> Value:
@@ -53,31 +39,30 @@ def merge(values: list[Value], kind: str | None = None, **changes: Any) -> Value
     if kind is None and not changes and len({*values}) == 1:
         return values[0]
     kinds = {value.kind for value in values}
-    marks = frozenset().union(*(v.marks for v in values))
-    if kind is None:
-        kind = max(kinds, key=KINDS.index)
-        if kind == "total" and "row" in kinds:
-            kind = "mixed"
-            marks |= {Mark("batch_statistic", "a sum over rows flows back into the rows")}
-    fields = {
-        "degree": max(v.degree for v in values if v.kind != "const" or kinds == {"const"}),
-        "active": any(v.active for v in values),
-        "divided": any(v.divided for v in values),
-        "positions": any(v.positions for v in values),
-        "leaves": frozenset().union(*(v.leaves for v in values)),
-        "marks": marks,
-    }
-    return Value(kind, **(fields | changes))
+    least = max(kinds, key=KINDS.index)
+    if kind is None and least == "total" and "row" in kinds:
+        return flaw(values, "batch_statistic", "a sum over rows flows back into the rows")
+    merged = Value(
+        kind or least,
+        max(v.degree for v in values if v.kind != "const" or kinds == {"const"}),
+        active=any(v.active for v in values),
+        divided=any(v.divided for v in values),
+        positions=any(v.positions for v in values),
+        leaves=frozenset().union(*(v.leaves for v in values)),
+        counted=frozenset().union(*(v.counted for v in values)),
+        findings=frozenset().union(*(v.findings for v in values)),
+    )
+    return dataclasses.replace(merged, **changes)
 
 
-def mark(value: Value, *marks: Any) -> Value:
-    """Returns a value that depends on more findings."""
-    return dataclasses.replace(value, marks=value.marks | {*marks})
+def found(value: Value, kind: str, detail: str) -> Value:
+    """Returns a value with one more finding."""
+    return dataclasses.replace(value, findings=value.findings | {Finding(kind, None, detail)})
 
 
 def flaw(values: list[Value], kind: str, detail: str) -> Value:
     """Returns a value that mixes rows."""
-    return mark(merge(values, "mixed"), Mark(kind, detail))
+    return found(merge(values, "mixed"), kind, detail)
 
 
 def add(values: list[Value]) -> Value:
@@ -91,7 +76,7 @@ def add(values: list[Value]) -> Value:
     regularized = merged.degree and any(v.active and v.kind == "const" for v in values)
     if len(scales) > 1 or (regularized and merged.kind == "total"):
         detail = "terms are added that are divided by different counts of the batch"
-        return mark(merged, Mark("terms", detail))
+        return found(merged, "terms", detail)
     return merged
 
 
@@ -102,7 +87,7 @@ def select(predicate: Value, cases: list[Value]) -> Value:
         return add([predicate, chosen])
     if predicate.kind == "mixed" or chosen.kind == "const":
         return merge([predicate, chosen])
-    return mark(chosen, *predicate.marks)
+    return dataclasses.replace(chosen, findings=chosen.findings | predicate.findings)
 
 
 def multiply(a: Value, b: Value, sign: int = 1) -> Value:
@@ -114,7 +99,7 @@ def multiply(a: Value, b: Value, sign: int = 1) -> Value:
         odd = any(v.kind == "const" and not (2 * v.degree).is_integer() for v in values)
         detail = "a number depends on how many rows there are, and is not their number"
         known = not odd or merged.kind == "const"
-        return merged if known else mark(merged, Mark("row_count", detail))
+        return merged if known else found(merged, "row_count", detail)
     for count, other in ((b, a), (a, b)):
         below = count.divided or (divides and count is b)
         if count.kind == "total" and not count.active and below:
@@ -132,16 +117,16 @@ def _divide(count: Value, other: Value, degree: float) -> Value:
     """Returns a value that a count of the data divides."""
     if other.kind == "const":
         return merge([count, other], "total", degree=degree, divided=True)
-    leaves = tuple(sorted(count.leaves))
-    of = " and ".join(f"`{leaf}`" for leaf in leaves[:3]) or "the data"
+    of = " and ".join(f"`{leaf}`" for leaf in sorted(count.leaves)[:3]) or "the data"
     detail = f"the loss is divided by a count of {of}, not by the number of rows"
     merged = merge([count, other], other.kind, degree=degree, divided=True)
-    return mark(merged, Mark("divisor", detail, leaves))
+    counted = merged.counted | count.leaves
+    return found(dataclasses.replace(merged, counted=counted), "divisor", detail)
 
 
-def curve(values: list[Value], has_gradient: bool = True) -> Value:
+def curve(values: list[Value]) -> Value:
     """Returns a nonlinear function of values, entry by entry."""
-    merged = merge(values, active=has_gradient and any(v.active for v in values))
+    merged = merge(values, number=None)
     if merged.kind == "const" and any(v.degree for v in values):
         return dataclasses.replace(merged, degree=math.nan)
     if not merged.active or merged.kind in ("const", "mixed"):

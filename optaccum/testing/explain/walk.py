@@ -11,8 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from optaccum.testing.explain.lines import find_line
-from optaccum.testing.explain.primitives import Equation, apply
-from optaccum.testing.explain.values import Mark, Value, flaw, merge, of_number, select
+from optaccum.testing.explain.primitives import FLAT, Equation, apply
+from optaccum.testing.explain.values import Value, flaw, merge, of_number, select
 from optaccum.testing.gradients import Loss
 from optaccum.testing.report import Finding
 
@@ -21,19 +21,12 @@ ROUNDS = 6  # of a loop, until what it carries stays as it is
 
 @dataclasses.dataclass(frozen=True)
 class Structure:
-    """What the program of a loss says.
+    """What the program of a loss says."""
 
-    Attributes:
-        value: how the loss depends on rows, or None if the program could not be followed.
-        findings: what makes it so, in the order of the program.
-        traced: whether the loss ran with these rows and with twice as many.
-        leaves: the leaves of the batch that it uses, with those of divisors first.
-    """
-
-    value: Value | None
-    findings: tuple[Finding, ...]
-    traced: bool = True
-    leaves: tuple[str, ...] = ()
+    value: Value | None  # the loss, if the program could be followed
+    findings: tuple[Finding, ...]  # what makes it so, in the order of the program
+    traced: bool = True  # whether it could be traced, also with twice the rows
+    leaves: tuple[str, ...] = ()  # of the batch that it uses, those that divisors count first
 
 
 def read(loss: Loss) -> Structure:
@@ -44,22 +37,20 @@ def read(loss: Loss) -> Structure:
         text = f"{type(error).__name__}: {str(error)[:200]}"
         detail = f"it could not be traced with twice the rows ({text})"
         return Structure(None, (Finding("unknown", None, detail),), traced=False)
-    inputs = [
-        Value("row", leaves=frozenset({name}))
-        if j in loss.rows
-        else Value(active=j in loss.argnums)
-        for j in loss.arrays
-        for name in loss.leaves(j)
-    ]
+    inputs = []
+    for j in loss.arrays:
+        for name in loss.leaves(j):
+            row = Value("row", leaves=frozenset({name}))
+            inputs.append(row if j in loss.rows else Value(active=j in loss.argnums))
     walk = Walk(len(jax.tree.leaves(loss.some(*loss.rows))[0]))
     try:
         (value,) = walk.run(once.jaxpr, twice.jaxpr, inputs)
     except Exception as error:  # a primitive with other parameters than those known here
         detail = f"the program could not be followed ({str(error)[:200]})"
         return Structure(None, (Finding("unknown", None, detail),))
-    shown = tuple(f for f in walk.findings if value.active and f in value.marks)
-    used = [leaf for leaf in walk.counted if leaf in value.leaves]
-    return Structure(value, shown, leaves=tuple(dict.fromkeys([*used, *sorted(value.leaves)])))
+    shown = tuple(f for f in walk.findings if value.active and f in value.findings)
+    leaves = dict.fromkeys([*sorted(value.counted), *sorted(value.leaves)])
+    return Structure(value, shown, leaves=tuple(leaves))
 
 
 def _trace(loss: Loss, times: int) -> Any:
@@ -70,18 +61,11 @@ def _trace(loss: Loss, times: int) -> Any:
 
 
 class Walk:
-    """Follows the rows through two programs at once.
-
-    Attributes:
-        rows: how many rows the first program has.
-        findings: what was found, in the order of the program.
-        counted: the leaves of the batch that a divisor counts.
-    """
+    """Follows the rows through two programs at once, for `rows` and for twice as many."""
 
     def __init__(self, rows: int):
         self.rows = rows
         self.findings: dict[Finding, None] = {}
-        self.counted: list[str] = []
 
     def run(self, one: Any, two: Any, inputs: list[Value], outer: tuple = ()) -> list[Value]:
         """Returns the values of the results of a program inside the equations `outer`."""
@@ -95,7 +79,7 @@ class Walk:
             values = _read(known, a.invars, b.invars)
             results = self._results(a, b, values, functools.partial(self.run, outer=at))
             for x, y, value in zip(a.outvars, b.outvars, results, strict=True):
-                known[x] = self._noted(self._checked(x.aval, y.aval, value), at)
+                known[x] = self._located(self._unpaired(x, y, value), at)
         return _read(known, one.outvars, two.outvars)
 
     def _results(self, a: Any, b: Any, values: list[Value], run: "Run") -> list[Value]:
@@ -108,37 +92,33 @@ class Walk:
                 return run(inner, b.params[name], values)
         shapes = [x.aval.shape for x in a.invars]
         before = [_axes(x, y) for x, y in zip(a.invars, b.invars, strict=True)]
-        return [
-            apply(
-                Equation(
-                    a.primitive.name, a.params, values, shapes, before, x.aval.shape, _axes(x, y),
-                    jnp.issubdtype(x.aval.dtype, jnp.inexact), self.rows,
-                )
-            )
-            for x, y in zip(a.outvars, b.outvars, strict=True)
-        ]  # fmt: skip
+        flat = [dataclasses.replace(v, active=False) for v in values]
+        results = []
+        for x, y in zip(a.outvars, b.outvars, strict=True):
+            real = jnp.issubdtype(x.aval.dtype, jnp.inexact) and a.primitive.name not in FLAT
+            given = Equation(
+                a.primitive.name, a.params, values if real else flat, shapes, before,
+                x.aval.shape, _axes(x, y), self.rows,
+            )  # fmt: skip
+            results.append(apply(given))
+        return results
 
-    def _checked(self, once: Any, twice: Any, value: Value) -> Value:
-        """Returns a value that is mixed if it has pairs of rows, and active if its type may be."""
-        if value.active and not jnp.issubdtype(once.dtype, jnp.inexact):
-            value = dataclasses.replace(value, active=False)
-        growth = np.prod([y / x for x, y in zip(once.shape, twice.shape, strict=True) if x])
-        if value.kind != "row" or growth <= 2:
+    def _unpaired(self, once: Any, twice: Any, value: Value) -> Value:
+        """Returns a value that is mixed if it has an entry for every pair of rows."""
+        if value.kind != "row" or len(_axes(once, twice)) < 2:
             return value
-        shape = f"{[*once.shape]} for {self.rows} rows"
+        shape = f"{[*once.aval.shape]} for {self.rows} rows"
         detail = f"a value has an entry for every pair of rows, {shape}"
         return flaw([value], "pairwise", detail)
 
-    def _noted(self, value: Value, at: tuple) -> Value:
+    def _located(self, value: Value, at: tuple) -> Value:
         """Returns a value whose findings have their line."""
-        marks = set()
-        for each in value.marks:
-            if isinstance(each, Mark):
-                self.counted += each.leaves
-                each = Finding(each.kind, find_line(at), each.detail)
-                self.findings[each] = None
-            marks.add(each)
-        return dataclasses.replace(value, marks=frozenset(marks))
+        findings = frozenset(
+            finding if finding.where else dataclasses.replace(finding, where=find_line(at))
+            for finding in value.findings
+        )
+        self.findings |= dict.fromkeys(findings)
+        return dataclasses.replace(value, findings=findings)
 
 
 def _read(known: dict[Any, Value], once: list[Any], twice: list[Any]) -> list[Value]:
@@ -201,6 +181,4 @@ def _while(run: Run, one: Any, two: Any, values: list[Value]) -> list[Value]:
     return [whole] * len(one.outvars)
 
 
-LOOPS: dict[str, Callable[[Run, Any, Any, list[Value]], list[Value]]] = {
-    "cond": _cond, "scan": _scan, "while": _while,
-}  # fmt: skip
+LOOPS = {"cond": _cond, "scan": _scan, "while": _while}
