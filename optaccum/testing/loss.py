@@ -17,16 +17,8 @@ from optaccum.testing.numbers import Verdict
 from optaccum.testing.report import Finding, Report
 
 COUPLING = ("pairwise", "batch_statistic", "nonlinear", "order")
-# The kinds of lines that explain a kind of loss.
-LINES = {
-    "coupled": COUPLING,
-    "terms": ("terms",),
-    "weights": ("divisor",),
-    "divisor": ("divisor",),
-    "factor": ("row_count",),
-    "stochastic": ("stochastic",),
-    "unknown": ("unknown",),
-}
+# The kinds of lines that explain a kind of loss, if they are not of its own kind.
+LINES = {"coupled": COUPLING, "weights": ("divisor",), "factor": ("row_count",)}
 DETAILS = {
     "coupled": "rows depend on each other: no weighting of microbatches gives the full batch",
     "terms": "the loss adds terms that are divided by different counts; no one weight fits both",
@@ -138,7 +130,7 @@ def _by_structure(read: Structure, weighted: bool) -> Report:
     exact, kind, detail = _judge(read, weighted)
     if kind is None:
         return Report(True)
-    found = sorted(read.findings, key=lambda finding: finding.kind not in LINES[kind])
+    found = sorted(read.findings, key=lambda finding: finding.kind not in LINES.get(kind, (kind,)))
     if detail:
         found.insert(0, Finding(kind, _line(read, kind), detail))
     return Report(exact, findings=tuple(found), remedy=_remedy(kind))
@@ -218,8 +210,8 @@ def _explain(verdict: Verdict, read: Structure, tolerance: float, weighted: bool
         kind, scale, weights = "coupled", None, None
     if kind == "coupled" and "terms" in kinds and not kinds & {*COUPLING}:
         kind = "terms"
-    known = LINES.get(kind, ("unknown", *kinds))
-    others = [f for f in read.findings if f.kind in (*known, "unknown") and f.kind != kind]
+    known = {*kinds} if kind in ("coarse", "stochastic") else {"unknown", *LINES.get(kind, ())}
+    others = [f for f in read.findings if f.kind in known - {kind}]
     told = "unknown" if kind == "coarse" else kind
     return Report(
         None if kind in ("unknown", "not_finite", "coarse", "stochastic") else False,
@@ -234,7 +226,7 @@ def _explain(verdict: Verdict, read: Structure, tolerance: float, weighted: bool
 
 def _line(read: Structure, kind: str) -> str | None:
     """Returns the first line that explains a kind of loss."""
-    return next((f.where for f in read.findings if f.kind in LINES.get(kind, ())), None)
+    return next((f.where for f in read.findings if f.kind in LINES.get(kind, (kind,))), None)
 
 
 def _detail(kind: str, verdict: Verdict) -> str:

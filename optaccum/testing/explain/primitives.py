@@ -58,7 +58,8 @@ def apply(e: Equation) -> Value:
     if e.name in ORDER or e.name.startswith(("reduce_", "arg")):
         return _along(e)
     by_entry = "row" not in kinds or all(_broadcasts(x, e.shape) for x in e.shapes)
-    if kinds == {"const"} or ("call" not in e.name and by_entry):
+    opaque = "call" in e.name or e.name == "while"
+    if kinds == {"const"} or (by_entry and not opaque):
         return rules.curve(e.values)
     return _unknown(e)
 

@@ -84,8 +84,8 @@ class Walk:
 
     def _results(self, a: Any, b: Any, values: list[Value], run: "Run") -> list[Value]:
         """Returns the values of the results of an equation; `run` follows a program inside it."""
-        if a.primitive.name in LOOPS:
-            return LOOPS[a.primitive.name](run, a, b, values)
+        if a.primitive.name in ("cond", "scan"):
+            return (_cond if a.primitive.name == "cond" else _scan)(run, a, b, values)
         for name in ("jaxpr", "call_jaxpr", "fun_jaxpr"):
             inner = a.params.get(name)
             if inner is not None and "reduce" not in a.primitive.name:
@@ -151,34 +151,19 @@ def _scan(run: Run, one: Any, two: Any, values: list[Value]) -> list[Value]:
     carried = len(one.outvars) - sum(map(_loses_axis, one.outvars, body[0].jaxpr.outvars))
     consts = len(one.invars) - scanned - carried
     fixed, carry, xs = values[:consts], values[consts:][:carried], values[consts + carried :]
+    over_rows = one.params["length"] != two.params["length"]
     results: list[Value] = []
     for _ in range(ROUNDS):
         results = run(*body, [*fixed, *carry, *xs])
         new = [merge([*pair]) for pair in zip(carry, results, strict=False)]
-        if one.params["length"] != two.params["length"]:
-            new = [_over_rows(*pair) for pair in zip(carry, new, strict=True)]
+        for i, (before, after) in enumerate(zip(carry, new, strict=True)):
+            if over_rows and before.kind != "row" and after.kind == "row":
+                new[i] = flaw([after], "unknown", "a loop over rows carries them")
         if new == carry:
             break
         carry = new
     return [*carry, *results[carried:]]
 
 
-def _over_rows(before: Value, after: Value) -> Value:
-    """Returns what a loop over rows carries."""
-    if before.kind == "row" or after.kind != "row":
-        return after
-    return flaw([before, after], "unknown", "a loop over rows carries them")
-
-
 def _loses_axis(outer: Any, inner: Any) -> bool:
     return len(outer.aval.shape) > len(inner.aval.shape)
-
-
-def _while(run: Run, one: Any, two: Any, values: list[Value]) -> list[Value]:
-    whole = merge(values)
-    if whole.kind != "const":
-        whole = flaw(values, "unknown", "rows decide how long a loop runs")
-    return [whole] * len(one.outvars)
-
-
-LOOPS = {"cond": _cond, "scan": _scan, "while": _while}
