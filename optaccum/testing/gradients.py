@@ -151,7 +151,8 @@ def depends_on_keys(loss: Loss, tolerance: float) -> bool:
 
 def flat(tree: Any) -> np.ndarray:
     """Returns the real numbers in a tree, f64[P]."""
-    leaves = [np.asarray(x) for x in jax.tree.leaves(tree) if jnp.issubdtype(x.dtype, jnp.inexact)]
+    found = (x for x in jax.tree.leaves(tree) if jnp.issubdtype(x.dtype, jnp.inexact))
+    leaves: list[Any] = [*map(np.asarray, found)]
     pairs = [np.stack([x.real, x.imag]) if np.iscomplexobj(x) else x for x in leaves]
     return np.concatenate([np.zeros(0), *(x.astype(np.float64).ravel() for x in pairs)])
 

@@ -1,6 +1,7 @@
 """The verdict of the numbers: is the full batch's gradient a mean over microbatches, and which?"""
 
 import dataclasses
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -108,7 +109,7 @@ def _fit(gradients: Gradients, used: np.ndarray, tolerance: float) -> np.ndarray
     Of all that fit, those nearest to `used`: a microbatch without a gradient keeps its share.
     """
     parts, full, n = gradients.parts, gradients.full.ravel(), len(used)
-    finite = np.isfinite(parts).all((0, 2))
+    finite: Any = np.isfinite(parts).all((0, 2))
     a = np.where(finite[:, None], parts, 0.0).swapaxes(1, 2).reshape(-1, n)
     if len(a) <= finite.sum():
         return None

@@ -82,22 +82,21 @@ class Probe:
                         f"parameters move in call {i}, which should only accumulate: the "
                         "optimizer steps outside the accumulation",
                     )
-                for path, x in run.states[i].items():
-                    if run.names(path) and _decays(run.states[i - 1].get(path), x):
+                for path, x in run.held.items():
+                    if run.names(path) and _decays(x[i - 1], x[i]):
                         detail = f"{keystr(path)} decays in a call that should only accumulate"
                         return Mistake("optimizer", f"{detail}: it is outside the accumulation")
         return None
 
     def _of_counts(self) -> Mistake | None:
         """Says whether a schedule counts microbatches."""
-        before, after = self.full.state(2), self.window.state(2)
         calls = 2 * self.window.per_window
-        for path, count in after.items():
-            counts_steps = "count" in self.window.names(path) and np.array_equal(
-                before.get(path), 2
+        for path, x in self.window.held.items():
+            counts = (
+                "count" in self.window.names(path) and x.shape[1] == 1 and path in self.full.held
             )
-            if counts_steps and np.array_equal(count, calls) and calls > 2:
-                detail = f"{keystr(path)} is {count} after two windows: it counts microbatches"
+            if counts and x[-1] == calls > 2 == self.full.held[path][-1]:
+                detail = f"{keystr(path)} is {calls} after two windows: it counts microbatches"
                 return Mistake("schedule", detail)
         return None
 
@@ -126,7 +125,7 @@ class Probe:
     def _of_rows(self) -> Mistake:
         """Says what it is about the rows: BatchNorm, clipping, weights or coupling."""
         k = self.program.every_k
-        paths = [keystr(path) for path in self.full.state()]
+        paths = map(keystr, self.full.held)
         named = any("batch_stats" in path or "BatchNorm" in path for path in paths)
         if named or self.program.has_statistics():
             detail = "the state has batch statistics, which are those of each microbatch"
@@ -163,18 +162,13 @@ class Probe:
 
 def _sums(run: Run, call: int) -> np.ndarray:
     """Returns what a hold changed in the state: the sums of gradients, or nothing."""
-    before, after = run.states[0], run.states[call]
-    changed = [
-        x.ravel()
-        for path, x in after.items()
-        if x.dtype.kind == "f" and x.size > 1 and not np.array_equal(before.get(path), x)
-    ]
+    changed = [x[call] for x in run.held.values() if x.shape[1] > 1 and (x[call] != x[0]).any()]
     return np.concatenate([np.zeros(0), *changed])
 
 
-def _decays(before: np.ndarray | None, after: np.ndarray) -> bool:
-    """Returns whether a hold has multiplied a leaf by a number in (0, 1)."""
-    if before is None or after.dtype.kind != "f" or after.size < 2 or not before.any():
+def _decays(before: np.ndarray, after: np.ndarray) -> bool:
+    """Returns whether a hold has multiplied numbers by a factor in (0, 1)."""
+    if before.size < 2 or not before.any():
         return False
     factor = float(np.vdot(after, before) / np.vdot(before, before))
     return 0.01 < factor < 1 - 1e-6 and np.allclose(after, factor * before, rtol=1e-5, atol=0)

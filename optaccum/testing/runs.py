@@ -16,6 +16,7 @@ from optaccum.testing import rounding
 ROUNDING = rounding.bound(rounding.EPS, 1000)  # of a gradient, relative to its size
 WINDOWS = 2
 Path = tuple[Any, ...]
+Tree = dict[Path, np.ndarray]
 
 
 class StepError(Exception):
@@ -50,10 +51,9 @@ class Program:
                 state = _next(state, step(state, jax.tree.map(jnp.array, each)))
                 trained.append(self._trained(state))
                 states.append(named(state))
+            return _make_run(trained, states, len(rows))
         except Exception as error:
             raise StepError from error
-        sizes = {path: x.size for path, x in trained[0].items()}
-        return Run([_flat(x.values()) for x in trained], states, len(rows), sizes)
 
     def _trained(self, state: Any) -> dict[Path, np.ndarray]:
         """Returns the parameters in a state: of a module of `flax.nnx`, its `nnx.Param`."""
@@ -86,12 +86,11 @@ class Program:
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """What a program leaves behind."""
+    """What a program leaves behind after 0, 1, ... calls."""
 
-    params: list[np.ndarray]  # f64[P] after 0, 1, ... calls
-    states: list[dict[Path, np.ndarray]]  # after 0, 1, ... calls
+    params: np.ndarray  # f64[calls + 1, P]
+    held: dict[Path, np.ndarray]  # f64[calls + 1, P] for each parameter, or [calls + 1, size]
     per_window: int  # calls per window
-    sizes: dict[Path, int]  # of the leaves of the parameters, in their order
 
     def change(self, window: int = 1) -> np.ndarray:
         """Returns by how much the windows so far moved the parameters."""
@@ -99,30 +98,22 @@ class Run:
 
     def moved(self, used: np.ndarray) -> float:
         """Returns the largest of the moves, of the numbers in `used`."""
-        return max(np.linalg.norm(self.change(n + 1)[used]) for n in range(WINDOWS)) or 1e-300
-
-    def state(self, window: int = 1) -> dict[Path, np.ndarray]:
-        """Returns the state after some windows."""
-        return self.states[window * self.per_window]
+        moves = (np.linalg.norm(self.change(n + 1)[used]) for n in range(WINDOWS))
+        return float(max(moves)) or 1e-300
 
     def names(self, path: Path) -> tuple[str, ...]:
-        """Returns the names of what holds a leaf of the optimizer.
-
-        These are without the parameter's own at the end, so that a parameter named "mu" is no mean
-        of Adam's. What an accumulator keeps of its window has none.
-        """
-        holder = _holder(path, self.sizes)
-        names = tuple(keystr((key,), simple=True) for key in holder)
+        """Returns the names in a path; what an accumulator keeps of its window has none."""
+        names = tuple(keystr((key,), simple=True) for key in path)
         for i, name in enumerate(names):
-            beside = {keystr(p[i:], simple=True) for p in self.states[0] if p[:i] == path[:i]}
+            beside = {keystr(p[i:], simple=True) for p in self.held if p[:i] == path[:i]}
             if "mini_step" in beside and not name.startswith("inner"):
                 return ()
         return names
 
     def mean(self) -> np.ndarray | None:
         """Returns what the optimizer keeps of the first window's gradient, if it keeps a mean."""
-        held = [x for path, x in self.state().items() if {"mu", "trace"} & {*self.names(path)}]
-        whole = _flat(x for x in held if x.dtype.kind == "f")
+        means = [x for path, x in self.held.items() if {"mu", "trace"} & {*self.names(path)}]
+        whole = _flat(x[self.per_window] for x in means)
         return whole if whole.any() else None
 
     def seen(self) -> np.ndarray:
@@ -145,24 +136,33 @@ class Run:
         What begins at zero and is kept for each number shows the gradients: sums, means, or, if
         nowhere negative, means of squares.
         """
-        shown = np.ones(len(self.params[0]), bool)
-        for holder in {_holder(path, self.sizes) for path in self.states[0]}:
-            kept = np.stack([self._kept(state, holder) for state in self.states])
-            if not kept[0].any():
+        shown = np.ones(self.params.shape[1], bool)
+        for kept in self.held.values():
+            if kept.shape == self.params.shape and not kept[0].any():
                 size = np.abs(kept if (kept < 0).any() else np.sqrt(kept)).max(0)
                 shown &= ~((size > 0) & (size <= ROUNDING * size.max()))
         return shown
 
-    def _kept(self, state: dict[Path, np.ndarray], holder: Path) -> np.ndarray:
-        """Returns what is held for each number of the parameters, and 0 for the others, f64[P]."""
-        held = [(state.get(holder + path), size) for path, size in self.sizes.items()]
-        return _flat(np.zeros(n) if x is None or x.size != n else x for x, n in held)
 
+def _make_run(trained: list[Tree], states: list[Tree], per_window: int) -> Run:
+    """Returns a run; what a state holds for each parameter is one array, 0 for what it leaves out.
 
-def _holder(path: Path, params: Iterable[Path]) -> Path:
-    """Returns a path without the longest one of a parameter at its end."""
-    ends = (len(end) for end in params if path[len(path) - len(end) :] == end)
-    return path[: len(path) - max(ends, default=0)]
+    Its path ends before the parameter's, so that a parameter named "mu" is no mean of Adam's.
+    """
+    params = np.stack([_flat(each.values()) for each in trained])
+    sizes = {path: x.size for path, x in trained[0].items()}
+    ends = dict(zip(sizes, np.cumsum([*sizes.values()]), strict=True))
+    held: Tree = {}
+    for path in states[0]:
+        values = np.stack([state[path].ravel() for state in states])
+        ways = (path[i:] for i in range(len(path) + 1))
+        owner = next((way for way in ways if sizes.get(way) == values.shape[1]), None)
+        if owner is None:
+            held[path] = values
+        else:
+            whole = held.setdefault(path[: len(path) - len(owner)], np.zeros(params.shape))
+            whole[:, ends[owner] - sizes[owner] : ends[owner]] = values
+    return Run(params, held, per_window)
 
 
 def take(batch: Any, i: int, n: int) -> Any:

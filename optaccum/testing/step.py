@@ -138,11 +138,10 @@ def _of_means(run: Run, full: Run) -> float:
 
 def _average_that_differs(full: Run, window: Run, bound: float) -> str | None:
     """Returns the path of an average of parameters that microbatches change otherwise."""
-    before, a, b = full.states[0], full.state(WINDOWS), window.state(WINDOWS)
-    for path, x in a.items():
+    for path, x in full.held.items():
         named = any(word in name.lower() for name in full.names(path) for word in AVERAGES)
-        if named and path in b and x.dtype.kind == "f":
-            moved = np.linalg.norm(x - before.get(path, 0)) or 1e-300
-            if np.linalg.norm(x - b[path]) > 8 * bound * moved:
+        if named and path in window.held:
+            moved = np.linalg.norm(x[-1] - x[0]) or 1e-300
+            if np.linalg.norm(x[-1] - window.held[path][-1]) > 8 * bound * moved:
                 return keystr(path)
     return None

@@ -93,7 +93,7 @@ def _along(e: Equation) -> Value:
 
 def _dot(e: Equation) -> Value:
     contracted = e.params["dimension_numbers"][0]
-    product = rules.multiply(*e.values)
+    product = rules.multiply(e.values)
     if not any({*c} & {*b} for c, b in zip(contracted, e.before, strict=True)):
         return product
     if e.after and product.kind == "row":
@@ -144,8 +144,8 @@ def _of_devices(e: Equation) -> Value:
 
 RULES: dict[str, Callable[[Equation], Value]] = {
     **dict.fromkeys(("add", "sub", "add_any"), lambda e: rules.add(e.values)),
-    "mul": lambda e: rules.multiply(*e.values),
-    "div": lambda e: rules.multiply(*e.values, sign=-1),
+    "mul": lambda e: rules.multiply(e.values),
+    "div": lambda e: rules.multiply(e.values, sign=-1),
     "select_n": lambda e: rules.select(e.values[0], e.values[1:]),
     "dot_general": _dot,
     "gather": _gather,

@@ -90,9 +90,10 @@ def select(predicate: Value, cases: list[Value]) -> Value:
     return dataclasses.replace(chosen, findings=chosen.findings | predicate.findings)
 
 
-def multiply(a: Value, b: Value, sign: int = 1) -> Value:
+def multiply(values: list[Value], sign: int = 1) -> Value:
     """Returns the product of two values, or their quotient with `sign` -1."""
-    values, kinds, degree = [a, b], {a.kind, b.kind}, a.degree + sign * b.degree
+    a, b = values
+    kinds, degree = {a.kind, b.kind}, a.degree + sign * b.degree
     divides = sign < 0 and b.kind == "total"
     if "total" not in kinds or ("const" in kinds and not divides):
         merged = merge(values, degree=degree)
