@@ -6,7 +6,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-LARGEST = 2**24  # elements; larger leaves are no masks
+LARGEST = 2**24  # elements; a larger leaf is not a mask
 VALUES = 64  # of an integer leaf that are tried as the one to ignore
 
 

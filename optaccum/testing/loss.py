@@ -163,6 +163,7 @@ def _judge(read: Structure, weighted: bool) -> tuple[bool | None, str | None, st
 def _by_numbers(loss: Loss, options: Options, read: Structure, structural: Report) -> Report:
     """Returns the report of the gradients."""
     n, tolerance = options.num_microbatches or 1, options.tolerance
+    weighted = loss.weight_fn is not None
     found, weights, noise = gradients.measure(loss, n)
     bound = loss.rounding()
     low = tolerance is None and bound > rounding.COARSE
@@ -176,28 +177,25 @@ def _by_numbers(loss: Loss, options: Options, read: Structure, structural: Repor
     verdict = numbers.judge(found, weights, counts.count(likely, n), bound)
     doubts = structural.findings if structural.exact is False else ()
     random = any(finding.kind == "stochastic" for finding in read.findings)
-    kind = verdict.kind
-    if kind == "exact":
-        # Other weights that would not fit show that these do, however coarse the tolerance.
-        told = loss.weight_fn is not None and numbers.off(found, np.ones(n)) > bound
+    # If a count fits and the weights in use do not, rounding is not the cause.
+    proven = doubts or (verdict.source is not None and not structural.exact)
+    if verdict.kind == "exact":
+        # Other weights that would not fit show that these do, however coarse the bound.
+        told = weighted and numbers.off(found, np.ones(n)) > bound
         loop = gradients.of_loop(loss, n) / found.sizes[0] - found.full[0]
         compiled = float(np.linalg.norm(loop))
         if low and not (told or structural.exact):
-            kind = "coarse"
+            verdict = Verdict("coarse", verdict.error)
         elif compiled <= bound:
             remedy = REMEDIES["doubt"] if doubts else None
             return Report(True, verdict.error, 1.0, verdict.weights, doubts, remedy, bound)
         else:
-            kind, verdict = "compiler", Verdict("compiler", compiled)
-    elif gradients.depends_on_keys(loss, bound) or (random and kind == "coupled"):
-        kind, verdict = "stochastic", Verdict("stochastic", verdict.error)
-    elif low and kind not in ("not_finite", "unknown"):
-        # A count that fits if the weights in use do not is no rounding; fitted shares may be.
-        proven = doubts or (verdict.source is not None and not structural.exact)
-        kind = kind if proven else "coarse"
-    return _explain(
-        dataclasses.replace(verdict, kind=kind), read, bound, loss.weight_fn is not None
-    )
+            verdict = Verdict("compiler", compiled)
+    elif gradients.depends_on_keys(loss, bound) or (random and verdict.kind == "coupled"):
+        verdict = Verdict("stochastic", verdict.error)
+    elif low and not proven and verdict.kind not in ("not_finite", "unknown"):
+        verdict = Verdict("coarse", verdict.error)
+    return _explain(verdict, read, bound, weighted)
 
 
 def _explain(verdict: Verdict, read: Structure, tolerance: float, weighted: bool) -> Report:

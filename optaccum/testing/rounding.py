@@ -46,7 +46,7 @@ def narrowest(program: Any) -> float:
 
 
 def _equations(given: list[Any], times: int = 1) -> Iterator[tuple[Any, int]]:
-    """Yields equations, those of the programs inside them, and how often each of them runs."""
+    """Yields equations, also inside other equations, and how often each of them runs."""
     for equation in given:
         yield equation, times
         inside = times * equation.params.get("length", 1)
@@ -57,7 +57,7 @@ def _equations(given: list[Any], times: int = 1) -> Iterator[tuple[Any, int]]:
 
 
 def coarsest(tree: Any) -> float:
-    """Returns the eps of the narrowest floating-point type of a tree, at least that of float32."""
+    """Returns the eps of the narrowest floating-point type of a tree, at least float32's."""
     return max([EPS, *map(_eps, jax.tree.leaves(tree))])
 
 

@@ -20,7 +20,7 @@ Tree = dict[Path, np.ndarray]
 
 
 class StepError(Exception):
-    """The user's step raised, or returned what is no state: the cause says how."""
+    """The user's step raised, or returned something else than a state: the cause says how."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -147,7 +147,7 @@ class Run:
 def _make_run(trained: list[Tree], states: list[Tree], per_window: int) -> Run:
     """Returns a run; what a state holds for each parameter is one array, 0 for what it leaves out.
 
-    Its path ends before the parameter's, so that a parameter named "mu" is no mean of Adam's.
+    Its path ends before the parameter's, which may be named "mu" and be no mean of Adam's.
     """
     params = np.stack([_flat(each.values()) for each in trained])
     sizes = {path: x.size for path, x in trained[0].items()}

@@ -17,6 +17,7 @@ KEEP = {
 ORDER = {"cumsum", "cumprod", "cummax", "cummin", "cumlogsumexp", "rev", "sort", "top_k"}
 LINEAR = {"reduce_sum", "cumsum", "rev"}
 FLAT = {"sign", "floor", "ceil", "round", "nextafter"}  # without a gradient
+MATRICES = {"cholesky", "eigh", "eig", "svd", "qr", "lu", "triangular_solve", "fft"}
 DEVICES = {"psum", "psum_invariant", "all_gather", "all_to_all", "ppermute"}
 RANDOM = {"random_bits", "threefry2x32", "rng_bit_generator", "rng_uniform"}
 # Of numbers that the program holds, so that `x.shape[0] - 0` is the number of rows.
@@ -59,9 +60,7 @@ def apply(e: Equation) -> Value:
         return _along(e)
     by_entry = "row" not in kinds or all(_broadcasts(x, e.shape) for x in e.shapes)
     opaque = "call" in e.name or e.name == "while"
-    if kinds == {"const"} or (by_entry and not opaque):
-        return rules.curve(e.values)
-    return _unknown(e)
+    return rules.curve(e.values) if by_entry and not opaque else _unknown(e)
 
 
 def _broadcasts(shape: tuple[int, ...], wide: tuple[int, ...]) -> bool:
@@ -70,6 +69,8 @@ def _broadcasts(shape: tuple[int, ...], wide: tuple[int, ...]) -> bool:
 
 
 def _unknown(e: Equation) -> Value:
+    if all(v.kind == "const" for v in e.values):
+        return rules.curve(e.values)
     return rules.flaw(e.values, "unknown", f"nothing is known of `{e.name}`")
 
 
@@ -131,6 +132,16 @@ def _scatter_add(e: Equation) -> Value:
     )
 
 
+def _overwrite(e: Equation) -> Value:
+    return rules.merge(e.values) if e.after or not any(e.before) else _unknown(e)
+
+
+def _of_matrices(e: Equation) -> Value:
+    pairs = zip(e.before, e.shapes, strict=True)
+    over_rows = any(axis >= len(shape) - 2 for axes, shape in pairs for axis in axes)
+    return _unknown(e) if over_rows else rules.curve(e.values)
+
+
 def _convolution(e: Equation) -> Value:
     rows = e.before[0] in ((), (e.params["dimension_numbers"].lhs_spec[0],))
     return rules.merge(e.values) if rows and e.values[1].kind == "const" else _unknown(e)
@@ -151,7 +162,9 @@ RULES: dict[str, Callable[[Equation], Value]] = {
     "gather": _gather,
     **dict.fromkeys(("slice", "dynamic_slice", "split", "pad"), _slice),
     "reshape": _reshape,
+    **dict.fromkeys(("scatter", "dynamic_update_slice"), _overwrite),
     "scatter-add": _scatter_add,
+    **dict.fromkeys(MATRICES, _of_matrices),
     "conv_general_dilated": _convolution,
     **dict.fromkeys(DEVICES, _of_devices),
 }

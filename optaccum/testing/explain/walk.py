@@ -82,14 +82,16 @@ class Walk:
                 known[x] = self._located(self._unpaired(x, y, value), at)
         return _read(known, one.outvars, two.outvars)
 
-    def _results(self, a: Any, b: Any, values: list[Value], run: "Run") -> list[Value]:
-        """Returns the values of the results of an equation; `run` follows a program inside it."""
-        if a.primitive.name in ("cond", "scan"):
-            return (_cond if a.primitive.name == "cond" else _scan)(run, a, b, values)
+    def _results(self, a: Any, b: Any, values: list[Value], follow: "Follow") -> list[Value]:
+        """Returns the values of the results of an equation; `follow` walks a program inside it."""
+        if a.primitive.name == "cond":
+            return _cond(follow, a, b, values)
+        if a.primitive.name == "scan":
+            return _scan(follow, a, b, values)
         for name in ("jaxpr", "call_jaxpr", "fun_jaxpr"):
             inner = a.params.get(name)
-            if inner is not None and "reduce" not in a.primitive.name:
-                return run(inner, b.params[name], values)
+            if inner is not None and not {"reduce", "pallas"} & {*a.primitive.name.split("_")}:
+                return follow(inner, b.params[name], values)
         shapes = [x.aval.shape for x in a.invars]
         before = [_axes(x, y) for x, y in zip(a.invars, b.invars, strict=True)]
         flat = [dataclasses.replace(v, active=False) for v in values]
@@ -135,16 +137,16 @@ def _axes(once: Any, twice: Any) -> tuple[int, ...]:
     return tuple(i for i, (x, y) in sizes if x != y)
 
 
-Run = Callable[[Any, Any, list[Value]], list[Value]]
+Follow = Callable[[Any, Any, list[Value]], list[Value]]
 
 
-def _cond(run: Run, one: Any, two: Any, values: list[Value]) -> list[Value]:
+def _cond(follow: Follow, one: Any, two: Any, values: list[Value]) -> list[Value]:
     pairs = zip(one.params["branches"], two.params["branches"], strict=True)
-    branches = [run(a, b, values[1:]) for a, b in pairs]
+    branches = [follow(a, b, values[1:]) for a, b in pairs]
     return [select(values[0], [*cases]) for cases in zip(*branches, strict=True)]
 
 
-def _scan(run: Run, one: Any, two: Any, values: list[Value]) -> list[Value]:
+def _scan(follow: Follow, one: Any, two: Any, values: list[Value]) -> list[Value]:
     body = one.params["jaxpr"], two.params["jaxpr"]
     # What is scanned over has one axis less in the body. JAX names these numbers in several ways.
     scanned = sum(map(_loses_axis, one.invars, body[0].jaxpr.invars))
@@ -154,7 +156,7 @@ def _scan(run: Run, one: Any, two: Any, values: list[Value]) -> list[Value]:
     over_rows = one.params["length"] != two.params["length"]
     results: list[Value] = []
     for _ in range(ROUNDS):
-        results = run(*body, [*fixed, *carry, *xs])
+        results = follow(*body, [*fixed, *carry, *xs])
         new = [merge([*pair]) for pair in zip(carry, results, strict=False)]
         for i, (before, after) in enumerate(zip(carry, new, strict=True)):
             if over_rows and before.kind != "row" and after.kind == "row":
