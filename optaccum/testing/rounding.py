@@ -24,14 +24,14 @@ def bound(eps: float, roundings: int) -> float:
 
 def count(program: Any) -> int:
     """Returns at most how many roundings follow each other in a program."""
-    found = 1
+    found = 0
     for equation, times in _equations(program.eqns):
         for x in filter(_eps, equation.outvars):
             found += times
             if equation.primitive.name in ("reduce_sum", "dot_general", "cumsum"):
                 ins = max(y.aval.size for y in equation.invars)
                 found += times * (ins // max(x.aval.size, 1))
-    return found
+    return max(found, 1)
 
 
 def narrowest(program: Any) -> float:
