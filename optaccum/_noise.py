@@ -180,7 +180,7 @@ def _check_reduced(grads: Any) -> None:
     for path, g in jax.tree_util.tree_leaves_with_path(grads):
         if axes := unreduced(g):
             raise TypeError(
-                f"gradient leaf {leaf_name(path)} waits to be reduced over {sorted(axes)}, and has "
+                f"gradient leaf {leaf_name(path)} is unreduced over {sorted(axes)}, and has "
                 "no norm before that; use jax.shard_map, where the part of each device is a "
                 "sample, or leave `reduce_axes` out"
             )

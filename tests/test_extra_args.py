@@ -458,7 +458,7 @@ def _reading(name):
 
 def test_an_argument_that_inner_names_is_not_mistyped():
     for inner in (_reading("weights"), _reading("wieght")):
-        (name,) = set(optaccum._extra_args.named_by(inner.update)) & {"weights", "wieght"}
+        (name,) = set(optaccum._spelling.named_by(inner.update)) & {"weights", "wieght"}
         tx = optaccum.accumulate(1, inner)
         updates, _ = tx.update(TWOS, tx.init(ONES), ONES, **{name: 3.0})
         np.testing.assert_array_equal(updates["w"], np.full(2, 6.0))

@@ -350,9 +350,7 @@ def test_unreduced_gradients_are_refused():
             )
         }
         state = tx.init({"w": jnp.zeros(8)})
-        with pytest.raises(
-            TypeError, match=r"gradient leaf \['w'\] waits to be reduced over \['data'\]"
-        ):
+        with pytest.raises(TypeError, match=r"gradient leaf \['w'\] is unreduced over \['data'\]"):
             jax.eval_shape(update_noise_scale, init_noise_scale(), grads, state)
 
 

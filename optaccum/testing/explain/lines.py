@@ -17,8 +17,8 @@ def find_line(equations: tuple[Any, ...]) -> str | None:
     """Returns "file.py:205" for the innermost of nested equations that has a line of the user's.
 
     A function under `jax.jit` is traced once and remembered, with the lines of its first caller.
-    So lines beyond the frame that traced it say nothing of this caller, whose line is that of the
-    enclosing equation.
+    So lines beyond the frame that traced it say nothing of this caller, whose line the enclosing
+    equation has.
     """
     for equation in reversed(equations):
         try:

@@ -12,7 +12,7 @@ class Finding:
 
     Attributes:
         kind: a word to compare with, such as "weights"; `optaccum.testing` lists them.
-        where: the user's source line, "file.py:205", or None where none is known.
+        where: the user's source line, "file.py:205", or None if none is known.
         detail: a sentence.
     """
 
@@ -29,13 +29,13 @@ class Report:
     """What a check found; `str(report)` says it in a paragraph.
 
     Attributes:
-        exact: whether microbatches give what the full batch gives; None where that is unknown.
+        exact: whether microbatches give what the full batch gives; None if that is unknown.
         error: how far they are from it, relative to its norm; None without numbers.
-        scale: the factor that the mean over microbatches lacks (1.0 where it lacks none), or None.
+        scale: the factor that the mean over microbatches lacks (1.0 if it lacks none), or None.
         weights: how much each microbatch should count, in shares that sum to 1, or None.
-        findings: the reasons, the verdict first. Where all is exact, what of the program may differ
+        findings: the reasons, the verdict first. If all is exact, what of the program may differ
             with other rows; mostly nothing.
-        remedy: what to change, or None where there is nothing to change.
+        remedy: what to change, or None if there is nothing to change.
         tolerance: the largest `error` that rounding explains, or None.
     """
 
@@ -49,33 +49,26 @@ class Report:
 
     @property
     def kind(self) -> str | None:
-        """The kind of the first finding, which is the verdict; None where all is exact."""
+        """The kind of the first finding, which is the verdict; None if all is exact."""
         return self.findings[0].kind if self.findings and self.exact is not True else None
 
     def __str__(self) -> str:
         known = {True: "Exact", False: "Not exact", None: "Unknown"}[self.exact]
-        lines = [known + "."]
         if self.error is not None:
             bound = "" if self.tolerance is None else f" (rounding explains {self.tolerance:.1g})"
-            lines[0] = (
-                f"{known}: microbatches are within {self.error:.1g} of the full batch{bound}."
-            )
-            if self.exact is not True:
-                lines[0] = f"{known}: microbatches are {self.error:.2g} off the full batch{bound}."
-        lines += [f"* {finding}" for finding in self.findings]
+            off = f"within {self.error:.1g} of" if self.exact else f"{self.error:.2g} off"
+            known = f"{known}: microbatches are {off} the full batch{bound}"
+        lines = [f"{known}.", *(f"* {finding}" for finding in self.findings)]
         if self.weights is not None and self.exact is False:
-            shares = ", ".join(f"{w:.3g}" for w in self.weights[:8])
-            more = ", ..." if len(self.weights) > 8 else ""
-            lines.append(f"* shares of the microbatches: {shares}{more}")
+            shares = [f"{w:.3g}" for w in self.weights[:8]] + ["..."] * (len(self.weights) > 8)
+            lines.append(f"* shares of the microbatches: {', '.join(shares)}")
         if self.remedy:
             lines.append(f"Remedy: {self.remedy}")
-        return "\n".join(
-            textwrap.fill(
-                line,
-                100,
-                subsequent_indent="  " if line.startswith("*") else "",
-                break_long_words=False,
-                break_on_hyphens=False,
-            )
-            for line in lines
-        )
+        return "\n".join(map(_wrap, lines))
+
+
+def _wrap(line: str) -> str:
+    indent = "  " if line.startswith("*") else ""
+    wrapper = textwrap.TextWrapper(100, subsequent_indent=indent, break_long_words=False)
+    wrapper.break_on_hyphens = False
+    return wrapper.fill(line)

@@ -8,8 +8,9 @@ the module by its name: `import optaccum` does not.
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from optaccum._testing import loss as _loss, step as _step
-from optaccum._testing.report import Finding, Report
+from optaccum.testing import loss as _loss, step as _step
+from optaccum.testing.report import Finding, Report
+from optaccum.testing.runs import Program as _Program
 
 __all__ = ("Finding", "Report", "assert_equivalent", "check_loss", "check_step")
 
@@ -29,13 +30,11 @@ def check_loss(
 ) -> Report:
     """Say whether microbatches give the gradient that `fun` has on the full batch, and why not.
 
-    The verdict is that of the numbers. The gradient g of the full batch is compared with the mean
-    of the microbatches' gradients g_i, and with what :func:`optaccum.value_and_grad` makes of them
-    in one compiled loop. If the mean differs,
-    the factors a_i in g = sum_i a_i g_i are found, one set of them at several values of the
-    parameters: they are the right weights, and are looked for in the leaves of the batch. The
-    structure explains. `fun` is traced for B and for 2 B rows, and what grows is followed through
-    the program to the source line that makes one value of several rows.
+    The numbers give the verdict. They compare the full batch's gradient g with the mean of the
+    microbatches' gradients g_i, and with :func:`optaccum.value_and_grad`. If the mean differs, they
+    look for factors a_i with g = sum_i a_i g_i at several values of the parameters, and for leaves
+    of the batch that count so. The structure explains: it follows the rows through the program to
+    the source line that makes one value of several rows.
 
     >>> import jax.numpy as jnp
     >>> from optaccum.testing import check_loss
@@ -51,24 +50,24 @@ def check_loss(
     True
 
     Guarantees:
-        * `fun` is traced twice for the structure; nothing is compiled without `num_microbatches`.
+        * The structure takes two traces of `fun`. Without `num_microbatches` nothing is compiled.
         * Only bad arguments raise. A program that cannot be followed or run is "unknown".
-        * Arrays stay where they are: with arguments that are sharded as in training, on the chips
-          that train, it sees what their compilers do.
-        * With `exact` True, `findings` are lines that may couple rows which differ more.
+        * Arrays stay on their devices: with arguments sharded as in training, the check sees what
+          the compilers do there.
+        * If `exact` is True, `findings` are lines that may couple rows that differ more.
         * Microbatch i holds the rows i, i + n, ..., as in :func:`optaccum.value_and_grad`.
 
     ==================  ========================================================================
     kind                what it says of the loss, or of a line
     ==================  ========================================================================
-    "coupled"           no weighting of microbatches gives the full batch: rows are coupled
-    "weights"           it does with other weights; `weights` has them, the detail their source
-    "factor"            it does with one factor, `scale`: a sum against a mean
+    "coupled"           rows are coupled: no weights give the full batch
+    "weights"           other weights do: `weights` has them, the detail their source
+    "factor"            one factor does, `scale`: a sum against a mean
     "terms"             it adds terms that are divided by different counts
     "stochastic"        rows draw random numbers; `exact` is None
     "not_finite"        gradients of microbatches are not finite; `exact` is None
     "compiler"          it is right, but the compiled loop over the microbatches is not
-    "unknown"           what was not understood, or may be rounding; `exact` is None
+    "unknown"           not understood, or perhaps rounding; `exact` is None
     "pairwise"          (a line) a value for every pair of rows
     "batch_statistic"   (a line) a sum over rows flows back into the rows
     "nonlinear"         (a line) a nonlinear function of a sum over rows
@@ -84,13 +83,13 @@ def check_loss(
         num_microbatches: n >= 2, which divides the rows; None for the structure alone.
         argnums: what is differentiated.
         batch_argnums: positions of the pytrees that are split; None for the argument 1.
-        batch_argnames: names of the keyword arguments that are split. None for none of them, and
-            then none may have as many rows: pass () to give it to every microbatch whole.
+        batch_argnames: names of the keyword arguments that are split. With None, no keyword
+            argument may have as many rows as the batch; pass () to give it to each microbatch.
         has_aux: whether `fun` returns `(scalar, aux)`.
         weight_fn: the weights that you use, as in :func:`optaccum.value_and_grad`.
         rng_argnums: positions of keys. All microbatches get them as they are.
         tolerance: the relative error that is still exact; None to derive it from the dtypes and
-            the number of roundings on the way of the gradients.
+            the number of roundings.
 
     Returns:
         A :class:`Report`.
@@ -98,9 +97,7 @@ def check_loss(
     Raises:
         TypeError, ValueError: for arguments that do not fit, as :func:`optaccum.value_and_grad`.
     """
-    return _loss.check(
-        fun,
-        args,
+    options = _loss.Options(
         {} if kwargs is None else kwargs,
         num_microbatches,
         argnums,
@@ -111,19 +108,20 @@ def check_loss(
         rng_argnums,
         tolerance,
     )
+    return _loss.check(fun, args, options)
 
 
 def assert_equivalent(fun: Callable[..., Any], *args: Any, **options: Any) -> None:
     """Raise AssertionError with the report's text unless :func:`check_loss` says exact.
 
     Args:
-        fun: as in :func:`check_loss`, and so are the others.
+        fun: as in :func:`check_loss`.
         *args: its arguments.
         **options: the keyword arguments of :func:`check_loss`.
 
     Raises:
-        AssertionError: where `exact` is False or None.
-        TypeError, ValueError: what :func:`check_loss` raises.
+        AssertionError: if `exact` is False or None.
+        TypeError, ValueError: as :func:`check_loss`.
     """
     report = check_loss(fun, *args, **options)
     if report.exact is not True:
@@ -142,8 +140,8 @@ def check_step(
 ) -> Report:
     """Say whether a training step does with `every_k` microbatches what it does with the batch.
 
-    `make_step(params, 1)` makes the step that is right: two of its steps on the full batch are
-    compared with two windows of `make_step(params, every_k)`. Where they differ, further runs tell
+    `make_step(params, 1)` makes the step that is right. Two of its steps on the full batch are
+    compared with two windows of `make_step(params, every_k)`. If they differ, further runs tell
     which mistake it is.
 
     >>> import jax, jax.numpy as jnp, optax
@@ -161,14 +159,13 @@ def check_step(
     >>> print(report.exact, report.kind)
     False optimizer
 
-    Loops of all kinds fit in. With `flax.training.train_state`, the state is the train state::
+    With `flax.training.train_state`, the state is the train state::
 
         def make_step(params, every_k):
             tx = optax.MultiSteps(optax.adam(1e-3), every_k)
             return TrainState.create(apply_fn=model.apply, params=params, tx=tx), train_step
 
-    With `flax.nnx`, `params` is the module, of which each run gets a copy, and the step changes it
-    in place::
+    With `flax.nnx`, `params` is the module. Each run gets a copy, which the step changes in place::
 
         def make_step(model, every_k):
             optimizer = nnx.Optimizer(model, accumulate(every_k, optax.adam(1e-3)), wrt=nnx.Param)
@@ -187,9 +184,9 @@ def check_step(
     "batch_norm"        BatchNorm's statistics are those of microbatches
     "coupled"           rows are coupled otherwise
     "dropout_keys"      all microbatches draw with one key
-    "stochastic"        microbatches draw with keys of their own; `exact` is None
+    "stochastic"        microbatches draw with different keys; `exact` is None
     "donated"           the step reads or donates what it donated; `exact` is None
-    "unknown"           what was not understood, or may be rounding; `exact` is None
+    "unknown"           not understood, or perhaps rounding; `exact` is None
     ==================  ========================================================================
 
     Guarantees:
@@ -198,7 +195,7 @@ def check_step(
 
     Args:
         make_step: `(params, every_k) -> (state, step)`. `step(state, rows)` takes in the rows of a
-            microbatch and returns the new state, or a tuple that begins with it, or None where it
+            microbatch and returns the new state, or a tuple that begins with it, or None if it
             changes the state in place.
         params: what training begins with: a pytree, or a module of `flax.nnx`.
         batch: a pytree whose leaves have the rows of the full batch, which `every_k` divides.
@@ -215,4 +212,5 @@ def check_step(
     Raises:
         TypeError, ValueError: for arguments that do not fit.
     """
-    return _step.check(make_step, params, batch, every_k, inside_step, get_params, tolerance)
+    program = _Program(make_step, params, every_k, inside_step, get_params)
+    return _step.check(program, batch, tolerance)

@@ -10,8 +10,7 @@ import optax
 import pytest
 
 import optaccum
-from optaccum._testing import probes, runs, step
-from optaccum.testing import check_step
+from optaccum.testing import check_step, runs, step
 
 ROWS, FEATURES, K = 12, 5, 4
 _keys = jax.random.split(jax.random.key(0), 4)
@@ -396,17 +395,17 @@ def test_a_small_learning_rate_hides_mistakes():
     assert "raise the learning rate" in str(report)
 
 
-def test_holders_are_paths_without_those_of_parameters():
-    window = [".a.mini_step", ".a.weight", ".a.grad_sum['mu']", ".a.arg_sums['sum_of_mu']"]
-    inner = [".a.inner_state.mu['mu']", ".a.inner_state.mu['w']", "['weight']['avg']"]
-    holders = runs.find_holders([*window, *inner, "[0]['mu']"], ["['mu']", "['w']"])
-    assert holders == {
-        ".a.mini_step": ".a.mini_step",
-        ".a.inner_state.mu['mu']": ".a.inner_state.mu",
-        ".a.inner_state.mu['w']": ".a.inner_state.mu",
-        "['weight']['avg']": "['weight']['avg']",
-        "[0]['mu']": "[0]",
-    }
+def test_what_is_held_for_each_parameter_has_the_name_of_its_holder():
+    """A parameter may be named as a mean; an accumulator's window has no names."""
+    tx = optaccum.accumulate(2, optax.adam(0.1), metrics=("mu",))
+    params = {"mu": jnp.ones(2), "w": jnp.ones(3)}
+    program = runs.Program(lambda w, k: ((w, tx.init(w)), lambda *_: None), params, 2, False, None)
+    run = program.run({"x": jnp.ones(4)}, 2, 1)
+    names = {jax.tree_util.keystr(path): run.names(path) for path in run.held}
+    assert names["[0]"] == ("0",)
+    assert names["[1].grad_sum"] == names["[1].arg_sums['sum_of_mu']"] == ()
+    assert names["[1].inner_state[0].mu"] == ("1", "inner_state", "0", "mu")
+    assert names["[1].inner_state[0].count"] == ("1", "inner_state", "0", "count")
 
 
 def test_a_failure_of_the_check_is_not_the_step_s(monkeypatch):
@@ -414,7 +413,7 @@ def test_a_failure_of_the_check_is_not_the_step_s(monkeypatch):
     report = check_step(plain(inside(SGD)), PARAMS, BATCH, every_k=K)
     assert (report.exact, report.kind) == (None, "unknown")
     assert "could not be compared" in str(report)
-    assert report.remedy == probes.REPORT
+    assert report.remedy == step.REPORT
 
 
 @pytest.mark.slow
@@ -429,7 +428,7 @@ def test_low_precision_is_not_taken_for_a_mistake(store, inner):
     report = check_step(plain(inside(inner), loss), params, BATCH, every_k=K)
     assert report.exact is not False
     if report.exact is None:
-        assert report.remedy == probes.COARSE
+        assert report.remedy == step.COARSE
 
 
 @pytest.mark.slow
@@ -463,3 +462,14 @@ def test_a_step_that_is_not_finite_says_so():
 def test_a_warm_up_from_a_small_rate_is_judged_by_its_larger_step():
     warm_up = optax.adamw(optax.warmup_cosine_decay_schedule(1e-6, 1e-2, 10, 1000))
     assert check_step(plain(inside(warm_up)), PARAMS, BATCH, every_k=K).exact
+
+
+def test_a_step_that_raises_is_unknown():
+    report = check_step(lambda w, k: (w, lambda state, x: 1 / 0), PARAMS, BATCH, every_k=2)
+    assert (report.exact, report.kind) == (None, "unknown")
+    assert "ZeroDivisionError" in str(report)
+
+
+def test_a_step_that_returns_another_state_is_unknown():
+    report = check_step(lambda w, k: (w, lambda state, x: [w]), PARAMS, BATCH, every_k=2)
+    assert "must return the state" in str(report)

@@ -1,0 +1,1 @@
+"""Where in a program rows become one value, for the lines of a report."""

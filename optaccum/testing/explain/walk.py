@@ -1,0 +1,171 @@
+"""Where a loss makes one value of several rows: its program, traced for two batch sizes."""
+
+from collections.abc import Callable
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+from jax.extend.core import Literal
+import jax.numpy as jnp
+import numpy as np
+
+from optaccum.testing.explain.lines import find_line
+from optaccum.testing.explain.primitives import FLAT, Equation, apply
+from optaccum.testing.explain.values import Value, flaw, merge, of_number, select
+from optaccum.testing.gradients import Loss
+from optaccum.testing.report import Finding
+
+ROUNDS = 6  # of a loop, until what it carries stays as it is
+
+
+@dataclasses.dataclass(frozen=True)
+class Structure:
+    """What the program of a loss says."""
+
+    value: Value | None  # the loss, if the program could be followed
+    findings: tuple[Finding, ...]  # what makes it so, in the order of the program
+    traced: bool = True  # whether it could be traced, also with twice the rows
+    leaves: tuple[str, ...] = ()  # of the batch that it uses, those that divisors count first
+
+
+def read(loss: Loss) -> Structure:
+    """Returns the structure of a loss: two traces of it and a walk."""
+    try:
+        once, twice = (_trace(loss, times) for times in (1, 2))
+    except Exception as error:
+        text = f"{type(error).__name__}: {str(error)[:200]}"
+        detail = f"it could not be traced with twice the rows ({text})"
+        return Structure(None, (Finding("unknown", None, detail),), traced=False)
+    inputs = []
+    for j in loss.arrays:
+        for name in loss.leaves(j):
+            row = Value("row", leaves=frozenset({name}))
+            inputs.append(row if j in loss.rows else Value(active=j in loss.argnums))
+    walk = Walk(len(jax.tree.leaves(loss.some(*loss.rows))[0]))
+    try:
+        (value,) = walk.run(once.jaxpr, twice.jaxpr, inputs)
+    except Exception as error:  # a primitive with other parameters than those known here
+        detail = f"the program could not be followed ({str(error)[:200]})"
+        return Structure(None, (Finding("unknown", None, detail),))
+    shown = tuple(f for f in walk.findings if value.active and f in value.findings)
+    leaves = dict.fromkeys([*sorted(value.counted), *sorted(value.leaves)])
+    return Structure(value, shown, leaves=tuple(leaves))
+
+
+def _trace(loss: Loss, times: int) -> Any:
+    def grow(x):
+        return jax.ShapeDtypeStruct((times * np.shape(x)[0], *np.shape(x)[1:]), jnp.result_type(x))
+
+    return jax.make_jaxpr(loss)(loss.arrays | jax.tree.map(grow, loss.some(*loss.rows)))
+
+
+class Walk:
+    """Follows the rows through two programs at once, for `rows` and for twice as many."""
+
+    def __init__(self, rows: int):
+        self.rows = rows
+        self.findings: dict[Finding, None] = {}
+
+    def run(self, one: Any, two: Any, inputs: list[Value], outer: tuple = ()) -> list[Value]:
+        """Returns the values of the results of a program inside the equations `outer`."""
+        one, two = (getattr(program, "jaxpr", program) for program in (one, two))
+        if [e.primitive for e in one.eqns] != [e.primitive for e in two.eqns]:
+            raise ValueError("the program for twice the rows has other operations")
+        known = dict.fromkeys(one.constvars, Value())
+        known |= zip(one.invars, inputs, strict=True)
+        for a, b in zip(one.eqns, two.eqns, strict=True):
+            at = (*outer, a)
+            values = _read(known, a.invars, b.invars)
+            results = self._results(a, b, values, functools.partial(self.run, outer=at))
+            for x, y, value in zip(a.outvars, b.outvars, results, strict=True):
+                known[x] = self._located(self._unpaired(x, y, value), at)
+        return _read(known, one.outvars, two.outvars)
+
+    def _results(self, a: Any, b: Any, values: list[Value], follow: "Follow") -> list[Value]:
+        """Returns the values of the results of an equation; `follow` walks a program inside it."""
+        if a.primitive.name == "cond":
+            return _cond(follow, a, b, values)
+        if a.primitive.name == "scan":
+            return _scan(follow, a, b, values)
+        for name in ("jaxpr", "call_jaxpr", "fun_jaxpr"):
+            inner = a.params.get(name)
+            if inner is not None and not {"reduce", "pallas"} & {*a.primitive.name.split("_")}:
+                return follow(inner, b.params[name], values)
+        shapes = [x.aval.shape for x in a.invars]
+        before = [_axes(x, y) for x, y in zip(a.invars, b.invars, strict=True)]
+        flat = [dataclasses.replace(v, active=False) for v in values]
+        results = []
+        for x, y in zip(a.outvars, b.outvars, strict=True):
+            real = jnp.issubdtype(x.aval.dtype, jnp.inexact) and a.primitive.name not in FLAT
+            given = Equation(
+                a.primitive.name, a.params, values if real else flat, shapes, before,
+                x.aval.shape, _axes(x, y), self.rows,
+            )  # fmt: skip
+            results.append(apply(given))
+        return results
+
+    def _unpaired(self, once: Any, twice: Any, value: Value) -> Value:
+        """Returns a value that is mixed if it has an entry for every pair of rows."""
+        if value.kind != "row" or len(_axes(once, twice)) < 2:
+            return value
+        shape = f"{[*once.aval.shape]} for {self.rows} rows"
+        detail = f"a value has an entry for every pair of rows, {shape}"
+        return flaw([value], "pairwise", detail)
+
+    def _located(self, value: Value, at: tuple) -> Value:
+        """Returns a value whose findings have their line."""
+        findings = frozenset(
+            finding if finding.where else dataclasses.replace(finding, where=find_line(at))
+            for finding in value.findings
+        )
+        self.findings |= dict.fromkeys(findings)
+        return dataclasses.replace(value, findings=findings)
+
+
+def _read(known: dict[Any, Value], once: list[Any], twice: list[Any]) -> list[Value]:
+    """Returns the values of variables and of numbers in the program."""
+    return [
+        known[a] if not isinstance(a, Literal) else of_number(float(a.val), float(b.val))
+        for a, b in zip(once, twice, strict=True)
+    ]
+
+
+def _axes(once: Any, twice: Any) -> tuple[int, ...]:
+    """Returns the axes of rows: those that grow with them."""
+    sizes = enumerate(zip(once.aval.shape, twice.aval.shape, strict=True))
+    return tuple(i for i, (x, y) in sizes if x != y)
+
+
+Follow = Callable[[Any, Any, list[Value]], list[Value]]
+
+
+def _cond(follow: Follow, one: Any, two: Any, values: list[Value]) -> list[Value]:
+    pairs = zip(one.params["branches"], two.params["branches"], strict=True)
+    branches = [follow(a, b, values[1:]) for a, b in pairs]
+    return [select(values[0], [*cases]) for cases in zip(*branches, strict=True)]
+
+
+def _scan(follow: Follow, one: Any, two: Any, values: list[Value]) -> list[Value]:
+    body = one.params["jaxpr"], two.params["jaxpr"]
+    # What is scanned over has one axis less in the body. JAX names these numbers in several ways.
+    scanned = sum(map(_loses_axis, one.invars, body[0].jaxpr.invars))
+    carried = len(one.outvars) - sum(map(_loses_axis, one.outvars, body[0].jaxpr.outvars))
+    consts = len(one.invars) - scanned - carried
+    fixed, carry, xs = values[:consts], values[consts:][:carried], values[consts + carried :]
+    over_rows = one.params["length"] != two.params["length"]
+    results: list[Value] = []
+    for _ in range(ROUNDS):
+        results = follow(*body, [*fixed, *carry, *xs])
+        new = [merge([*pair]) for pair in zip(carry, results, strict=False)]
+        for i, (before, after) in enumerate(zip(carry, new, strict=True)):
+            if over_rows and before.kind != "row" and after.kind == "row":
+                new[i] = flaw([after], "unknown", "a loop over rows carries them")
+        if new == carry:
+            break
+        carry = new
+    return [*carry, *results[carried:]]
+
+
+def _loses_axis(outer: Any, inner: Any) -> bool:
+    return len(outer.aval.shape) > len(inner.aval.shape)

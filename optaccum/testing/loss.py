@@ -1,0 +1,259 @@
+"""Judge a loss: the numbers decide, the structure explains."""
+
+from collections.abc import Callable, Sequence
+import dataclasses
+import inspect
+from typing import Any
+
+import jax
+import numpy as np
+
+from optaccum import _batch, _call, _validate
+from optaccum.testing import counts, gradients, numbers, rounding
+from optaccum.testing.explain import walk
+from optaccum.testing.explain.walk import Structure
+from optaccum.testing.gradients import Loss
+from optaccum.testing.numbers import Verdict
+from optaccum.testing.report import Finding, Report
+
+COUPLING = ("pairwise", "batch_statistic", "nonlinear", "order")
+# The kinds of lines that explain a kind of loss, if they are not of its own kind.
+LINES = {"coupled": COUPLING, "weights": ("divisor",), "factor": ("row_count",)}
+DETAILS = {
+    "coupled": "rows depend on each other: no weighting of microbatches gives the full batch",
+    "terms": "the loss adds terms that are divided by different counts; no one weight fits both",
+    "not_finite": "gradients of microbatches are not finite, as 0 / 0 where one counts no token",
+    "unknown": "the gradients do not tell: too few parameters for this many microbatches",
+    "compiler": "microbatches add up to the full batch, but not in the compiled loop over them",
+    "stochastic": "rows draw random numbers, other ones in a microbatch than in the full batch",
+    "coarse": "gradients in low precision may be off by as much without a mistake",
+}
+REMEDIES = {
+    "coupled": "`optaccum.microbatched`, which keeps the loss whole and only cuts the model in "
+    "microbatches; or accept statistics of microbatches.",
+    "factor": "sum against mean: divide the loss by its number of rows (`jnp.mean`), or add "
+    "up gradients with `use_grad_mean=False`.",
+    "terms": "return the sum and the count of each term from the model in "
+    "`optaccum.microbatched` and divide outside, or accumulate each term apart, with its own "
+    "weight.",
+    "stochastic": "check in a deterministic mode: without dropout, or with noise that is part "
+    "of the batch.",
+    "not_finite": "divide by `jnp.maximum(count, 1)`, and pass the count as `weight=` or "
+    "`weight_fn`, with which an empty microbatch adds nothing.",
+    "compiler": "another version of jaxlib; 'Sharp edges' has the known ones "
+    "(openxla/xla issue 49143). Report it if yours is none of them.",
+    "coarse": "check it in float32, parameters and batch included, where rounding is small.",
+    "doubt": "these rows do not show what the lines above do: take rows that differ more.",
+    "failed": "make `fun` run on each microbatch: `batch_argnums` and `batch_argnames` name "
+    "all arguments that hold rows, and `weight_fn` takes the arguments of `fun`.",
+    "unknown": "pass `num_microbatches`, more parameters or fewer microbatches, so that the "
+    "gradients can tell.",
+    "divisor": "pass `num_microbatches`.",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """The keyword arguments of `optaccum.testing.check_loss`, which explains them."""
+
+    kwargs: dict[str, Any]
+    num_microbatches: int | None
+    argnums: int | Sequence[int]
+    batch_argnums: int | Sequence[int] | None
+    batch_argnames: str | Sequence[str] | None
+    has_aux: bool
+    weight_fn: Callable[..., Any] | None
+    rng_argnums: int | Sequence[int]
+    tolerance: float | None
+
+
+def check(fun: Callable[..., Any], args: tuple, options: Options) -> Report:
+    """Returns what `optaccum.testing.check_loss` does."""
+    loss = _make_loss(fun, args, options)
+    read = walk.read(loss)
+    structural = _by_structure(read, loss.weight_fn is not None)
+    if options.num_microbatches is None:
+        return structural
+    try:
+        return _by_numbers(loss, options, read, structural)
+    except Exception as error:
+        detail = f"the gradients could not be taken ({type(error).__name__}: {str(error)[:300]})"
+        findings = (Finding("unknown", None, detail), *read.findings)
+        return Report(None, findings=findings, remedy=REMEDIES["failed"])
+
+
+def _make_loss(fun: Callable[..., Any], args: tuple, options: Options) -> Loss:
+    """Returns the loss, if its arguments fit."""
+    weight_fn, kwargs, n = options.weight_fn, options.kwargs, options.num_microbatches
+    _validate.check_function("`fun`", fun)
+    if weight_fn is not None:
+        _validate.check_function("`weight_fn`", weight_fn)
+    if n is not None and _validate.check_count("`num_microbatches`", n, " or None") == 1:
+        raise ValueError("`num_microbatches` must be >= 2 to compare with one, got 1")
+    numbers.check_tolerance(options.tolerance)
+    if not isinstance(kwargs, dict) or not all(isinstance(name, str) for name in kwargs):
+        raise TypeError(f"`kwargs` must be the keyword arguments of `fun`, a dict, got {kwargs!r}")
+    given = {
+        "`argnums`": options.argnums,
+        "`batch_argnums`": options.batch_argnums,
+        "`rng_argnums`": options.rng_argnums,
+        "`carry_argnum`": (),
+    }
+    roles = _call.check_roles(given, options.batch_argnames, options.has_aux)
+    call = _call.Call(fun, roles, args, kwargs)
+    trained, rows, keys, _ = call.roles
+    of_batch = jax.tree.map(
+        lambda x: x if hasattr(x, "shape") else np.asarray(x), call.titled(rows)
+    )
+    _batch.check_batch(of_batch, n or 1)
+    # Rows by position that nobody named are for the report to tell.
+    _call.check_no_other_rows(call, roles._replace(by_default=False))
+    names = [_name(fun, j) for j in range(call.count)] + call.names
+    weight_fn = None if weight_fn is None else call.by_position(weight_fn)
+    args_at = dict(enumerate(call.args))
+    fun = call.by_position(fun)
+    return Loss(fun, args_at, names, trained, rows, keys, options.has_aux, weight_fn)
+
+
+def _name(fun: Any, j: int) -> str:
+    """Returns the name that the function has for its argument j."""
+    try:
+        parameter = [*inspect.signature(fun).parameters.values()][j]
+    except (TypeError, ValueError, IndexError):
+        return f"args[{j}]"
+    variadic = parameter.kind is inspect.Parameter.VAR_POSITIONAL
+    return f"args[{j}]" if variadic else parameter.name
+
+
+def _by_structure(read: Structure, weighted: bool) -> Report:
+    """Returns the report of a loss that is not run."""
+    if not read.traced:
+        return Report(None, findings=read.findings, remedy=REMEDIES["failed"])
+    exact, kind, detail = _judge(read, weighted)
+    if kind is None:
+        return Report(True)
+    found = sorted(read.findings, key=lambda finding: finding.kind not in LINES.get(kind, (kind,)))
+    if detail:
+        found.insert(0, Finding(kind, _line(read, kind), detail))
+    return Report(exact, findings=tuple(found), remedy=_remedy(kind))
+
+
+def _judge(read: Structure, weighted: bool) -> tuple[bool | None, str | None, str]:
+    """Returns whether a loss is exact, its kind, and a detail if no line says enough."""
+    value, kinds = read.value, {finding.kind for finding in read.findings}
+    if value is None or "unknown" in kinds:
+        return None, "unknown", ""
+    if value.kind == "mixed" or kinds & {*COUPLING}:
+        return False, "coupled", ""
+    if value.kind == "row":
+        return None, "unknown", "the loss is not a sum over rows"
+    if "stochastic" in kinds:
+        return None, "stochastic", ""
+    if "terms" in kinds:
+        return False, "terms", ""
+    if "divisor" in kinds:
+        detail = "whether `weight_fn` counts as the divisor does, only numbers can tell"
+        return (None, "divisor", detail) if weighted else (None, "weights", "")
+    if weighted:
+        return None, "weights", "`weight_fn` counts, and no count divides the loss"
+    if value.kind == "total" and value.degree != 0:
+        detail = "the loss is divided by another power of the number of rows than the first"
+        return False, "factor", detail
+    return True, None, ""
+
+
+def _by_numbers(loss: Loss, options: Options, read: Structure, structural: Report) -> Report:
+    """Returns the report of the gradients."""
+    n, tolerance = options.num_microbatches or 1, options.tolerance
+    weighted = loss.weight_fn is not None
+    found, weights, noise = gradients.measure(loss, n)
+    bound = loss.rounding()
+    low = tolerance is None and bound > rounding.COARSE
+    # A gradient in which rows nearly cancel is less exact than that. Its rows in another order
+    # show by how much; what they show beyond 100 times the bound is not rounding.
+    if 4 * noise <= 100 * bound:
+        bound = min(max(bound, 4 * noise), rounding.LARGEST)
+    bound = bound if tolerance is None else tolerance
+    leaves = {name: leaf for j in loss.rows for name, leaf in loss.leaves(j).items()}
+    likely = {name: leaves[name] for name in read.leaves} or leaves
+    verdict = numbers.judge(found, weights, counts.count(likely, n), bound)
+    doubts = structural.findings if structural.exact is False else ()
+    random = any(finding.kind == "stochastic" for finding in read.findings)
+    # If a count fits and the weights in use do not, rounding is not the cause.
+    proven = doubts or (verdict.source is not None and not structural.exact)
+    if verdict.kind == "exact":
+        # Other weights that would not fit show that these do, however coarse the bound.
+        told = weighted and numbers.off(found, np.ones(n)) > bound
+        loop = gradients.of_loop(loss, n) / found.sizes[0] - found.full[0]
+        compiled = float(np.linalg.norm(loop))
+        if low and not (told or structural.exact):
+            verdict = Verdict("coarse", verdict.error)
+        elif compiled <= bound:
+            remedy = REMEDIES["doubt"] if doubts else None
+            return Report(True, verdict.error, 1.0, verdict.weights, doubts, remedy, bound)
+        else:
+            verdict = Verdict("compiler", compiled)
+    elif gradients.depends_on_keys(loss, bound) or (random and verdict.kind == "coupled"):
+        verdict = Verdict("stochastic", verdict.error)
+    elif low and not proven and verdict.kind not in ("not_finite", "unknown"):
+        verdict = Verdict("coarse", verdict.error)
+    return _explain(verdict, read, bound, weighted)
+
+
+def _explain(verdict: Verdict, read: Structure, tolerance: float, weighted: bool) -> Report:
+    """Returns the report on a verdict, with the lines that explain it."""
+    kind, kinds = verdict.kind, {finding.kind for finding in read.findings}
+    scale, weights = verdict.scale, verdict.weights
+    named = verdict.source is not None and (verdict.source == "" or "divisor" in kinds)
+    if kind in ("weights", "factor") and kinds & {*COUPLING} and not named:
+        # The shares of a maximum stay as they are while its row does; some count has them, too.
+        kind, scale, weights = "coupled", None, None
+    if kind == "coupled" and "terms" in kinds and not kinds & {*COUPLING}:
+        kind = "terms"
+    known = {*kinds} if kind in ("coarse", "stochastic") else {"unknown", *LINES.get(kind, ())}
+    others = [f for f in read.findings if f.kind in known - {kind}]
+    told = "unknown" if kind == "coarse" else kind
+    return Report(
+        None if kind in ("unknown", "not_finite", "coarse", "stochastic") else False,
+        verdict.error,
+        scale,
+        weights,
+        (Finding(told, _line(read, kind), _detail(kind, verdict)), *others),
+        _remedy(kind, verdict.source, weighted),
+        tolerance,
+    )
+
+
+def _line(read: Structure, kind: str) -> str | None:
+    """Returns the first line that explains a kind of loss."""
+    return next((f.where for f in read.findings if f.kind in LINES.get(kind, (kind,))), None)
+
+
+def _detail(kind: str, verdict: Verdict) -> str:
+    """Returns what a report says of a verdict."""
+    scale = verdict.scale
+    if kind == "factor":
+        return f"the full batch has {scale:.6g} times the mean over microbatches"
+    if kind != "weights":
+        return DETAILS[kind]
+    factor = "" if scale is None or abs(scale - 1) < 1e-3 else f", times {scale:.6g}"
+    if verdict.source is None:
+        return f"microbatches count differently, with no simple count of the batch{factor}"
+    if verdict.source:
+        return f"microbatches count with `{verdict.source}`{factor}"
+    return f"microbatches count alike, and `weight_fn` counts them differently{factor}"
+
+
+def _remedy(kind: str, source: str | None = None, weighted: bool = False) -> str | None:
+    """Returns what a report advises."""
+    if kind == "factor" and weighted:
+        return "return a mean over what `weight_fn` counts, or drop `weight_fn`; sum against mean."
+    if kind != "weights":
+        return REMEDIES[kind]
+    if source == "":
+        return "drop `weight_fn`, and `weight=` of `accumulate`."
+    counted = f"`{source}`" if source else "the loss's own divisor"
+    return (
+        f"pass {counted} as `weight_fn` to `optaccum.value_and_grad`, or per microbatch as "
+        "`weight=` to `optaccum.accumulate`."
+    )
