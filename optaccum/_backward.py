@@ -6,6 +6,7 @@ adds its slice, `sums[i] = add(sums[i], gradient of layer i)`. The arithmetic on
 the same.
 """
 
+import collections
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -109,13 +110,13 @@ def _plan(jaxpr: core.Jaxpr, targets: _Targets) -> tuple[dict, set[int]]:
     it and a scan, or a call that may hold one.
     """
     made = {v: (at, j) for at, e in enumerate(jaxpr.eqns) for j, v in enumerate(e.outvars)}
-    reads = [v for e in jaxpr.eqns for v in e.invars if isinstance(v, core.Var)]
-    reads += [v for v in jaxpr.outvars if isinstance(v, core.Var)]
+    read = [*jaxpr.outvars, *(v for e in jaxpr.eqns for v in e.invars)]
+    reads = collections.Counter(v for v in read if isinstance(v, core.Var))
     plan: dict[int, dict[int, tuple[int, _Target]]] = {}
     skipped = set()
     for i, target in targets.items():
         v, passed = jaxpr.outvars[i], []
-        while isinstance(v, core.Var) and v in made and reads.count(v) == 1:
+        while isinstance(v, core.Var) and v in made and reads[v] == 1:
             at, j = made[v]
             eqn = jaxpr.eqns[at]
             slices = not target.apart and _can_hold_slices(eqn, j)
@@ -129,8 +130,8 @@ def _plan(jaxpr: core.Jaxpr, targets: _Targets) -> tuple[dict, set[int]]:
                 step = eqn.params["new_dtype"]
             elif eqn.primitive is lax.reshape_p and not any(map(_permutes, target.path)):
                 # A reshape of the sum is free.
-                before = eqn.invars[0].aval.shape
-                target = target._replace(total=jnp.reshape(target.total, before))
+                before: Any = eqn.invars[0]
+                target = target._replace(total=jnp.reshape(target.total, before.aval.shape))
                 step = None
             else:
                 break
@@ -160,12 +161,16 @@ def _can_hold_slices(eqn: core.JaxprEqn, j: int) -> bool:
 
 def _is_lookup(eqn: core.JaxprEqn, target: _Target, made: dict, jaxpr: core.Jaxpr) -> bool:
     """Returns whether an equation scatters into zeros, in the dtype of the sum."""
-    if eqn.primitive is not lax.scatter_add_p or eqn.invars[0] not in made:
+    if eqn.primitive is not lax.scatter_add_p:
         return False
-    zeros = jaxpr.eqns[made[eqn.invars[0]][0]]
-    value = zeros.invars[0] if zeros.primitive is lax.broadcast_in_dim_p else None
-    same = eqn.invars[2].aval.dtype == target.total.dtype
-    return isinstance(value, core.Literal) and value.val == 0 and same
+    table, _, rows = eqn.invars
+    of_rows: Any = rows.aval
+    made_by = jaxpr.eqns[made[table][0]] if isinstance(table, core.Var) and table in made else None
+    if made_by is None or made_by.primitive is not lax.broadcast_in_dim_p:
+        return False
+    value = made_by.invars[0]
+    zeros = isinstance(value, core.Literal) and value.val == 0
+    return zeros and of_rows.dtype == target.total.dtype
 
 
 def _run(eqns: list[core.JaxprEqn], jaxpr: core.Jaxpr, env: dict[Any, Any]) -> None:
@@ -204,7 +209,7 @@ def _of_slices(path: tuple[Any, ...]) -> tuple[int, tuple[Any, ...]]:
 def _carries(eqn: core.JaxprEqn) -> int:
     """Returns how many results of a scan are carries: these have the same shape inside."""
     inside = _open(eqn.params["jaxpr"])[0].outvars
-    return sum(v.aval.shape == w.aval.shape for v, w in zip(inside, eqn.outvars, strict=True))
+    return _scatters.alike(inside, eqn.outvars)
 
 
 def _open(jaxpr: Any) -> tuple[core.Jaxpr, Sequence[Any]]:
@@ -216,10 +221,7 @@ def _scan(eqn: core.JaxprEqn, values: list, targets: _Targets, microbatch: Micro
     """Evaluates a scan that carries the sums and adds a slice to each in every trip."""
     jaxpr, consts = _open(eqn.params["jaxpr"])
     carries = _carries(eqn)
-    slices = sum(
-        v.aval.shape != w.aval.shape for v, w in zip(jaxpr.invars, eqn.invars, strict=True)
-    )
-    count = len(values) - slices - carries
+    count = _scatters.alike(jaxpr.invars, eqn.invars) - carries
     shared, carry, xs = values[:count], values[count : count + carries], values[count + carries :]
     places = {j: _of_slices(target.path) for j, target in targets.items()}
 

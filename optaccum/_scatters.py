@@ -59,7 +59,7 @@ def with_fences(closed: core.ClosedJaxpr) -> tuple[core.ClosedJaxpr, list[bool]]
     return core.ClosedJaxpr(jaxpr, closed.consts), holds
 
 
-def apart(tree: Any, holds: list[bool], total: jax.Array) -> Any:
+def apart(tree: Any, holds: list[bool], total: Any) -> Any:
     """Returns a tree that is about to be summed, with a select behind each scatter in it.
 
     Args:
@@ -152,12 +152,12 @@ def _carries(jaxpr: core.Jaxpr, eqn: core.JaxprEqn) -> dict[int, int]:
     if eqn.primitive.name not in ("scan", "while") or len(jaxpr.outvars) != len(eqn.outvars):
         return {}
     # Consts and carries come into a loop in the shape that they have outside, slices do not.
-    carries = _alike(jaxpr.outvars, eqn.outvars)
-    first = _alike(jaxpr.invars, eqn.invars[len(eqn.invars) - len(jaxpr.invars) :]) - carries
+    carries = alike(jaxpr.outvars, eqn.outvars)
+    first = alike(jaxpr.invars, eqn.invars[len(eqn.invars) - len(jaxpr.invars) :]) - carries
     return {k: first + k for k in range(carries)}
 
 
-def _alike(inside: Sequence[Any], outside: Sequence[Any]) -> int:
+def alike(inside: Sequence[Any], outside: Sequence[Any]) -> int:
     """Returns how many values have the same shape inside of a loop and outside."""
     return sum(jnp.shape(a.aval) == jnp.shape(b.aval) for a, b in zip(inside, outside, strict=True))
 

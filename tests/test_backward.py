@@ -1,6 +1,7 @@
 """Gradients of scanned layers are added to the sums inside the backward scan."""
 
 import functools
+from typing import Any
 
 import equinox as eqx
 from flax import linen as nn, nnx
@@ -189,7 +190,7 @@ LOSSES = {
 }
 
 
-def compiled(fun, params, **options):
+def compiled(fun, params, **options) -> Any:
     step = optaccum.value_and_grad(fun, num_microbatches=N, **options)
     return jax.jit(step).lower(params, IDS).compile()
 
