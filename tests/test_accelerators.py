@@ -20,6 +20,7 @@ import optax
 import pytest
 
 from benchmarks import hlo, targets
+import optaccum
 from optaccum import (
     _scatters as scatters,
     accumulate,
@@ -569,3 +570,54 @@ def test_microbatched_reduces_once_in_shard_map(target):
     large = [one for one in found if one.bytes > size / 4]
     assert not [one for one in large if one.conditional or one.trips > 1]
     assert sum(one.bytes for one in large) == pytest.approx(size, rel=0.01)
+
+
+STACK = {
+    "a": jax.ShapeDtypeStruct((8, 1024, 4096), jnp.float32),
+    "b": jax.ShapeDtypeStruct((8, 4096, 1024), jnp.float32),
+}
+
+
+def _scanned(params, x):
+    def layer(h, w):
+        return h + jnp.tanh(h @ w["a"]) @ w["b"], None
+
+    return jnp.mean(jax.lax.scan(jax.checkpoint(layer), x, params)[0] ** 2)
+
+
+def _temporaries(target, step, *args):
+    (device,) = targets.devices(target, 1)
+    args = _place(args, jax.sharding.SingleDeviceSharding(device))
+    compiled: Any = jax.jit(step).lower(*args).compile()
+    return compiled.memory_analysis().temp_size_in_bytes
+
+
+@pytest.mark.parametrize("weight_fn", [None, lambda params, x: jnp.sum(x > 0)])
+def test_layers_in_a_scan_have_no_stack_of_gradients(target, weight_fn):
+    def by_hand(params, x):
+        def body(sums, rows):
+            grads = jax.grad(_scanned)(params, rows)
+            return jax.tree.map(jnp.add, sums, grads), None
+
+        zeros = jax.tree.map(jnp.zeros_like, params)
+        return jax.lax.scan(body, zeros, x.reshape(4, -1, *x.shape[1:]))[0]
+
+    ours = optaccum.grad(_scanned, num_microbatches=4, weight_fn=weight_fn)
+    batch = jax.ShapeDtypeStruct((16, 64, 1024), jnp.float32)
+    saved = _temporaries(target, by_hand, STACK, batch) - _temporaries(target, ours, STACK, batch)
+    assert saved > 0.9 * sum(4 * p.size for p in STACK.values())
+
+
+def test_a_weighted_lookup_has_no_table_beside_the_sums(target):
+    def loss(table, ids):
+        return jnp.mean(jax.nn.logsumexp(table[ids], -1))
+
+    table = jax.ShapeDtypeStruct((2**16, 1024), jnp.float32)
+    ids = jax.ShapeDtypeStruct((64, 32), jnp.int32)
+    equal, weighted = (
+        optaccum.grad(loss, num_microbatches=4, weight_fn=weight_fn)
+        for weight_fn in (None, lambda table, ids: jnp.sum(ids > 0))
+    )
+    assert _temporaries(target, weighted, table, ids) < 1.05 * _temporaries(
+        target, equal, table, ids
+    )
