@@ -1,46 +1,22 @@
 """Tables: one list of rows for the terminal and for the READMEs."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-import dataclasses
-import textwrap
 from typing import Any
 
+from tabulate import tabulate
+
+Result = dict[str, Any]
 AGREES = {True: "yes", False: "NO", None: "-"}
 NOT_EQUIVALENT = "† By its definition it computes something else than the full batch."
 TEXT = frozenset({"contender", "figure", "inner", "model", "target"})
 
 
-@dataclasses.dataclass(frozen=True)
-class Table:
-    """Rows of cells by heading, a dash where a row lacks one, and what is said above and below."""
-
-    rows: Sequence[Mapping[str, str]]
-    title: str = ""
-    notes: Sequence[str] = ()
-
-    def terminal(self) -> str:
-        """Returns the table with its headings, cells and notes broken into lines."""
-        # Wide enough for the longest word; a heading of names stays whole.
-        widths = [None if x in TEXT else max(9, *map(len, x.split())) for x in self._headings]
-        table = self._format("simple", 12, maxheadercolwidths=widths)
-        return "\n".join([self.title, table, *(textwrap.fill(x, 100) for x in self.notes), ""])
-
-    def markdown(self) -> str:
-        return "\n".join([self._format("pipe"), *([""] if self.notes else []), *self.notes])
-
-    @property
-    def _headings(self) -> list[str]:
-        return list(dict.fromkeys(heading for row in self.rows for heading in row))
-
-    def _format(self, form: str, width: int = 10**6, **options: Any) -> str:
-        from tabulate import tabulate  # here, so that the report's paths are known without it
-
-        options["colalign"] = ["left" if x in TEXT else "right" for x in self._headings]
-        rows = [
-            {x: cell if x in TEXT else textwrap.fill(cell, width) for x, cell in row.items()}
-            for row in self.rows
-        ]
-        return tabulate(rows, "keys", form, disable_numparse=True, missingval="-", **options)
+def table(rows: Sequence[dict[str, str]], *notes: str) -> str:
+    """Returns rows of cells by heading, a dash where a row lacks one, and what is said below."""
+    headings = dict.fromkeys(heading for row in rows for heading in row)
+    sides = ["left" if heading in TEXT else "right" for heading in headings]
+    form: Any = {"disable_numparse": True, "missingval": "-", "colalign": sides}
+    return "\n".join([tabulate(rows, "keys", "pipe", **form), *([""] if notes else []), *notes])
 
 
 def rows_of(found: Iterable[Any], columns: Mapping[str, Any]) -> list[dict[str, str]]:
@@ -86,17 +62,17 @@ def fitting(row: Mapping[str, Any], name: str) -> str:
     return f"at least {size}" if row["capped"] else size
 
 
-def where(result: Mapping[str, Any]) -> str:
+def where(result: Result) -> str:
     """Returns what the figures were measured on, and when."""
     stopped = "" if result.get("complete", True) else " Stopped before its end."
     return f"Measured on: {result['device']}, {versions(result)}{stopped}"
 
 
-def versions(result: Mapping[str, Any]) -> str:
+def versions(result: Result) -> str:
     """Returns what the figures were measured with, and when."""
     return f"{', '.join(map(' '.join, result['versions'].items()))}, {result['date'][:10]}."
 
 
-def left_out(result: Mapping[str, Any]) -> list[str]:
+def left_out(result: Result) -> list[str]:
     """Returns a note for each contender that is not installed."""
     return [f"Left out: {x}, for {why}." for x, why in dict(result.get("left_out", ())).items()]
