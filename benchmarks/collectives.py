@@ -1,8 +1,7 @@
 """Train data-parallel with each way of accumulating: what devices send each other, and the time.
 
 Devices share the rows of every microbatch; parameters and AdamW's moments are replicated. Rows have
-different numbers of tokens. Collectives are counted in the compiled programs: those of a scan as
-often as it has trips, and those of a branch in the last call of a window, which releases it.
+different numbers of tokens.
 """
 
 from collections import Counter
@@ -74,7 +73,7 @@ def measure(scale: int) -> Iterator[Result]:
     if jax.device_count() < 2:
         sys.exit(f"needs at least 2 devices, found {jax.device_count()}; JAX_PLATFORMS=cpu has 8")
     sizes = SIZES[scale]
-    # Under explicit sharding gradients stay unreduced where parameters stand in products.
+    # Under explicit sharding only gradients of parameters in products stay unreduced.
     task = training.make_task(sizes, jax.devices(), one_hot=True, tied=False)
     units = {"time_to_multi_steps": MULTI_STEPS, "time_to_hand_written": BY_HAND}
     windows, result = training.compare(sizes, task, NAMES, units)
@@ -113,10 +112,7 @@ def tables(result: Result) -> dict[str, str]:
 
 
 def sent(found: list[dict[str, Any]] | None, parameter_bytes: int) -> str:
-    """Returns how often collectives run, times their mean size in that of the parameters.
-
-    Those below a thousandth of it come apart, in bytes. An all-reduce goes without saying.
-    """
+    """Returns how often collectives run, times their mean size in P; small ones apart, in bytes."""
     if not found:
         return "-" if found is None else "none"
     cells = []
@@ -124,7 +120,7 @@ def sent(found: list[dict[str, Any]] | None, parameter_bytes: int) -> str:
         ours = [one for one in found if one["kind"] == kind]
         large = [one for one in ours if one["bytes"] >= 1e-3 * parameter_bytes]
         small = [one for one in ours if one not in large]
-        name = "" if kind == "all-reduce" else f"{kind} "
+        name = "" if kind == "all-reduce" else f"{kind} "  # which the heading says
         for group, unit, size in ((large, parameter_bytes, "{:.2f}"), (small, 1, "{:.0f} B")):
             if times := sum(one["times"] for one in group):
                 cells.append(f"{name}{times} x {size.format(total(group) / times / unit)}")

@@ -67,7 +67,7 @@ LEAVES = {"sgd": (4, 4096, 8192), "adamw": (4, 4096, 8192), "muon": (2, 8192, 81
 
 
 def optimizer_row(target: str, inner: str, name: str, leaves: tuple[int, ...]) -> Result:
-    """Returns what a window moves where the gradients lie ready."""
+    """Returns what a window moves if the gradients lie ready."""
     params = {f"w{i}": jax.ShapeDtypeStruct(leaves[1:], jnp.float32) for i in range(leaves[0])}
     task = Task(params, [params], EVERY_K, INNERS[inner], devices=targets.devices(target))
     return {"target": target, "inner": inner} | window_row(task, name)
@@ -151,7 +151,7 @@ def measure(scale: int) -> Iterator[Result]:
         for inner, leaves in sizes.items()
         for name in OPTIMIZER
     ]
-    small = {"tied embedding": (dataclasses.replace(SMALL, tied=True, layers=1), QUICK)}
+    small = {"blocks in a list": (dataclasses.replace(SMALL, layers=1), QUICK)}
     jobs += [
         (traffic_row, chip, model, config, name)
         for chip in chips

@@ -60,8 +60,8 @@ Carry = dict[str, Any]
 class Step:
     """The program of one call, without the gradients that it is given."""
 
-    # `(part, grads, weight) -> part`, where `part` holds the entries `names` of the carry and the
-    # weight is None where all microbatches count alike. It leaves the other entries alone.
+    # `(part, grads, weight) -> part`. The part has the entries `names` of the carry; the weight is
+    # None if all microbatches count alike.
     apply: Callable[[Carry, Any, Any], Carry]
     names: tuple[str, ...] = ("params", "state")
 
@@ -82,8 +82,8 @@ class Contender:
     # How it uses several devices that share the rows of each batch: Auto for `jax.jit`, Explicit
     # for that under explicit sharding, Manual in `jax.shard_map`.
     axis_type: AxisType = AxisType.Auto
-    # `params -> {name: spec}`, where entries of the carry lie: each a prefix of its tree, or None
-    # for where `init` makes them. The others are replicated. Called under `jax.set_mesh`.
+    # `params -> {name: spec}`, of entries of the carry that are not replicated: each a prefix of
+    # its tree, or None to leave it to `init`. Called under `jax.set_mesh`.
     specs: Callable[[Any], Carry] = lambda params: {}
     # Makes of the parameters those that the loss is differentiated by.
     prepare: Callable[[Any], Any] = lambda params: params

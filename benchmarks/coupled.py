@@ -1,9 +1,8 @@
 """Losses that compare rows: the gradient of a contrastive loss, whole and in microbatches.
 
-Two towers embed pairs, and the loss compares every pair with every other. Each contender returns
-its loss and gradient, which are compared with those of the full batch. Then all take turns. The
-largest batch is that of the compiled programs which need at most twice the peak memory of
-`optaccum.microbatched`, with microbatches of one size. The drift is that of a bfloat16 gradient.
+Two towers embed pairs, and the loss compares every pair with every other. Loss and gradient of each
+contender are compared with the full batch. Then all take turns. The largest batch needs at most
+twice the peak memory of `optaccum.microbatched`, with microbatches of one size.
 """
 
 from collections.abc import Callable, Iterator
@@ -97,7 +96,7 @@ def relative_error(found: Any, expected: Any) -> float:
 
 
 def drift() -> list[dict[str, Any]]:
-    """Returns how far sums of bfloat16 gradients of single rows are from those of one product."""
+    """Returns how far bfloat16 gradients, summed row by row, are from those by one product."""
     x = np.random.default_rng(2).normal(size=(DRIFT_MICROBATCHES, CONFIG.width))
     x, params = jnp.asarray(x, jnp.bfloat16), make_mlp(jnp.bfloat16)
 

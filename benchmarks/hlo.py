@@ -17,7 +17,7 @@ KINDS = {
     *("collective-permute", "collective-broadcast"),
 }
 _COMPUTATION = re.compile(r"(?P<entry>ENTRY )?%?(?P<name>[\w.\-]+)[^=]*\{$")
-# A layout's parentheses follow no space, and those of the operands end before an attribute.
+# A layout's parentheses follow no space; the operands' end before an attribute.
 _INSTRUCTION = re.compile(
     r"\s+(?:ROOT )?%?(?P<name>[\w.\-]+) = (?P<shape>.*?) (?P<opcode>[a-z][\w\-]*)"
     r"\((?P<arguments>.*?)\)(?P<attributes>, [\w\-]+=.*)?$"
@@ -30,11 +30,13 @@ _TRIPS = re.compile(r'"known_trip_count":\s*\{"n":\s*"?(\d+)')
 _CHANNEL = re.compile(r"channel_id=(\d+)")
 _NAMES = re.compile(r"%([\w.\-]+)")
 _ARRAYS = re.compile(r"\b(pred|[a-z]+(\d*)\w*)\[([\d,]*)\](\{[^}]*\})?")
-# These name arrays that another instruction made, or end what is counted where it starts.
+# These name arrays that another instruction made, or end what is counted at its start.
 _FREE = re.compile(
     r"parameter|constant|tuple|get-tuple-element|bitcast|after-all|domain|add-dependency"
     r"|partition-id|replica-id|opt-barrier|.*-(done|update)"
 )
+# What these read and write: of themselves (0) and their operands the one that is a slice.
+_TWICE = {"dynamic-slice": 0, "copy-start": 1, "slice-start": 1, "dynamic-update-slice": 2}
 _MOVES = re.compile(r"(bitcast|reshape|transpose|copy|convert|broadcast|copy-(start|done))$")
 
 
@@ -201,12 +203,8 @@ class _Program:
 
     def bytes(self, one: _Instruction) -> int:
         """Returns the bytes that an instruction reads and writes."""
-        if one.opcode in ("copy-start", "slice-start"):  # the result names source and target
-            return 2 * one.operands[0].size
-        if one.opcode == "dynamic-slice":
-            return 2 * one.size
-        if one.opcode == "dynamic-update-slice":
-            return 2 * one.operands[1].size
+        if one.opcode in _TWICE:
+            return 2 * (one, *one.operands)[_TWICE[one.opcode]].size
         if one.opcode != "fusion":
             return sum(operand.size for operand in one.operands) + one.size
         (callee,) = one.callees("calls")
@@ -258,8 +256,8 @@ class _Program:
                 (index,) = re.findall(r"index=(\d+)", one.attributes)
                 ahead.append((one.operands[0], int(index)))
             elif one.opcode in ("tuple", "while") and index is not None:
-                taken = one.opcode == "tuple"
-                ahead.append((one.operands[index if taken else 0], None if taken else index))
+                whole = one.opcode == "while"
+                ahead.append((one.operands[0 if whole else index], index if whole else None))
             elif one.opcode in ("fusion", "call"):
                 (callee,) = one.callees("calls", "to_apply")
                 ahead.append((self.root(callee), index))

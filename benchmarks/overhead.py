@@ -40,7 +40,7 @@ PARTS = ("window", "hold", "release")
 # every_k, megabytes of float32 parameters, leaves, rounds: with --quick, on a CPU, elsewhere. The
 # states of all contenders lie side by side, about 40 times as large as the parameters.
 SIZES = (4, 0.1, 4, 2), (8, 25.0, 24, 15), (8, 1000.0, 24, 15)
-# Muon multiplies matrices on every microbatch where the inner optimizer is masked, not skipped.
+# Muon multiplies matrices on every microbatch if the inner optimizer is masked, not skipped.
 SMALLER = {"muon": 16}
 UNITS = {"multi_steps": MULTI_STEPS, "hand_written": HAND_WRITTEN}
 UNITS |= {"hand_written_no_zeroing": NOT_ZEROING}
@@ -60,14 +60,13 @@ def matrices(count: int, leaves: int, megabytes: float) -> list[dict[str, jax.Ar
 def kernels(microbatches: list[Any], carry: Any) -> dict[str, Callable[[], Any]]:
     """Returns the kernels by name; a call runs one for each microbatch, in place.
 
-    The bandwidth is that of the triad `sum + g -> sum`, with the gradients of a window in turn: the
-    caches are as warm as a hold finds them, and it writes only arrays that it has read. A copy is
-    timed for comparison: a CPU fetches its target first, a third more than the two streams that
-    count. The dispatch is that of calls that give back all of `carry`, and compute one scalar.
+    The triad `sum + g -> sum` finds the caches as warm as a hold does, and writes only arrays that
+    it has read. A copy is timed for comparison: a CPU fetches its target first, a third more than
+    the two streams that count. A dispatch gives back all of `carry`, and computes one scalar.
     """
 
     def repeated(kernel, state):
-        # Kept though it is not used, a donated argument still is where a copy goes.
+        # A copy goes into a donated argument, which has to be kept for that.
         step = jax.jit(kernel, donate_argnums=0, keep_unused=True)
 
         def run():
@@ -87,8 +86,7 @@ def kernels(microbatches: list[Any], carry: Any) -> dict[str, Callable[[], Any]]
 def floors(seconds: Any, passes: int, moved: dict[str, float], every_k: int) -> dict[str, Any]:
     """Returns the least seconds of a hold, a release and a window, round by round.
 
-    A call of a kernel, whose seconds are given by name and round, makes `passes` over the
-    parameters; `moved` has the streams of a hold and of a release.
+    Each kernel made `passes` over the parameters; `moved` has the streams of a hold and a release.
     """
     per_stream = np.array(seconds["triad"]) / (passes * STREAMS["triad"])
     least = {name: number * per_stream for name, number in moved.items()}

@@ -72,12 +72,12 @@ class Task:
 class Window:
     """The programs of one window of a contender, compiled: one for each call.
 
-    `trace_s` and `compile_s` are the seconds to trace and lower, and to compile, all that differ;
-    `peak_bytes` and `temporary_bytes` those of the hungriest of them.
+    `trace_s` and `compile_s` are seconds for all that differ; `peak_bytes` and `temporary_bytes`
+    the bytes of the hungriest.
     """
 
     def __init__(self, contender: Contender, task: Task, rows: int | None = None):
-        """Compiles each program, its part of the carry donated, for `rows` or those of the task."""
+        """Compiles each program for so many rows, by default the task's; donates its part."""
         self.contender, self.task = contender, task
         devices = task.devices or jax.devices()[:1]
         self.manual = contender.axis_type is AxisType.Manual
@@ -104,10 +104,10 @@ class Window:
 
     def start(self) -> None:
         """Makes the carry for a copy of the parameters, and puts the batches on the devices."""
-        where = NamedSharding(self.mesh, P(AXIS))
+        sharding = NamedSharding(self.mesh, P(AXIS))
         with jax.set_mesh(self.mesh):
             self.carry = self._init(jax.tree.map(jnp.array, self.task.params))
-        self.batches = jax.device_put(self.task.batches(len(self.programs)), where)
+        self.batches = jax.device_put(self.task.batches(len(self.programs)), sharding)
 
     def call(self, index: int) -> Carry:
         """Runs the program of one call of the window."""

@@ -1,7 +1,6 @@
 """Write the tables and figures of the READMEs from the committed results: no number is typed.
 
-A table stands between `<!-- name: begin -->` and `<!-- name: end -->`. The names are those of
-`render`; a README has the ones it wants.
+A README has the tables that it wants, between `<!-- name: begin -->` and `<!-- name: end -->`.
 """
 
 import argparse
@@ -63,7 +62,7 @@ BESIDE: dict[str, Any] = {"textcoords": "offset points", "va": "center", "size":
 
 
 def load(folder: pathlib.Path = RESULTS) -> dict[str, list[Result]]:
-    """Returns the committed results of each benchmark, those of a CPU, a GPU and a TPU."""
+    """Returns the committed results of each benchmark, from a CPU, a GPU and a TPU."""
     return {
         name: [
             json.loads(path.read_text()) | {"file": path.stem.rpartition("-")[2]}
@@ -74,7 +73,7 @@ def load(folder: pathlib.Path = RESULTS) -> dict[str, list[Result]]:
 
 
 def render(results: Mapping[str, Sequence[Result]]) -> dict[str, str]:
-    """Returns every table by name, those of a CPU, a GPU and a TPU one below the other."""
+    """Returns every table by name, from a CPU, a GPU and a TPU one below the other."""
     rendered: dict[str, list[str]] = {}
     for benchmark, of in results.items():
         tables = BENCHMARKS[benchmark].tables
@@ -216,7 +215,7 @@ def _panels(count: int, height: float) -> tuple[Figure, Sequence[Axes]]:
 
 
 def _bars(axes: Axes, rows: Sequence[Any], values: Sequence[Any]) -> dict[str, float]:
-    """Draws bars with their values, and quartiles where there are any; returns the values."""
+    """Draws bars with their values, and any quartiles; returns the values."""
     medians, ends = [middle(value) for value in values], []
     for y, (row, value, median) in enumerate(zip(rows, values, medians, strict=True)):
         ours = SKY if row["name"].startswith("optaccum") else GREY

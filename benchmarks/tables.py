@@ -12,7 +12,7 @@ TEXT = frozenset({"contender", "figure", "inner", "model", "target"})
 
 
 def table(rows: Sequence[dict[str, str]], *notes: str) -> str:
-    """Returns rows of cells by heading, a dash where a row lacks one, and what is said below."""
+    """Returns rows of cells by heading, with a dash for a missing one, and notes below."""
     headings = dict.fromkeys(heading for row in rows for heading in row)
     sides = ["left" if heading in TEXT else "right" for heading in headings]
     form: Any = {"disable_numparse": True, "missingval": "-", "colalign": sides}
@@ -32,7 +32,7 @@ def rows_of(found: Iterable[Any], columns: Mapping[str, Any]) -> list[dict[str, 
 
 
 def name_of(row: Mapping[str, Any]) -> str:
-    """Returns a contender's name, with a mark where it does not claim to match the full batch."""
+    """Returns a contender's name, with a mark if it does not claim to match the full batch."""
     return row["name"] + ("" if row.get("equivalent", True) else " †")
 
 

@@ -156,7 +156,7 @@ def in_step(scale: int) -> Iterator[Result]:
 def drift() -> list[dict[str, Any]]:
     """Returns how far each gradient of a bfloat16 model is from the mean of its microbatches'.
 
-    A microbatch is one row, and its row is its gradient: all error is that of accumulating.
+    A microbatch is one row, and its row is its gradient: all error comes from accumulating.
     """
     noise = np.random.default_rng(0).normal(size=(DRIFT_MICROBATCHES, 64))
     rows = jnp.asarray(0.01 * (1 + 0.1 * noise), jnp.bfloat16)
