@@ -18,8 +18,8 @@ import optax
 
 from benchmarks import transformer
 from benchmarks.contenders import FULL_BATCH, VALUE_AND_GRAD
-from benchmarks.programs import largest_batch, peak_bytes, progress, ratios, take_turns
-from benchmarks.tables import Result, fitting, name_of, rows_of, table, where
+from benchmarks.programs import largest_batch, peak_bytes, progress, take_turns
+from benchmarks.tables import Result, fitting, name_of, ratios, rows_of, table, where
 import optaccum
 
 OURS, REMAT, CONCAT = "optaccum.microbatched", "lax.map(checkpoint)", "optax.microbatch, CONCAT"

@@ -26,8 +26,6 @@ _CALLEES = re.compile(
     r"\b(body|condition|to_apply|calls|called_computations|branch_computations|true_computation"
     r"|false_computation)=(?:\{([^}]*)\}|(%?[\w.\-]+))"
 )
-_TRIPS = re.compile(r'"known_trip_count":\s*\{"n":\s*"?(\d+)')
-_CHANNEL = re.compile(r"channel_id=(\d+)")
 _NAMES = re.compile(r"%([\w.\-]+)")
 _ARRAYS = re.compile(r"\b(pred|[a-z]+(\d*)\w*)\[([\d,]*)\](\{[^}]*\})?")
 # These name arrays that another instruction made, or end what is counted at its start.
@@ -187,7 +185,7 @@ class _Program:
 
     def _trips(self, loop: _Instruction) -> int | None:
         """Returns the trips of a loop, if the compiler says it or its condition counts to them."""
-        if known := _TRIPS.search(loop.attributes):
+        if known := re.search(r'"known_trip_count":\s*\{"n":\s*"?(\d+)', loop.attributes):
             return int(known[1])
         root = self.root(loop.callees("condition")[0])
         if root.opcode != "compare" or "direction=LT" not in root.attributes:
@@ -198,8 +196,8 @@ class _Program:
 
     def _dearness(self, runs: _Runs) -> tuple[bool, int]:
         """Returns a key that puts branches that send above others, and else those that move."""
-        sends = any(list(self.collectives_in(one)) for one, *_ in runs)
-        return sends, sum(self.bytes(one) * times for one, times, _ in runs)
+        size = sum(self.bytes(one) * times for one, times, _ in runs)
+        return any(list(self.collectives_in(one)) for one, *_ in runs), size
 
     def bytes(self, one: _Instruction) -> int:
         """Returns the bytes that an instruction reads and writes."""
@@ -222,7 +220,7 @@ class _Program:
         if kind in KINDS:
             if one.computation.startswith("all-reduce-scatter"):
                 kind = "reduce-scatter"  # as a TPU fuses one
-            channel = _CHANNEL.search(one.attributes) if fused else None
+            channel = re.search(r"channel_id=(\d+)", one.attributes) if fused else None
             sizes = (_size(operand.shape, on_chip=True) for operand in one.operands)
             yield kind, sum(sizes), channel and channel[1]
             return
@@ -279,7 +277,7 @@ class _Program:
 
 
 def _read(array: _Instruction) -> int:
-    """Returns the bytes that a fusion reads of an array: of what it only slices, the slices."""
+    """Returns the bytes that a fusion reads of an array: the slices, if it only slices that."""
     total = 0
     for user in array.users:
         if user.opcode == "bitcast":

@@ -17,13 +17,14 @@ import optax
 from benchmarks import contenders
 from benchmarks.contender import INNERS
 from benchmarks.contenders import APPLY_GRADIENTS, HAND_WRITTEN, MULTI_STEPS, NOT_ZEROING
-from benchmarks.programs import Task, Window, check, make_trees, nbytes, quartiles, time_parts
+from benchmarks.programs import Task, Window, check, make_trees, nbytes, time_parts
 from benchmarks.tables import (
     NOT_EQUIVALENT,
     Result,
     left_out,
     median,
     name_of,
+    quartiles,
     rows_of,
     table,
     three_digits,

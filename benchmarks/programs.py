@@ -292,13 +292,3 @@ def time_parts(windows: Mapping[str, Window], rounds: int, kernels: Any = ()) ->
         seconds[name] |= {"microbatch": calls.mean(axis=1), "dispatch": dispatch.mean(axis=1)}
         seconds[name] |= {"hold": calls[:, :-1].mean(axis=1)} if calls.shape[1] > 1 else {}
     return seconds
-
-
-def quartiles(values: Any) -> dict[str, float]:
-    q1, median, q3 = np.percentile(values, (25, 50, 75)).tolist()
-    return {"q1": q1, "median": median, "q3": q3}
-
-
-def ratios(seconds: Mapping[str, Any], name: str, units: Mapping[str, str]) -> dict[str, Any]:
-    """Returns the quartiles of one contender's time in others'."""
-    return {unit: quartiles(seconds[name] / seconds[of]) for unit, of in units.items()}

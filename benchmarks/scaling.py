@@ -16,8 +16,8 @@ import optax
 from benchmarks import contenders
 from benchmarks.contender import INNERS, Contender
 from benchmarks.contenders import ALONE, APPLY_GRADIENTS, MULTI_STEPS, UPDATE
-from benchmarks.programs import Task, check, make_trees, nbytes, quartiles, time_parts
-from benchmarks.tables import Result, middle, rows_of, table, where
+from benchmarks.programs import Task, check, make_trees, nbytes, time_parts
+from benchmarks.tables import Result, middle, quartiles, rows_of, table, where
 
 # A small `eps` would hide the scale of the gradients from Adam, and a sum from a mean; and a small
 # step would drown in the rounding of bfloat16 parameters.

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 from tabulate import tabulate
 
 Result = dict[str, Any]
@@ -34,6 +35,16 @@ def rows_of(found: Iterable[Any], columns: Mapping[str, Any]) -> list[dict[str, 
 def name_of(row: Mapping[str, Any]) -> str:
     """Returns a contender's name, with a mark if it does not claim to match the full batch."""
     return row["name"] + ("" if row.get("equivalent", True) else " †")
+
+
+def quartiles(values: Any) -> dict[str, float]:
+    q1, median, q3 = np.percentile(values, (25, 50, 75)).tolist()
+    return {"q1": q1, "median": median, "q3": q3}
+
+
+def ratios(seconds: Mapping[str, Any], name: str, units: Mapping[str, str]) -> dict[str, Any]:
+    """Returns the quartiles of one contender's time in others'."""
+    return {unit: quartiles(seconds[name] / seconds[of]) for unit, of in units.items()}
 
 
 def middle(figure: Any) -> Any:
