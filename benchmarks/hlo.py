@@ -114,7 +114,7 @@ class _Instruction:
     opcode: str
     arguments: str
     attributes: str
-    users: list["_Instruction"] = dataclasses.field(default_factory=list)
+    users: list["_Instruction"] = dataclasses.field(default_factory=list, init=False)
 
     @functools.cached_property
     def operands(self) -> list["_Instruction"]:

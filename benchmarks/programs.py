@@ -284,7 +284,7 @@ def time_parts(windows: Mapping[str, Window], rounds: int, kernels: Any = ()) ->
     turns = dict(kernels)
     for name, window in windows.items():
         turns |= {name: window.run, f"{name}, call by call": window.call_by_call}
-    seconds = take_turns(turns, rounds)
+    seconds: dict[str, Any] = dict(take_turns(turns, rounds))
     for name in windows:
         laps = seconds.pop(f"{name}, call by call").reshape(rounds, -1, 2)
         dispatch, calls = laps[..., 0], laps.sum(axis=2)

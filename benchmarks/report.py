@@ -105,8 +105,8 @@ def draw_compiled(result: Result) -> Figure | None:
         of = {name_of(row): row["window"] for row in found if row["target"] == chip}
         height, shift = 0.8 / len(chips), 0.8 * ((i + 0.5) / len(chips) - 0.5)
         places = [names.index(name) + shift for name in of]
-        given = {"color": COLOURS[i], "label": compiled.TITLES[chip]}
-        bars = axes.barh(places, list(of.values()), height, **given)
+        bars = axes.barh(places, list(of.values()), height, color=COLOURS[i])
+        bars.set_label(compiled.TITLES[chip])
         axes.bar_label(bars, fmt="%.0f", padding=3, size=8)
     axes.set_yticks(range(len(names)), names)
     _sideways(axes)
@@ -219,7 +219,7 @@ def _bars(axes: Axes, rows: Sequence[Any], values: Sequence[Any]) -> dict[str, f
     medians, ends = [middle(value) for value in values], []
     for y, (row, value, median) in enumerate(zip(rows, values, medians, strict=True)):
         ours = SKY if row["name"].startswith("optaccum") else GREY
-        colour = {"color": KINDS.get(row["name"], ours)}
+        colour: Any = {"color": KINDS.get(row["name"], ours)}
         axes.barh(y, median, 0.7, **(colour if row.get("equivalent", True) else NOT_EQUIVALENT))
         low, high = (value["q1"], value["q3"]) if isinstance(value, dict) else (median, median)
         if low < high:
