@@ -75,6 +75,7 @@ def measure(scale: int) -> Iterator[Result]:
     sizes = SIZES[scale]
     # Under explicit sharding only gradients of parameters in products stay unreduced.
     task = training.make_task(sizes, jax.devices(), one_hot=True, tied=False)
+    task = dataclasses.replace(task, optimized=scale > 0)
     units = {"time_to_multi_steps": MULTI_STEPS, "time_to_hand_written": BY_HAND}
     windows, result = training.compare(sizes, task, NAMES, units)
     result |= {"devices": jax.device_count(), "by_every_k": []}

@@ -107,7 +107,7 @@ def measure_inner(inner: str, scale: int) -> Result:
     every_k, megabytes, leaves, rounds = SIZES[scale]
     tx = INNERS[inner].transformation
     params, *grads = matrices(1 + every_k, leaves, megabytes / SMALLER.get(inner, 1))
-    task = Task(params, grads, every_k, INNERS[inner], TOLERANCE)
+    task = Task(params, grads, every_k, INNERS[inner], TOLERANCE, optimized=scale > 0)
     found, missing = contenders.make(NAMES, task.inner, every_k)
     windows, rows = check(found, task)
     beside = kernels(grads, jax.tree.map(jnp.copy, windows[APPLY_GRADIENTS].carry))
