@@ -2,24 +2,33 @@
 
 Nothing runs. `optimizer`: gradients lie ready, and a window is its k calls. `training`: whole
 training steps of a transformer, above the bytes that its gradients take alone. `traffic`: what
-eight devices send each other. Bytes are operands and results of all instructions outside fusions,
-in P, the size of the parameters; TPU compilers report theirs, and the two are compared.
+eight devices send each other. Bytes are in P, the size of the parameters.
 """
 
+from collections import Counter
 from collections.abc import Iterable, Iterator
 import dataclasses
+import functools
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from benchmarks import collectives, contenders, harness, hlo, targets, transformer
-from benchmarks.contenders import APPLY_GRADIENTS, INNERS, MULTI_STEPS, VALUE_AND_GRAD
-from benchmarks.programs import Window, nbytes
-from benchmarks.tables import NOT_EQUIVALENT, Table, name_of, rows_of, three_digits, versions
-from benchmarks.training import Task
+from benchmarks import contenders, hlo, targets, transformer
+from benchmarks.collectives import traffic
+from benchmarks.contender import INNERS, Contender, Step
+from benchmarks.contenders import ADAPTERS, APPLY_GRADIENTS, MULTI_STEPS, VALUE_AND_GRAD
+from benchmarks.programs import Task, Window, progress
+from benchmarks.tables import (
+    NOT_EQUIVALENT,
+    Result,
+    name_of,
+    rows_of,
+    table,
+    three_digits,
+    versions,
+)
 
-OPTIONS: harness.Options = {}
 EVERY_K, DEVICES = 8, 8
 REDUCED = 0.005  # a smaller part of P is not shown as an array
 TITLES = {"h100": "H100", "v5e": "TPU v5e", "v6e": "TPU v6e", "cpu": "CPU"}
@@ -36,6 +45,7 @@ OPTIMIZER = (
 IN_STEP = VALUE_AND_GRAD, contenders.MICROBATCH, contenders.SCAN
 TRAINING = MULTI_STEPS, APPLY_GRADIENTS, *IN_STEP
 SMALL = transformer.Model(2048, 256, 2, 2, tied=False)
+LARGE = dataclasses.replace(transformer.PRESETS["350m"], layers=2, dtype=jnp.bfloat16)
 MODELS = {  # and who trains them on eight devices
     "blocks in a list": (
         SMALL,
@@ -51,125 +61,119 @@ MODELS = {  # and who trains them on eight devices
         (UNWEIGHTED, *IN_STEP, contenders.IN_STEP_DEFERRED),
     ),
 }
+QUICK = contenders.CALLS_DEFERRED, contenders.FSDP, contenders.ZERO_2, *IN_STEP[:2]
 # TPUs stage leaves below some 64 MB through memory on the chip, and count them twice.
 LEAVES = {"sgd": (4, 4096, 8192), "adamw": (4, 4096, 8192), "muon": (2, 8192, 8192)}
 
 
-def optimizer_row(target: str, inner: str, name: str, leaves: tuple[int, int, int]) -> Any:
-    """Returns what a window moves where the gradients lie ready."""
-    count, *shape = leaves
-    params = {f"w{i}": jax.ShapeDtypeStruct(tuple(shape), jnp.float32) for i in range(count)}
-    contender, size = contenders.ADAPTERS[name](INNERS[inner], EVERY_K), nbytes(params)
-    window = Window(contender, params, params, devices=targets.devices(target))
+def optimizer_row(target: str, inner: str, name: str, leaves: tuple[int, ...]) -> Result:
+    """Returns what a window moves if the gradients lie ready."""
+    params = {f"w{i}": jax.ShapeDtypeStruct(leaves[1:], jnp.float32) for i in range(leaves[0])}
+    task = Task(params, [params], EVERY_K, INNERS[inner], devices=targets.devices(target))
+    return {"target": target, "inner": inner} | window_row(task, name)
+
+
+def window_row(task: Task, name: str, free: float = 0.0) -> Result:
+    """Returns the figures of a window: bytes in P, above `free` in each of its microbatches."""
+    contender = ADAPTERS[name](task.inner, EVERY_K)
+    window = Window(contender, task)
     moved = [hlo.moved(program.as_text()) for program in window.programs]
     reported = [(p.cost_analysis() or {}).get("bytes accessed") for p in window.programs]
     pairs = zip(reported, moved, strict=True)
-    return {
-        **{"target": target, "inner": inner, "name": name, "equivalent": contender.equivalent},
-        "parameter_bytes": size,
-        **bytes_of(moved, size),
-        "reported_release": reported[-1] / size if reported[-1] else None,
-        "disagreement": max((abs(x / one.release - 1) for x, one in pairs if x), default=None),
-        "temporaries": window.temporary_bytes / size,
+    total = sum(one.hold for one in moved[:-1]) + moved[-1].release
+    row: Result = {"name": name, "equivalent": contender.equivalent}
+    row |= {"parameter_bytes": task.size, "hold": None, "release": None, "gradients": free}
+    if len(moved) > 1:
         # The first hold may overwrite the sums, and do without reading them.
-        "kernels_of_hold": moved[-2].kernels_of_hold,
+        row |= {"hold": moved[-2].hold / task.size - free}
+        row |= {"release": moved[-1].release / task.size - free}
+        row |= {"kernels_of_hold": moved[-2].kernels_of_hold}
+    return row | {
+        "window": total / task.size - EVERY_K * free,
+        "reported_release": reported[-1] / task.size if reported[-1] else None,
+        "disagreement": max((abs(x / one.release - 1) for x, one in pairs if x), default=None),
         "kernels_of_release": moved[-1].kernels_of_release,
+        "temporaries": window.temporary_bytes / task.size,
+        "peak_bytes": window.peak_bytes,
         "compile_s": window.trace_s + window.compile_s,
     }
 
 
-def bytes_of(moved: list[hlo.Moved], size: int, free: float = 0.0) -> dict[str, Any]:
-    """Returns bytes of a hold, a release and a window in P, without those of the gradients."""
-    last = moved[-1].release
-    window = (sum(one.hold for one in moved[:-1]) + last) / size - EVERY_K * free
-    if len(moved) == 1:
-        return {"hold": None, "release": None, "window": window}
-    return {"hold": moved[-2].hold / size - free, "release": last / size - free, "window": window}
+def model_task(target: str, config: Any, rows: int, sequence: int, devices: int = 1) -> Task:
+    """Returns the training of a model, of shapes alone."""
+    (batch,) = transformer.make_window(config, 1, rows * devices, sequence)
+    batch = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), batch)
+    on = targets.devices(target, devices)
+    return Task(transformer.param_shapes(config), [batch], EVERY_K, model=config, devices=on)
 
 
-def training_rows(target: str, config: transformer.Model, rows: int, sequence: int) -> Any:
-    """Yields what training steps move above the bytes that their gradients take alone."""
-    task = Task(config, transformer.param_shapes(config), EVERY_K, rows, sequence)
-    size = nbytes(task.params)
-
-    def compiled(contender):
-        window = task.compile(contender, devices=targets.devices(target))
-        return window, [hlo.moved(program.as_text()) for program in window.programs]
-
-    keep = contenders.Step(lambda part, grads, weight: {"state": grads}, ("state",))
-    alone = contenders.Contender(lambda p: {"params": p, "state": p}, (keep, keep))
-    free = compiled(alone)[1][0].release / size
-    for name in TRAINING:
-        window, moved = compiled(contenders.ADAPTERS[name](INNERS["adamw"], EVERY_K))
-        yield {
-            **{"target": target, "name": name, "parameter_bytes": size, "gradients": free},
-            **bytes_of(moved, size, free),
-            "temporaries": window.temporary_bytes / size,
-            "peak_bytes": window.peak_bytes,
-        }
+def training_row(target: str, name: str, *sizes: Any) -> Result:
+    """Returns what training steps move above the bytes that their gradients take alone."""
+    task = model_task(target, *sizes)
+    return {"target": target} | window_row(task, name, gradients_alone(target, *sizes))
 
 
-def traffic_row(target: str, model: str, config: transformer.Model, name: str) -> Any:
+@functools.cache
+def gradients_alone(target: str, *sizes: Any) -> float:
+    """Returns the bytes in P that the gradients of a model take alone."""
+    task = model_task(target, *sizes)
+    keep = Step(lambda part, grads, weight: {"state": grads}, ("state",))
+    alone = Contender(lambda p: {"params": p, "state": p}, (keep, keep))
+    return hlo.moved(Window(alone, task).programs[0].as_text()).release / task.size
+
+
+def traffic_row(target: str, model: str, config: Any, name: str) -> Any:
     """Returns what eight devices send each other in a hold and in a window."""
-    adapter = VALUE_AND_GRAD if name == UNWEIGHTED else name
-    contender = contenders.ADAPTERS[adapter](INNERS["adamw"], EVERY_K)
     config = dataclasses.replace(config, one_hot="explicit" in name)
-    params, devices = transformer.param_shapes(config), targets.devices(target, DEVICES)
-    task = Task(config, params, EVERY_K, 1, 64, devices)
-    window = task.compile(contender, weighted=name != UNWEIGHTED, optimized=False)
-    sent, hold = collectives.traffic(window.programs, EVERY_K)
+    task = model_task(target, config, 1, 64, DEVICES)
+    task = dataclasses.replace(task, weighted=name != UNWEIGHTED, optimized=False)
+    adapter = ADAPTERS[VALUE_AND_GRAD if name == UNWEIGHTED else name]
+    programs = Window(adapter(task.inner, EVERY_K), task).programs
     row = {"target": target, "model": model, "name": name, "devices": DEVICES}
-    forgets = any(hlo.forgotten(program.as_text()) for program in window.programs)
-    size = nbytes(params)
-    return row | {"parameter_bytes": size, "window": sent, "hold": hold, "forgets": forgets}
+    row |= {"parameter_bytes": task.size} | traffic(programs, EVERY_K)
+    return row | {"forgets": any(hlo.forgotten(program.as_text()) for program in programs)}
 
 
-def measure(args: Any) -> Iterator[harness.Result]:
-    remedies = {x: targets.missing(x) for x in (["cpu"] if args.quick else targets.TARGETS)}
+def measure(scale: int) -> Iterator[Result]:
+    remedies = {x: targets.missing(x) for x in (targets.TARGETS if scale else ["cpu"])}
     found = [target for target, remedy in remedies.items() if not remedy]
-    result: harness.Result = {
+    chips = [target for target in found if not scale or target in ("h100", "v5e")]
+    result: Result = {
         "device": "compiled for " + ", ".join(found),
         "every_k": EVERY_K,
         "left_out": {target: remedy for target, remedy in remedies.items() if remedy},
-        **{"optimizer": [], "training": [], "traffic": []},
+        **{"optimizer": [], "traffic": [], "training": []},
     }
-    sizes = {"adamw": (2, 64, 128)} if args.quick else LEAVES
-    tasks = [(target, x, name, sizes[x]) for target in found for x in sizes for name in OPTIMIZER]
-    for task in harness.progress(tasks, "Compiling windows"):
-        result["optimizer"].append(optimizer_row(*task))
-        yield result
-
-    chips = [target for target in found if args.quick or target in ("h100", "v5e")]
-    tasks = [
-        (chip, model, dataclasses.replace(config, layers=1) if args.quick else config, name)
+    sizes = LEAVES if scale else {"adamw": (2, 64, 128)}
+    jobs: list[Any] = [
+        (optimizer_row, target, inner, name, leaves)
+        for target in found
+        for inner, leaves in sizes.items()
+        for name in OPTIMIZER
+    ]
+    small = {"blocks in a list": (dataclasses.replace(SMALL, layers=1), QUICK)}
+    jobs += [
+        (traffic_row, chip, model, config, name)
         for chip in chips
-        for model, (config, names) in MODELS.items()
+        for model, (config, names) in (MODELS if scale else small).items()
         for name in names
     ]
-    for task in harness.progress(tasks, "Compiling for eight devices"):
-        result["traffic"].append(traffic_row(*task))
+    size = (LARGE, 4, 1024) if scale else (transformer.PRESETS["100k"], 1, 32)
+    jobs += [(training_row, chip, name, *size) for chip in chips for name in TRAINING]
+    for job, *given in progress(jobs, "Compiling"):
+        result[job.__name__.removesuffix("_row")].append(job(*given))
         yield result
 
-    large = dataclasses.replace(transformer.PRESETS["350m"], layers=2, dtype=jnp.bfloat16)
-    sizes = (transformer.PRESETS["100k"], 1, 32) if args.quick else (large, 4, 1024)
-    for chip in chips:
-        rows = training_rows(chip, *sizes)
-        for row in harness.progress(rows, f"Compiling training, {chip}", total=len(TRAINING)):
-            result["training"].append(row)
-            yield result
 
-
-def tables(result: dict[str, Any]) -> dict[str, list[Table]]:
+def tables(result: Result) -> dict[str, str]:
     """Returns all tables by name."""
-    found = result["optimizer"]
-    named = {
-        "compiled": windows(result, [row for row in found if row["inner"] == "adamw"]),
-        "compiled_others": windows(result, [row for row in found if row["inner"] != "adamw"]),
-        "compiled_programs": kernels(result, [row for row in found if row["inner"] == "adamw"]),
-        "compiled_training": training(result),
-        "compiled_traffic": traffic(result),
-    }
-    return {name: [table] for name, table in named.items() if table.rows}
+    adamw = [row for row in result["optimizer"] if row["inner"] == "adamw"]
+    others = [row for row in result["optimizer"] if row["inner"] != "adamw"]
+    named = {"compiled": windows_table(result, adamw)} if adamw else {}
+    named |= {"compiled_others": windows_table(result, others)} if others else {}
+    named |= {"compiled_programs": kernels_table(result, adamw)} if adamw else {}
+    named |= {"compiled_training": training_table(result)} if result["training"] else {}
+    return named | ({"compiled_traffic": traffic_table(result)} if result["traffic"] else {})
 
 
 def by_chip(found: Iterable[Any], *names: str) -> dict[Any, dict[str, Any]]:
@@ -180,7 +184,7 @@ def by_chip(found: Iterable[Any], *names: str) -> dict[Any, dict[str, Any]]:
     return groups
 
 
-def windows(result: dict[str, Any], found: list[dict[str, Any]]) -> Table:
+def windows_table(result: Result, found: list[Result]) -> str:
     """Returns bytes and temporaries of each contender, target by target."""
     rows, chips = [], [x for key, x in TITLES.items() if any(row["target"] == key for row in found)]
     for (inner, _), group in by_chip(found, "inner", "name").items():
@@ -194,11 +198,11 @@ def windows(result: dict[str, Any], found: list[dict[str, Any]]) -> Table:
     sizes = dict.fromkeys(f"{row['inner']} {row['parameter_bytes'] / 1e6:,.0f} MB" for row in found)
     legend = f"Cells: bytes of a hold / a release / a window; temporaries for {', '.join(chips)}. "
     legend += "All are in sizes of the parameters, P."
-    notes = [legend, NOT_EQUIVALENT, f"Parameters: {', '.join(sizes)}. {_setting(result)}"]
-    return Table(rows, "Windows", notes)
+    parameters = f"Parameters: {', '.join(sizes)}. {_setting(result)}"
+    return table(rows, legend, NOT_EQUIVALENT, parameters)
 
 
-def kernels(result: dict[str, Any], found: list[dict[str, Any]]) -> Table:
+def kernels_table(result: Result, found: list[Result]) -> str:
     """Returns kernels of a hold and a release, and the time to compile a window."""
     rows = []
     for group in by_chip(found, "name").values():
@@ -207,10 +211,10 @@ def kernels(result: dict[str, Any], found: list[dict[str, Any]]) -> Table:
             cells[f"{chip}: kernels"] = f"{row['kernels_of_hold']} / {row['kernels_of_release']}"
             cells[f"{chip}: compile"] = f"{row['compile_s']:.1f} s"
         rows.append(cells)
-    return Table(rows, "Programs of AdamW", [agreement(result), _setting(result)])
+    return table(rows, _agreement(result), _setting(result))
 
 
-def training(result: dict[str, Any]) -> Table:
+def training_table(result: Result) -> str:
     """Returns what training steps move above their gradients, and their peak."""
     columns = {
         "target": lambda row: TITLES[row["target"]],
@@ -221,11 +225,10 @@ def training(result: dict[str, Any]) -> Table:
     }
     sizes = {row["parameter_bytes"] / 4e6 for row in result["training"]}
     notes = [f"Transformer of {size:.1f} M parameters in bfloat16." for size in sizes]
-    title = "Training: bytes above those of the gradients alone"
-    return Table(rows_of(result["training"], columns), title, [*notes, _setting(result)])
+    return table(rows_of(result["training"], columns), *notes, _setting(result))
 
 
-def traffic(result: dict[str, Any]) -> Table:
+def traffic_table(result: Result) -> str:
     """Returns what devices send each other in a hold and in a window, target by target."""
     rows = []
     for (model, name), group in by_chip(result["traffic"], "model", "name").items():
@@ -235,25 +238,21 @@ def traffic(result: dict[str, Any]) -> Table:
             cells |= {f"{chip}: {part}": sent(row[part], row) for part in ("hold", "window")}
         rows.append(cells)
     notes = [FORGETS] if any(row["forgets"] for row in result["traffic"]) else []
-    title = "Eight devices: arrays that they reduce or gather, in P"
-    return Table(rows, title, [*notes, _setting(result)])
+    return table(rows, *notes, _setting(result))
 
 
-def sent(found: list[dict[str, Any]] | None, row: dict[str, Any]) -> str:
+def sent(found: list[Result], row: Result) -> str:
     """Returns the size in P of the arrays that are reduced or gathered, by kind."""
-    if not found:
-        return "-" if found is None else "none"
-    totals: dict[str, float] = {}
+    totals = Counter()
     for one in found:
         # An array that is gathered is as many times larger as there are devices with a part of it.
         whole = row["devices"] if one["kind"] == "all-gather" else 1
-        size = whole * one["bytes"] * one["times"] / row["parameter_bytes"]
-        totals[one["kind"]] = totals.get(one["kind"], 0) + size
+        totals[one["kind"]] += whole * one["bytes"] * one["times"] / row["parameter_bytes"]
     cells = [f"{kind} {size:.2f}" for kind, size in totals.items() if size >= REDUCED]
-    return ", ".join(cells) or "scalars"
+    return ", ".join(cells) or ("scalars" if found else "none")
 
 
-def agreement(result: dict[str, Any]) -> str:
+def _agreement(result: Result) -> str:
     """Returns how well the bytes agree with those that the compilers of TPUs report."""
     largest: dict[str, float] = {}
     for row in result["optimizer"]:
@@ -268,13 +267,7 @@ def agreement(result: dict[str, Any]) -> str:
     )
 
 
-def _setting(result: dict[str, Any]) -> str:
+def _setting(result: Result) -> str:
     remedies = result["left_out"].items()
     left_out = "".join(f" Left out: {TITLES[chip]}; `{remedy}`." for chip, remedy in remedies)
     return f"k = {result['every_k']}. Compiled with {versions(result)}{left_out}"
-
-
-if __name__ == "__main__":
-    targets.prepare()
-    jax.config.update("jax_num_cpu_devices", DEVICES)
-    harness.main("compiled", __doc__, OPTIONS, measure, tables)

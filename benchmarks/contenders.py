@@ -1,9 +1,6 @@
 """The ways of accumulating gradients that the benchmarks compare: one adapter for each.
 
-An adapter is a function `(inner, every_k) -> Contender`. The inner optimizers are Optax's and
-Keras's, with the same hyperparameters. Adam and Muon are blind to the scale of their gradients but
-for `eps`: a small one would let a contender that releases the sum pass for one that releases the
-mean, so theirs are large.
+An adapter is a function `(inner, every_k) -> Contender`.
 """
 
 from collections.abc import Callable, Iterable
@@ -19,10 +16,10 @@ import jax.numpy as jnp
 from jax.sharding import AxisType, PartitionSpec as P
 import optax
 
+from benchmarks.contender import AXIS, Contender, Inner, Step, of, update
 import optaccum
 import optaccum.flax
 
-AXIS = "data"
 FULL_BATCH, ALONE = "full batch", "AdamW alone"
 APPLY_GRADIENTS, UPDATE = "optaccum.apply_gradients", "optaccum, drop-in update"
 RELEASE, TRAIN_STATE = "optaccum, Python-bool release", "optaccum.flax.TrainState"
@@ -36,103 +33,11 @@ CALLS_DEFERRED, CALLS_EXPLICIT = f"{APPLY_GRADIENTS}, shard_map", f"{APPLY_GRADI
 IN_STEP_DEFERRED, IN_STEP_EXPLICIT = f"{VALUE_AND_GRAD}, shard_map", f"{VALUE_AND_GRAD}, explicit"
 FSDP, ZERO_2 = f"{APPLY_GRADIENTS}, FSDP", f"{APPLY_GRADIENTS}, ZeRO-2"
 
-RATES: Any = {"learning_rate": 1e-2, "weight_decay": 1e-2}
-ADAM_EPS, MUON_EPS = 0.1, 10.0  # to be compared to an element, and to the norm of a leaf
-B2, MUON_RMS = 0.999, 0.2
-# Optax corrects the bias of Nesterov's momentum, Keras does not. Without Nesterov the bias is a
-# factor that the orthogonalisation cancels, and the two define the same update.
-_muon = functools.partial(optax.contrib.muon, **RATES, nesterov=False, consistent_rms=MUON_RMS)
-
-
-@dataclasses.dataclass(frozen=True)
-class Inner:
-    """An inner optimizer."""
-
-    transformation: optax.GradientTransformation
-    keras: tuple[str, dict[str, Any]]  # the name and the options of Keras's, which accumulates
-    reference: optax.GradientTransformation  # what one step of that does
-    bandwidth_bound: bool = True  # whether a release takes as long as its bytes take to move
-
-
-def _adam_eps_of_keras(count: Any) -> Any:
-    # Keras adds its epsilon to the root of the second moment before correcting the bias.
-    return ADAM_EPS / jnp.sqrt(1 - B2 ** (count + 1))
-
-
-INNERS = {
-    "sgd": Inner(optax.sgd(1e-2), ("SGD", {"learning_rate": 1e-2}), optax.sgd(1e-2)),
-    "adamw": Inner(
-        optax.adamw(**RATES, b2=B2, eps=ADAM_EPS),
-        ("AdamW", RATES | {"beta_2": B2, "epsilon": ADAM_EPS}),
-        optax.inject_hyperparams(optax.adamw)(**RATES, b2=B2, eps=_adam_eps_of_keras),
-    ),
-    "muon": Inner(
-        _muon(eps=MUON_EPS),
-        ("Muon", RATES | {"nesterov": False, "rms_rate": MUON_RMS}),
-        _muon(eps=1e-7),  # which Keras fixes
-        bandwidth_bound=False,
-    ),
-}
-Carry = dict[str, Any]
-
-
-@dataclasses.dataclass(frozen=True)
-class Step:
-    """The program of one call, without the gradients that it is given."""
-
-    # `(part, grads, weight) -> part`, where `part` holds the entries `names` of the carry and the
-    # weight is None where all microbatches count alike. It leaves the other entries alone.
-    apply: Callable[[Carry, Any, Any], Carry]
-    names: tuple[str, ...] = ("params", "state")
-
-
-@dataclasses.dataclass(frozen=True)
-class Contender:
-    """One way of accumulating gradients.
-
-    It knows neither a model nor a device; `benchmarks.programs` makes programs of it.
-    """
-
-    # `params -> carry`: a dict with the entry `params` and whatever else a step needs. JAX passes
-    # entries in alphabetical order; with `params` first XLA does best by all.
-    init: Callable[[Any], Carry]
-    # One for each call of a window. A single one is given the whole batch, more a microbatch each.
-    steps: tuple[Step, ...]
-    # `(loss_fn, weight_fn, params, batch) -> (loss, grads)`
-    differentiate: Callable[..., Any] = lambda loss_fn, _, *args: jax.value_and_grad(loss_fn)(*args)
-    equivalent: bool = True  # whether it means to do what one step on the full batch does
-    reference: optax.GradientTransformation | None = None  # that it steps, if not the one given
-    # How it uses several devices that share the rows of each batch: Auto for `jax.jit`, Explicit
-    # for that under explicit sharding, Manual in `jax.shard_map`.
-    axis_type: AxisType = AxisType.Auto
-    # `params -> {name: spec}`, where entries of the carry lie: each a prefix of its tree, or None
-    # for where `init` makes them. Those it does not name lie on all devices alike. Called under
-    # `jax.set_mesh`.
-    specs: Callable[[Any], Carry] = lambda params: {}
-    # Makes of the parameters those that the loss is differentiated by.
-    prepare: Callable[[Any], Any] = lambda params: params
-
-
-def update(tx: Any, grads: Any, opt_state: Any, params: Any, weight: Any = None) -> Any:
-    """Returns what a transformation without weights makes of the parameters and its state."""
-    updates, opt_state = tx.update(grads, opt_state, params)
-    return optax.apply_updates(params, updates), opt_state
-
-
-def of(tx: Any, calls: int, apply: Any = update, init: Any = None, **more: Any) -> Contender:
-    """Returns a contender whose calls are all the same step of a transformation."""
-
-    def step(part, grads, weight):
-        params, state = apply(tx, grads, part["state"], part["params"], weight=weight)
-        return {"params": params, "state": state}
-
-    init = init or (lambda params: {"params": params, "state": tx.init(params)})
-    return Contender(init, (Step(step),) * calls, **more)
-
 
 def apply_gradients(inner: Inner, every_k: int, **options: Any) -> Contender:
     tx = optaccum.accumulate(every_k, inner.transformation, **options)
-    return of(tx, every_k, optaccum.apply_gradients)
+    specs = lambda params: {"state": optaccum.state_shardings(tx, params, P())}  # noqa: E731
+    return of(tx, every_k, optaccum.apply_gradients, specs=specs)
 
 
 def release(inner: Inner, every_k: int) -> Contender:
@@ -146,16 +51,14 @@ def release(inner: Inner, every_k: int) -> Contender:
 def train_state(inner: Inner, every_k: int) -> Contender:
     tx = optaccum.accumulate(every_k, inner.transformation)
 
-    def make(params):
-        return optaccum.flax.TrainState.create(apply_fn=lambda: None, params=params, tx=tx)
-
     def init(params):
-        state = make(params)
-        return {"params": params, "state": (jnp.asarray(state.step), state.opt_state)}
+        state = optaccum.flax.TrainState.create(apply_fn=None, params=params, tx=tx)
+        state = state.replace(step=jnp.asarray(state.step), params=None)
+        return {"params": params, "state": state}
 
     def apply(tx, grads, state, params, weight):
-        new = make(params).replace(step=state[0], opt_state=state[1]).apply_gradients(grads=grads)
-        return new.params, (new.step, new.opt_state)
+        state = state.replace(params=params).apply_gradients(grads=grads)
+        return state.params, state.replace(params=None)
 
     return of(tx, every_k, apply, init)
 
@@ -192,31 +95,46 @@ def apply_every(inner: Inner, every_k: int) -> Contender:
     return of(tx, every_k, equivalent=False)
 
 
-def hand_written(inner: Inner, every_k: int, zeroing: bool = True) -> Contender:
+def hand_written(inner: Inner, every_k: int, zeroing: bool = True, axis: str = "") -> Contender:
     """A loop of two programs, `add` and `add and update`; the second zeroes the sums.
 
-    Or of three: the first microbatch overwrites the sums, and the last only reads them.
+    Or of three: the first microbatch overwrites the sums, and the last only reads them. With an
+    axis it is the loop that a careful engineer would write for several devices: each adds up its
+    gradients, times its tokens, and its tokens; the program of the last has the only reduction.
     """
     tx = inner.transformation
 
+    def term(grads, weight):  # of the sums
+        return (optax.tree.scale(weight, grads), weight[None]) if axis else grads
+
     def init(params):
-        return {"params": params, "state": tx.init(params), "sums": optax.tree.zeros_like(params)}
+        grads = vary(params) if axis else params
+        sums = term(optax.tree.zeros_like(grads), jax.tree.leaves(grads)[0].sum() * 0)
+        return {"params": params, "state": tx.init(params), "sums": sums}
 
     def overwrite(part, grads, weight):
-        return {"sums": jax.tree.map(jnp.copy, grads)}
+        return {"sums": jax.tree.map(jnp.copy, term(grads, weight))}
 
     def add(part, grads, weight):
-        return {"sums": optax.tree.add(part["sums"], grads)}
+        return {"sums": optax.tree.add(part["sums"], term(grads, weight))}
 
     def add_and_update(part, grads, weight):
-        mean = optax.tree.scale(1 / every_k, add(part, grads, weight)["sums"])
+        total, count = add(part, grads, weight)["sums"], every_k
+        if axis:
+            total, tokens = lax.psum(total, axis)
+            count = jnp.maximum(tokens[0], 1)
+        mean = optax.tree.scale(1 / count, total)
         params, opt_state = update(tx, mean, part["state"], part["params"])
         sums = optax.tree.zeros_like(part["sums"]) if zeroing else part["sums"]
         return {"params": params, "state": opt_state, "sums": sums}
 
     hold, last = Step(add, ("sums",)), Step(add_and_update, ("params", "state", "sums"))
     first = hold if zeroing else Step(overwrite, ("sums",))
-    return Contender(init, (first,) + (hold,) * (every_k - 2) + (last,))
+    steps = (first,) + (hold,) * (every_k - 2) + (last,)
+    if not axis:
+        return Contender(init, steps)
+    more: Any = {"specs": lambda params: {"sums": P(axis)}, "prepare": vary}
+    return Contender(init, steps, axis_type=AxisType.Manual, **more)
 
 
 def keras(inner: Inner, every_k: int) -> Contender:
@@ -275,18 +193,16 @@ def scan(inner: Inner, every_k: int) -> Contender:
         def body(sums, rows):
             return optax.tree.add(sums, jax.value_and_grad(loss_fn)(params, rows)), None
 
-        def split(x):  # every k-th row, so that each microbatch has rows of all devices
-            return x.reshape(-1, every_k, *x.shape[1:]).swapaxes(0, 1)
-
-        zeros = jnp.zeros([]), optax.tree.zeros_like(params)
-        sums, _ = lax.scan(body, zeros, jax.tree.map(split, batch))
+        # Of every k-th row, so that each microbatch has rows of all devices.
+        split = jax.tree.map(lambda x: x.reshape(-1, every_k, *x.shape[1:]).swapaxes(0, 1), batch)
+        sums, _ = lax.scan(body, (jnp.zeros([]), optax.tree.zeros_like(params)), split)
         return optax.tree.scale(1 / every_k, sums)
 
     return of(inner.transformation, 1, differentiate=differentiate)
 
 
 def vary(tree: Any) -> Any:
-    """Returns replicated parameters such that each device keeps its own part of their gradients."""
+    """Returns replicated parameters such that each device keeps its part of their gradients."""
     if hasattr(lax, "pcast"):
         return jax.tree.map(lambda x: lax.pcast(x, AXIS, to="varying"), tree)
     return jax.tree.map(lambda x: getattr(lax, "pvary")(x, AXIS), tree)  # noqa: B009  (jax 0.7.2)
@@ -294,11 +210,9 @@ def vary(tree: Any) -> Any:
 
 def hold_back(tree: Any) -> Any:
     """Returns replicated parameters such that their gradients stay unreduced."""
-
-    def reshard(x):
-        return jax.reshard(x, P(*[None] * x.ndim, reduced=frozenset({AXIS})))
-
-    return jax.tree.map(reshard, tree)
+    return jax.tree.map(
+        lambda x: jax.reshard(x, P(*[None] * x.ndim, reduced=frozenset({AXIS}))), tree
+    )
 
 
 def explicit(make: Callable[..., Contender], inner: Inner, every_k: int) -> Contender:
@@ -310,18 +224,11 @@ def explicit(make: Callable[..., Contender], inner: Inner, every_k: int) -> Cont
     return dataclasses.replace(made, axis_type=AxisType.Explicit, **more)
 
 
-def calls_deferred(inner: Inner, every_k: int) -> Contender:
-    """`apply_gradients` in `jax.shard_map`, with one reduction, in the release."""
-    tx = optaccum.accumulate(every_k, inner.transformation, reduce_axes=AXIS)
-    given: Any = {"axis_type": AxisType.Manual, "prepare": vary}
-    given["specs"] = lambda params: {"state": optaccum.state_shardings(tx, params, P())}
-    return of(tx, every_k, optaccum.apply_gradients, **given)
-
-
-def in_step_deferred(inner: Inner, every_k: int) -> Contender:
-    """`value_and_grad` in `jax.shard_map`, with one reduction, after its scan."""
-    made = in_step(inner, every_k, reduce_axes=AXIS)
-    return dataclasses.replace(made, axis_type=AxisType.Manual)
+def manual(make: Callable[..., Contender], inner: Inner, every_k: int) -> Contender:
+    """Reduces once per window, in `jax.shard_map`: in the release, or after the scan."""
+    made = make(inner, every_k, reduce_axes=AXIS)
+    prepare = vary if make is apply_gradients else made.prepare
+    return dataclasses.replace(made, axis_type=AxisType.Manual, prepare=prepare)
 
 
 def sharded(name: str, inner: Inner, every_k: int) -> Contender:
@@ -348,44 +255,6 @@ def sharded(name: str, inner: Inner, every_k: int) -> Contender:
     return of(tx, every_k, optaccum.apply_gradients, specs=specs)
 
 
-def by_hand(inner: Inner, every_k: int) -> Contender:
-    """The loop that a careful engineer would write.
-
-    Each device adds up its gradients, times its tokens, and its tokens: the first microbatch
-    overwrites the old sums, and the program of the last one has the only reduction.
-    """
-    tx = inner.transformation
-
-    def load(part):
-        return jax.tree.map(lambda x: x[0], part["sums"])
-
-    def store(sums):
-        return {"sums": jax.tree.map(lambda x: x[None], sums)}
-
-    def init(params):
-        sums = optax.tree.zeros_like((params, jnp.zeros(())))
-        return {"params": params, "state": tx.init(params)} | store(vary(sums))
-
-    def overwrite(part, grads, weight):
-        return store((optax.tree.scale(weight, grads), weight))
-
-    def add(part, grads, weight):
-        return store(optax.tree.add(load(part), (optax.tree.scale(weight, grads), weight)))
-
-    def add_and_update(part, grads, weight):
-        summed = add(part, grads, weight)
-        total, tokens = lax.psum(load(summed), AXIS)
-        mean = optax.tree.scale(1 / jnp.maximum(tokens, 1), total)
-        params, state = update(tx, mean, part["state"], part["params"])
-        return {"params": params, "state": state} | summed
-
-    first, hold = Step(overwrite, ("sums",)), Step(add, ("sums",))
-    last = Step(add_and_update, ("params", "state", "sums"))
-    steps = (first,) + (hold,) * (every_k - 2) + (last,)
-    specs = lambda params: {"sums": P(AXIS)}  # noqa: E731
-    return Contender(init, steps, axis_type=AxisType.Manual, specs=specs, prepare=vary)
-
-
 ADAPTERS: dict[str, Callable[[Inner, int], Contender]] = {
     # One step of the inner optimizer on the whole batch, and one on every microbatch.
     FULL_BATCH: lambda inner, k: of(inner.transformation, 1),
@@ -406,13 +275,13 @@ ADAPTERS: dict[str, Callable[[Inner, int], Contender]] = {
     MICROBATCH: microbatch,
     SCAN: scan,
     # These need several devices.
-    CALLS_DEFERRED: calls_deferred,
+    CALLS_DEFERRED: functools.partial(manual, apply_gradients),
     CALLS_EXPLICIT: functools.partial(explicit, apply_gradients),
     FSDP: functools.partial(sharded, FSDP),
     ZERO_2: functools.partial(sharded, ZERO_2),
-    IN_STEP_DEFERRED: in_step_deferred,
+    IN_STEP_DEFERRED: functools.partial(manual, in_step),
     IN_STEP_EXPLICIT: functools.partial(explicit, in_step),
-    BY_HAND: by_hand,
+    BY_HAND: functools.partial(hand_written, zeroing=False, axis=AXIS),
 }
 
 

@@ -1,9 +1,8 @@
 """Losses that compare rows: the gradient of a contrastive loss, whole and in microbatches.
 
-Two towers embed pairs, and the loss compares every pair with every other. Each contender returns
-its loss and gradient, which are compared with those of the full batch. Then all take turns. The
-largest batch is that of the compiled programs which need at most twice the peak memory of
-`optaccum.microbatched`, with microbatches of one size. The drift is that of a bfloat16 gradient.
+Two towers embed pairs, and the loss compares every pair with every other. Loss and gradient of each
+contender are compared with the full batch. Then all take turns. The largest batch needs at most
+twice the peak memory of `optaccum.microbatched`, with microbatches of one size.
 """
 
 from collections.abc import Callable, Iterator
@@ -17,21 +16,17 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from benchmarks import harness, programs, training, transformer
+from benchmarks import transformer
 from benchmarks.contenders import FULL_BATCH, VALUE_AND_GRAD
-from benchmarks.tables import Table, fitting, name_of, rows_of, where
+from benchmarks.programs import largest_batch, peak_bytes, progress, take_turns
+from benchmarks.tables import Result, fitting, name_of, ratios, rows_of, table, where
 import optaccum
 
 OURS, REMAT, CONCAT = "optaccum.microbatched", "lax.map(checkpoint)", "optax.microbatch, CONCAT"
 CONFIG = transformer.Model(vocabulary=512, width=256, layers=2, heads=4, scanned=True)
 TOKENS, BUDGET_FACTOR, DRIFT_MICROBATCHES = 32, 2, 512
-OPTIONS = {
-    "rows": ("pairs in a batch", 2, 8, 256, 4096),
-    "num_microbatches": ("microbatches of a batch", 2, 4, 16, 16),
-    "rounds": ("timed rounds", 1, 1, 9, 15),
-    "doublings": ("of the batch, at most", 1, 1, 3, 4),
-    "layers": ("blocks of the transformer", 1, 1, 2, 2),
-}
+# Pairs in a batch, microbatches, rounds, layers, doublings: with --quick, on a CPU, elsewhere.
+SIZES = (8, 4, 1, 1, 0), (256, 16, 9, 2, 3), (4096, 16, 15, 2, 4)
 Tower = Callable[..., Any]  # (params, rows) -> rows
 
 
@@ -101,7 +96,7 @@ def relative_error(found: Any, expected: Any) -> float:
 
 
 def drift() -> list[dict[str, Any]]:
-    """Returns how far sums of bfloat16 gradients of single rows are from those of one product."""
+    """Returns how far bfloat16 gradients, summed row by row, are from those by one product."""
     x = np.random.default_rng(2).normal(size=(DRIFT_MICROBATCHES, CONFIG.width))
     x, params = jnp.asarray(x, jnp.bfloat16), make_mlp(jnp.bfloat16)
 
@@ -113,44 +108,44 @@ def drift() -> list[dict[str, Any]]:
     return [{"name": x, "relative_error": relative_error(one, whole)} for x, one in found.items()]
 
 
-def rows_of_model(args: Any, tower: Tower, one: Any, batch: Any) -> Iterator[dict[str, Any]]:
+def rows_of_model(scale: int, tower: Tower, one: Any, batch: Any) -> Iterator[dict[str, Any]]:
     """Yields the figures of each contender with towers of one kind."""
-    n, given = args.num_microbatches, ((one, one), list(batch))
+    pairs, n, rounds, _, doublings = SIZES[scale]
+    given = (one, one), list(batch)
 
-    def compiled(name, rows, optimized):
+    def compiled(name, rows):
         shapes = [jax.ShapeDtypeStruct((rows, *x.shape[1:]), x.dtype) for x in batch]
-        step = make_steps(tower, max(n * rows // args.rows, 1))[name]
-        return jax.jit(step).lower(given[0], shapes).compile(programs.options(optimized))
+        step = make_steps(tower, max(n * rows // pairs, 1))[name]
+        return jax.jit(step).lower(given[0], shapes).compile()
 
-    found: Any = {x: compiled(x, args.rows, not args.quick) for x in make_steps(tower, n)}
+    found: Any = {name: compiled(name, pairs) for name in make_steps(tower, n)}
     turns = {name: functools.partial(program, *given) for name, program in found.items()}
     results = {name: turn() for name, turn in turns.items()}
-    seconds = harness.take_turns(turns, args.rounds)
-    budget, (loss, grads) = BUDGET_FACTOR * programs.peak_bytes(found[OURS]), results[FULL_BATCH]
-    for name, program in harness.progress(found.items(), "Compiling larger batches"):
-        largest, capped = training.largest_batch(
-            lambda rows, name=name: programs.peak_bytes(compiled(name, rows, False)),
-            *(args.rows, programs.peak_bytes(program), budget, args.doublings),
-        )
+    seconds = take_turns(turns, rounds)
+    budget, (loss, grads) = BUDGET_FACTOR * peak_bytes(found[OURS]), results[FULL_BATCH]
+    for name, program in progress(found.items(), "Compiling larger batches"):
+        peak_of = lambda rows, x=name: peak_bytes(compiled(x, rows))  # noqa: E731
+        largest, capped = largest_batch(peak_of, pairs, peak_bytes(program), budget, doublings)
         yield {
             **{"name": name, "largest_batch": largest, "capped": capped},
             "loss_error": abs(float(results[name][0] / loss) - 1),
             "gradient_error": relative_error(results[name][1], grads),
             "temporary_bytes": program.memory_analysis().temp_size_in_bytes,
-            "time_to_full_batch": harness.ratios(seconds, name, FULL_BATCH),
+            **ratios(seconds, name, {"time_to_full_batch": FULL_BATCH}),
         }
 
 
-def measure(args: Any) -> Iterator[harness.Result]:
-    result = {name: getattr(args, name) for name in ("rows", "num_microbatches", "rounds")}
+def measure(scale: int) -> Iterator[Result]:
+    pairs, n, rounds, layers, _ = SIZES[scale]
+    result: Result = {"rows": pairs, "num_microbatches": n, "rounds": rounds}
     result |= {"budget_factor": BUDGET_FACTOR, "drift": drift(), "models": []}
-    for model, task in make_tasks(args.rows, args.layers).items():
-        for row in rows_of_model(args, *task):
+    for model, task in make_tasks(pairs, layers).items():
+        for row in rows_of_model(scale, *task):
             result["models"].append({"model": model} | row)
             yield result
 
 
-def tables(result: dict[str, Any]) -> dict[str, list[Table]]:
+def tables(result: Result) -> dict[str, str]:
     """Returns one table of all models, and one of the drift."""
     columns = {
         "model": ("model",),
@@ -167,10 +162,5 @@ def tables(result: dict[str, Any]) -> dict[str, list[Table]]:
         f"is in {result['budget_factor']:g} times the peak memory of optaccum.microbatched, with "
         f"microbatches of one size. {where(result)}"
     )
-    title = f"A bfloat16 gradient over {DRIFT_MICROBATCHES} microbatches"
-    models = Table(rows_of(result["models"], columns), "A contrastive loss")
-    return {"coupled": [models, Table(rows_of(result["drift"], drifts), title, [note])]}
-
-
-if __name__ == "__main__":
-    harness.main("coupled", __doc__, OPTIONS, measure, tables)
+    models = table(rows_of(result["models"], columns))
+    return {"coupled": f"{models}\n\n{table(rows_of(result['drift'], drifts), note)}"}

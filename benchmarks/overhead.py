@@ -1,15 +1,12 @@
 """Measure what accumulating gradients costs on the optimizer's side, contender by contender.
 
 There is no model: the gradients lie ready, and a window is its k steps of accumulation and the
-one step of the inner optimizer. Every contender is first checked against one optimizer step per
-window on the mean gradient. Then all take turns, two windows each in a round: one at full speed,
-one that waits before its release and after it, for holds and releases apart. Kernels that measure
-the bandwidth take turns with them. At that bandwidth the floor is 3 streams as large as the
-parameters for a hold; 5 for a release, and 2 for each parameter-sized array of the inner state.
+one step of the inner optimizer. Contenders take turns with kernels that measure the bandwidth. At
+that bandwidth the floor is 3 streams as large as the parameters for a hold; 5 for a release, and 2
+for each parameter-sized array of the inner state.
 """
 
 from collections.abc import Callable, Iterator
-import functools
 from typing import Any
 
 import jax
@@ -17,17 +14,19 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from benchmarks import contenders, harness
-from benchmarks.contenders import APPLY_GRADIENTS, HAND_WRITTEN, INNERS, MULTI_STEPS, NOT_ZEROING
-from benchmarks.harness import quartiles
-from benchmarks.programs import Window, check, make_trees, nbytes
+from benchmarks import contenders
+from benchmarks.contender import INNERS
+from benchmarks.contenders import APPLY_GRADIENTS, HAND_WRITTEN, MULTI_STEPS, NOT_ZEROING
+from benchmarks.programs import Task, Window, check, make_trees, nbytes, time_parts
 from benchmarks.tables import (
     NOT_EQUIVALENT,
-    Table,
+    Result,
     left_out,
     median,
     name_of,
+    quartiles,
     rows_of,
+    table,
     three_digits,
     where,
 )
@@ -36,17 +35,13 @@ NAMES = (
     *(APPLY_GRADIENTS, contenders.RELEASE, contenders.UPDATE, MULTI_STEPS, contenders.AGGREGATING),
     *(contenders.APPLY_EVERY, HAND_WRITTEN, NOT_ZEROING, contenders.KERAS),
 )
-MAX_DISTINCT_MICROBATCHES = 8
-TOLERANCE = 1e-3  # Keras corrects Adam's bias by a difference of numbers near 1
+# Keras corrects Adam's bias by a difference of numbers near 1.
+TOLERANCE = 1e-3
 PARTS = ("window", "hold", "release")
-OPTIONS = {
-    "every_k": ("microbatches per window", 2, 8, 8, 8),
-    # Of parameters. The states of all contenders lie side by side, about 40 times as large.
-    "megabytes": ("of float32 parameters", 0.001, 0.1, 25.0, 1000.0),
-    "leaves": ("leaves of the parameters", 1, 4, 24, 24),
-    "rounds": ("timed rounds", 1, 3, 15, 15),
-}
-# Muon multiplies matrices on every microbatch where the inner optimizer is masked, not skipped.
+# every_k, megabytes of float32 parameters, leaves, rounds: with --quick, on a CPU, elsewhere. The
+# states of all contenders lie side by side, about 40 times as large as the parameters.
+SIZES = (4, 0.1, 4, 2), (8, 25.0, 24, 15), (8, 1000.0, 24, 15)
+# Muon multiplies matrices on every microbatch if the inner optimizer is masked, not skipped.
 SMALLER = {"muon": 16}
 UNITS = {"multi_steps": MULTI_STEPS, "hand_written": HAND_WRITTEN}
 UNITS |= {"hand_written_no_zeroing": NOT_ZEROING}
@@ -66,14 +61,13 @@ def matrices(count: int, leaves: int, megabytes: float) -> list[dict[str, jax.Ar
 def kernels(microbatches: list[Any], carry: Any) -> dict[str, Callable[[], Any]]:
     """Returns the kernels by name; a call runs one for each microbatch, in place.
 
-    The bandwidth is that of the triad `sum + g -> sum`, with the gradients of a window in turn: the
-    caches are as warm as a hold finds them, and it writes only arrays that it has read. A copy is
-    timed for comparison: a CPU fetches its target first, a third more than the two streams that
-    count. The dispatch is that of calls that give back all of `carry`, and compute one scalar.
+    The triad `sum + g -> sum` finds the caches as warm as a hold does, and writes only arrays that
+    it has read. A copy is timed for comparison: a CPU fetches its target first, a third more than
+    the two streams that count. A dispatch gives back all of `carry`, and computes one scalar.
     """
 
     def repeated(kernel, state):
-        # Kept though it is not used, a donated argument still is where a copy goes.
+        # A copy goes into a donated argument, which has to be kept for that.
         step = jax.jit(kernel, donate_argnums=0, keep_unused=True)
 
         def run():
@@ -93,94 +87,70 @@ def kernels(microbatches: list[Any], carry: Any) -> dict[str, Callable[[], Any]]
 def floors(seconds: Any, passes: int, moved: dict[str, float], every_k: int) -> dict[str, Any]:
     """Returns the least seconds of a hold, a release and a window, round by round.
 
-    A call of a kernel, whose seconds are given by name and round, makes `passes` over the
-    parameters; `moved` has the streams of a hold and of a release.
+    Each kernel made `passes` over the parameters; `moved` has the streams of a hold and a release.
     """
     per_stream = np.array(seconds["triad"]) / (passes * STREAMS["triad"])
     least = {name: number * per_stream for name, number in moved.items()}
     return least | {"window": (every_k - 1) * least["hold"] + least["release"]}
 
 
-def measure_compilation(name: str, inner: str, every_k: int, params: Any, repeats: int) -> Any:
-    """Returns the time to trace and compile a window's programs, and their temporaries."""
-    seconds, temporaries = [], 0.0
-    for _ in range(repeats):
-        jax.clear_caches()
-        window = Window(contenders.ADAPTERS[name](INNERS[inner], every_k), params, params)
-        seconds.append(window.trace_s + window.compile_s)
-        temporaries = window.temporary_bytes / nbytes(params)
-    return {"compile_s": float(np.median(seconds)), "temporaries": temporaries}
-
-
-def in_two(window: Window, microbatches: list[Any]) -> Iterator[Any]:
-    yield window.hold(microbatches)
-    yield window.call(len(window.programs) - 1, microbatches)
-
-
 def figures(times: Any, units: Any) -> dict[str, Any]:
     """Returns the times of windows, holds and releases, by round, and their ratios to others."""
     found: Any = {f"{part}_ms": quartiles(1e3 * times[part]) for part in PARTS}
     for name, ones in units.items():
-        ratios = {part: quartiles(times[part] / ones[part]) for part in PARTS}
-        found[f"ratio_to_{name}"] = ratios
+        found[f"ratio_to_{name}"] = {x: quartiles(times[x] / ones[x]) for x in PARTS}
     return found
 
 
-def measure_inner(args: Any, inner: str) -> dict[str, Any]:
-    """Returns every figure of the run with one inner optimizer, ready for JSON."""
-    every_k, tx = args.every_k, INNERS[inner].transformation
-    count = 1 + min(every_k, MAX_DISTINCT_MICROBATCHES)
-    trees = matrices(count, args.leaves, args.megabytes / SMALLER.get(inner, 1))
-    found, missing = contenders.make(NAMES, INNERS[inner], every_k)
-    windows, rows = check(found, tx, every_k, trees, TOLERANCE)
-    params, *grads = (windows[APPLY_GRADIENTS].put(tree) for tree in trees)
-    turns = kernels(grads, jax.tree.map(jnp.copy, windows[APPLY_GRADIENTS].carry))
-    for name, window in windows.items():
-        turns[name] = functools.partial(window.run, grads)
-        turns[f"{name}, in two"] = functools.partial(in_two, window, grads)
-    jax.block_until_ready([window.carry for window in windows.values()])
-    seconds, times = harness.take_turns(turns, args.rounds, "Timing windows"), {}
-    for name in windows:  # for the holds of a round, their mean
-        holds, release = seconds[f"{name}, in two"].T
-        times[name] = {"window": seconds[name], "hold": holds / (every_k - 1), "release": release}
-    del turns, windows, window
+def measure_inner(inner: str, scale: int) -> Result:
+    """Returns every figure of the run with one inner optimizer."""
+    every_k, megabytes, leaves, rounds = SIZES[scale]
+    tx = INNERS[inner].transformation
+    params, *grads = matrices(1 + every_k, leaves, megabytes / SMALLER.get(inner, 1))
+    task = Task(params, grads, every_k, INNERS[inner], TOLERANCE, optimized=scale > 0)
+    found, missing = contenders.make(NAMES, task.inner, every_k)
+    windows, rows = check(found, task)
+    beside = kernels(grads, jax.tree.map(jnp.copy, windows[APPLY_GRADIENTS].carry))
+    seconds = time_parts(windows, rounds, beside)
+    del windows, beside
 
-    size, passes = nbytes(params), len(grads)
-    moved = {"hold": 3, "release": 5 + 2 * nbytes(jax.eval_shape(tx.init, params)) / size}
-    least = floors(seconds, passes, moved, every_k)
-    units = {"floor": least} | {name: times[unit] for name, unit in UNITS.items()}
-    measure_compilation(APPLY_GRADIENTS, inner, every_k, params, 1)  # wakes the compiler
-    for name, row in harness.progress(rows.items(), f"{inner}: compiling"):
-        row |= measure_compilation(name, inner, every_k, params, 1 if args.quick else 3)
-        row |= figures(times[name], units)
-    rates = {name: passes * number * size / seconds[name] for name, number in STREAMS.items()}
+    moved = {"hold": 3, "release": 5 + 2 * nbytes(jax.eval_shape(tx.init, params)) / task.size}
+    least = floors(seconds, every_k, moved, every_k)
+    units = {"floor": least} | {name: seconds[unit] for name, unit in UNITS.items()}
+    for name, row in rows.items():
+        row |= figures(seconds[name], units) | {"compile_s": row["trace_s"] + row["compile_s"]}
+    rates = {name: every_k * number * task.size / seconds[name] for name, number in STREAMS.items()}
     bounds = {
-        "bandwidth_bound": INNERS[inner].bandwidth_bound,
+        "bandwidth_bound": task.inner.bandwidth_bound,
         "bandwidth": {name: quartiles(rate) for name, rate in rates.items()},
         "streams": moved,
-        "dispatch_ms": quartiles(seconds["dispatch"] * 1e3 / passes),
+        "dispatch_ms": quartiles(seconds["dispatch"] * 1e3 / every_k),
         **figures(least, {}),
     }
-    result = {"inner": inner, "parameter_bytes": size, "floor": bounds}
+    result = {"inner": inner, "parameter_bytes": task.size, "floor": bounds}
     return result | {"contenders": list(rows.values()), "left_out": missing}
 
 
-def measure(args: Any) -> Iterator[harness.Result]:
+def measure(scale: int) -> Iterator[Result]:
     # In TF32 the products of Muon would differ by more than the check allows.
     jax.config.update("jax_default_matmul_precision", "float32")
-    result: Any = {name: getattr(args, name) for name in ("every_k", "leaves", "rounds")}
+    every_k, megabytes, leaves, rounds = SIZES[scale]
+    result: Result = {"every_k": every_k, "leaves": leaves, "rounds": rounds}
     result |= {"runs": [], "compilation_of_apply_gradients": []}
     for inner in INNERS:
-        result["runs"].append(measure_inner(args, inner))
+        result["runs"].append(measure_inner(inner, scale))
         yield result
-    (params,), repeats = matrices(1, args.leaves, args.megabytes), 1 if args.quick else 3
-    for k in harness.progress((2, 8, 64, 1024), "Compiling at k = 2 to 1024"):
-        row = {"every_k": k} | measure_compilation(APPLY_GRADIENTS, "sgd", k, params, repeats)
+    (params,) = matrices(1, leaves, megabytes)
+    for k in 2, 8, 64, 1024:
+        task = Task(params, [params], k, INNERS["sgd"])
+        window = Window(contenders.apply_gradients(task.inner, k), task)
+        row = {"every_k": k, "compile_s": window.trace_s + window.compile_s}
+        row["temporaries"] = window.temporary_bytes / task.size
         result["compilation_of_apply_gradients"].append(row)
         yield result
 
 
-def tables(result: dict[str, Any]) -> dict[str, list[Table]]:
+def tables(result: Result) -> dict[str, str]:
     """Returns ratios for AdamW, times of all inner optimizers, and what compiling takes."""
 
     def ratio(unit, part="window"):
@@ -199,11 +169,10 @@ def tables(result: dict[str, Any]) -> dict[str, list[Table]]:
     size = f"{run['parameter_bytes'] / 1e6:.3g} MB of parameters in {result['leaves']} leaves"
     note = f"{run['inner']}, k = {result['every_k']}, {size}. {where(result)}"
     rows = rows_of(run["contenders"], columns)
-    named = {"overhead": [Table(rows, "A window", [NOT_EQUIVALENT, *left_out(run), note])]}
+    named = {"overhead": table(rows, NOT_EQUIVALENT, *left_out(run), note)}
     lengths = result["compilation_of_apply_gradients"]
     rows = rows_of(lengths, {"k": ("every_k", "{:,.0f}")} | COMPILATION)
-    title = "optaccum.apply_gradients by length of the window"
-    named |= {"compilation": [Table(rows, title, [where(result)])]} if rows else {}
+    named |= {"compilation": table(rows, where(result))} if rows else {}
 
     columns = {"inner": ("inner",), "contender": name_of}
     columns |= {f"{part} ms": (f"{part}_ms", three_digits) for part in PARTS}
@@ -219,14 +188,9 @@ def tables(result: dict[str, Any]) -> dict[str, list[Table]]:
         passing = f"a call that only passes all arrays through {three_digits(least['dispatch_ms'])}"
         notes.append(f"{run['inner']}: {size}; bandwidth {', '.join(rates)}{bound}; {passing} ms.")
     setting = f"k = {result['every_k']}, {result['leaves']} leaves, {result['rounds']} rounds."
-    notes.append(f"{setting} {where(result)}")
-    return named | {"overhead_times": [Table(rows, "Times", notes)]}
+    return named | {"overhead_times": table(rows, *notes, f"{setting} {where(result)}")}
 
 
-def main_run(result: dict[str, Any]) -> dict[str, Any]:
+def main_run(result: Result) -> Result:
     """Returns the run that stands for all: AdamW's, or else the first."""
     return next((run for run in result["runs"] if run["inner"] == "adamw"), result["runs"][0])
-
-
-if __name__ == "__main__":
-    harness.main("overhead", __doc__, OPTIONS, measure, tables)

@@ -1,7 +1,9 @@
-"""Programs of a contender: compiled for devices that are here or elsewhere, run, and checked."""
+"""What is trained, and the programs of a contender: compiled, run, timed and checked."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+import dataclasses
 import functools
+import random
 import time
 from typing import Any
 
@@ -9,105 +11,143 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec as P
 import numpy as np
-import optax
+from rich.console import Console
+from rich.progress import track
 
-from benchmarks.contenders import AXIS, Carry, Contender, Step
+from benchmarks.contender import AXIS, INNERS, Carry, Contender, Inner, Step, of
+from benchmarks.contenders import FULL_BATCH
 
 WINDOWS = 2  # that a contender runs before it is checked
+WARMUP_ROUNDS = 3
+progress = functools.partial(track, console=Console(stderr=True))
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+    """Parameters, and the microbatches of a window: rows for a model, or gradients without one.
+
+    Both are arrays, or shapes if nothing shall run. The microbatches repeat in a longer window.
+    """
+
+    params: Any
+    microbatches: Sequence[Any]
+    every_k: int
+    inner: Inner = INNERS["adamw"]
+    tolerance: float = 1e-3  # how much of a step rounding explains
+    model: Any = None
+    devices: Sequence[Any] | None = None  # that share the rows of each batch
+    weighted: bool = False  # whether a microbatch counts with its tokens
+    optimized: bool = True  # whether the compiler of a CPU optimises; all but times is the same
+
+    @property
+    def size(self) -> int:
+        """Bytes of the parameters."""
+        return nbytes(self.params)
+
+    def batches(self, calls: int) -> list[Any]:
+        """Returns what the calls of a window are given: the whole batch if there is but one."""
+        if calls > 1:
+            return list(self.microbatches)
+        count = len(self.microbatches)
+        if self.model:
+            return [jax.tree.map(lambda *leaves: np.concatenate(leaves), *self.microbatches)]
+        times = np.bincount(np.arange(self.every_k) % count, minlength=count)
+
+        def mean(*leaves):
+            wide = [np.asarray(leaf, np.float32) for leaf in leaves]
+            return jnp.asarray(np.average(wide, axis=0, weights=times), leaves[0].dtype)
+
+        return [jax.tree.map(mean, *self.microbatches)]
+
+    def shapes(self, calls: int, rows: int | None = None) -> Any:
+        """Returns the shapes of what a call is given, with so many rows if it says so."""
+
+        def shape(x):
+            whole = len(x) * self.every_k if calls == 1 else len(x)
+            return jax.ShapeDtypeStruct((rows or whole, *x.shape[1:]), x.dtype)
+
+        return jax.tree.map(shape, self.microbatches[0]) if self.model else self.microbatches[0]
 
 
 class Window:
     """The programs of one window of a contender, compiled: one for each call.
 
-    `trace_s` and `compile_s` are the seconds to trace and lower, and to compile, all that differ;
-    `peak_bytes` and `temporary_bytes` those of the hungriest of them.
+    `trace_s` and `compile_s` are seconds for all that differ; `peak_bytes` and `temporary_bytes`
+    the bytes of the hungriest.
     """
 
-    def __init__(
-        self,
-        contender: Contender,
-        params: Any,
-        batch: Any,
-        *,
-        model: Any = None,
-        weighted: bool = False,
-        devices: Sequence[Any] | None = None,
-        optimized: bool = True,
-    ):
-        """Compiles each program, its part of the carry donated.
-
-        Of `params` and `batch` only shapes and dtypes are read. A batch is rows for the model, or
-        gradients without one; `devices` share it, and if `weighted` it counts with its tokens.
-        """
-        self.contender, self.model, self.weighted = contender, model, weighted
-        devices = devices or jax.devices()[:1]
-        kind = contender.axis_type
-        self.manual = kind is AxisType.Manual
-        kinds = (AxisType.Auto if self.manual else kind,)
+    def __init__(self, contender: Contender, task: Task, rows: int | None = None):
+        """Compiles each program for so many rows, by default the task's; donates its part."""
+        self.contender, self.task = contender, task
+        devices = task.devices or jax.devices()[:1]
+        self.manual = contender.axis_type is AxisType.Manual
+        kinds = (AxisType.Auto if self.manual else contender.axis_type,)
         self.mesh = Mesh(np.array(devices), (AXIS,), axis_types=kinds)
         self.trace_s = self.compile_s = 0.0
+        cheap = {"xla_backend_optimization_level": "0"} if devices[0].platform == "cpu" else {}
         with jax.set_mesh(self.mesh):
-            shapes, batch = self._carry_shapes(params), self._shapes(batch, self._named(P(AXIS)))
+            shapes = self._carry_shapes()
+            calls = len(contender.steps)
+            batch = self._shapes(task.shapes(calls, rows), self._named(P(AXIS)))
             compiled = {}
             for step in dict.fromkeys(contender.steps):
                 start = time.perf_counter()
                 part = {name: shapes[name] for name in self._names(step)}
                 lowered = self._jit(step, part).lower(part, batch)
                 middle = time.perf_counter()
-                compiled[step] = lowered.compile(options(optimized, devices[0]))
+                compiled[step] = lowered.compile({} if task.optimized else cheap)
                 self.trace_s += middle - start
                 self.compile_s += time.perf_counter() - middle
         self.programs = [compiled[step] for step in contender.steps]
         sizes = [program.memory_analysis().temp_size_in_bytes for program in self.programs]
         self.peak_bytes, self.temporary_bytes = max(map(peak_bytes, self.programs)), max(sizes)
 
-    def start(self, params: Any) -> None:
-        """Makes the carry for a copy of `params`."""
+    def start(self) -> None:
+        """Makes the carry for a copy of the parameters, and puts the batches on the devices."""
+        sharding = NamedSharding(self.mesh, P(AXIS))
         with jax.set_mesh(self.mesh):
-            self.carry = self._init(jax.tree.map(jnp.array, params))
+            self.carry = self._init(jax.tree.map(jnp.array, self.task.params))
+        self.batches = jax.device_put(self.task.batches(len(self.programs)), sharding)
 
-    def put(self, batch: Any) -> Any:
-        """Returns a batch on the devices."""
-        return jax.device_put(batch, NamedSharding(self.mesh, P(AXIS)))
-
-    def call(self, index: int, batches: Sequence[Any]) -> Carry:
-        """Runs the program of one call of the window; the batches repeat where there are few."""
+    def call(self, index: int) -> Carry:
+        """Runs the program of one call of the window."""
         part = {name: self.carry[name] for name in self._names(self.contender.steps[index])}
-        part, _ = self.programs[index](part, batches[index % len(batches)])
+        part, _ = self.programs[index](part, self.batches[index % len(self.batches)])
         self.carry = self.carry | part
         return self.carry
 
-    def hold(self, batches: Sequence[Any]) -> Carry:
-        """Runs all of a window but its last call."""
-        for i in range(len(self.programs) - 1):
-            self.call(i, batches)
+    def run(self) -> Carry:
+        """Runs a window."""
+        for i in range(len(self.programs)):
+            self.call(i)
         return self.carry
 
-    def run(self, batches: Sequence[Any]) -> Carry:
-        """Runs a window."""
-        self.hold(batches)
-        return self.call(len(self.programs) - 1, batches)
+    def call_by_call(self) -> Iterator[Any]:
+        """Runs a window, and yields when each call has returned, and then to wait for it."""
+        for i in range(len(self.programs)):
+            self.call(i)
+            yield None
+            yield self.carry
 
-    def train(self, params: Any, batches: Sequence[Any]) -> Any:
-        """Returns what two windows make of `params`, on the host, and forgets the carry."""
-        self.start(params)
+    def train(self) -> Any:
+        """Returns what two windows make of the parameters, on the host."""
+        self.start()
         for _ in range(WINDOWS):
-            jax.block_until_ready(self.run(batches))
-        trained = jax.device_get(self.carry["params"])
-        del self.carry
-        return trained
+            jax.block_until_ready(self.run())
+        return jax.device_get(self.carry["params"])
 
     def _names(self, step: Step) -> tuple[str, ...]:
         # Differentiating needs the parameters, which the step itself may leave alone.
-        return tuple(dict.fromkeys(("params", *step.names) if self.model else step.names))
+        return tuple(dict.fromkeys(("params", *step.names) if self.task.model else step.names))
 
     def _run(self, step: Step, part: Carry, batch: Any) -> tuple[Carry, Any]:
-        if self.model is None:
+        model = self.task.model
+        if model is None:
             return part | step.apply(part, batch, None), None
-        functions = self.model.mean_loss, self.model.tokens_of if self.weighted else None
+        weigh = model.tokens_of if self.task.weighted else None
         params = self.contender.prepare(part["params"])
-        loss, grads = self.contender.differentiate(*functions, params, batch)
-        weight = self.model.tokens_of(part["params"], batch) if self.weighted else None
+        loss, grads = self.contender.differentiate(model.mean_loss, weigh, params, batch)
+        weight = weigh(part["params"], batch) if weigh else None
         return part | step.apply(part, grads, weight), loss[None] if self.manual else loss
 
     def _jit(self, step: Step, part: Carry) -> Any:
@@ -121,8 +161,8 @@ class Window:
         given = {"donate_argnums": 0, "keep_unused": True}
         return jax.jit(run, out_shardings=self._named(out_specs), **given)
 
-    def _carry_shapes(self, params: Any) -> Carry:
-        params = self._shapes(params, self._named(P()))
+    def _carry_shapes(self) -> Carry:
+        params = self._shapes(self.task.params, self._named(P()))
         entries = [name for step in self.contender.steps for name in step.names]
         self.specs = dict.fromkeys(["params", *entries], P()) | self.contender.specs(params)
         init = self.contender.init
@@ -131,10 +171,8 @@ class Window:
         self._init = jax.jit(init, out_shardings=self._named(self.specs))
         shapes = jax.eval_shape(self._init, params)
         if None in self.specs.values():  # only the compiler knows
-            placed = self._init.lower(params).compile().output_shardings
-        else:
-            placed = self._named(self.specs)
-        return self._shapes(shapes, placed)
+            return self._shapes(shapes, self._init.lower(params).compile().output_shardings)
+        return self._shapes(shapes, self._named(self.specs))
 
     def _named(self, specs: Any) -> Any:
         return jax.tree.map(functools.partial(NamedSharding, self.mesh), specs)
@@ -146,21 +184,26 @@ class Window:
         return jax.tree.map(shape, tree, jax.tree.broadcast(shardings, tree))
 
 
-def options(optimized: bool, device: Any = None) -> Any:
-    """Returns options to compile with.
-
-    Optimising code for a CPU takes most of the time, and comes after memory is assigned and
-    collectives are placed: without it all figures but times are the same.
-    """
-    cpu = (device or jax.devices()[0]).platform == "cpu"
-    return {"xla_backend_optimization_level": "0"} if cpu and not optimized else {}
-
-
 def peak_bytes(program: Any) -> int:
     """Returns the most memory that a compiled program needs, its arguments included."""
     sizes = program.memory_analysis()
     kept = sizes.output_size_in_bytes - sizes.alias_size_in_bytes
     return sizes.argument_size_in_bytes + kept + sizes.temp_size_in_bytes
+
+
+def largest_batch(
+    peak_of: Callable[[int], int], start: int, peak: int, budget: float, doublings: int
+) -> tuple[int, bool]:
+    """Returns the largest power of two that fits, or 0, and whether the search was cut short.
+
+    It begins at `start`, a power of two, which needs `peak` bytes.
+    """
+    size, last = start, start << doublings
+    while size and (peak if size == start else peak_of(size)) > budget:
+        size //= 2
+    while start <= size < last and peak_of(2 * size) <= budget:
+        size *= 2
+    return size, size == last
 
 
 def nbytes(tree: Any) -> int:
@@ -176,52 +219,76 @@ def make_trees(count: int, leaves: int, shape: tuple[int, ...], dtype: Any = "fl
     ]
 
 
-def check(
-    found: Mapping[str, Contender], inner: Any, every_k: int, trees: Any, tolerance: float
-) -> tuple[dict[str, Window], dict[str, Any]]:
+def check(found: Mapping[str, Contender], task: Task) -> tuple[dict[str, Window], dict[str, Any]]:
     """Returns windows that are ready to run, and for each whether it agrees with the full batch."""
-    windows, rows, (params, *grads) = {}, {}, trees
-    expected = functools.cache(lambda tx: full_batch(tx, every_k, params, grads))
-    for name, one in found.items():
-        window, right = Window(one, params, params), expected(one.reference or inner)
-        windows[name] = window
-        error = largest_error(window.train(params, grads), right, params, tolerance)
-        rows[name] = {"name": name, "equivalent": one.equivalent, "agrees": error <= 1}
-        window.start(params)
+    windows, rows, expected = {}, {}, {}
+    for name, one in progress(found.items(), "Compiling"):
+        window = windows[name] = Window(one, task)
+        trained, tx = window.train(), one.reference or task.inner.transformation
+        if tx not in expected:
+            full_batch = name == FULL_BATCH
+            expected[tx] = trained if full_batch else Window(of(tx, 1), task).train()
+        error = largest_error(trained, expected[tx], task)
+        row = {"name": name, "equivalent": one.equivalent, "agrees": error <= 1, "error": error}
+        names = "peak_bytes", "temporary_bytes", "trace_s", "compile_s"
+        rows[name] = row | {figure: getattr(window, figure) for figure in names}
+        rows[name]["temporaries"] = window.temporary_bytes / task.size
     return windows, rows
 
 
-def full_batch(
-    inner: optax.GradientTransformation, every_k: int, params: Any, microbatches: Sequence[Any]
-) -> Any:
-    """Returns the parameters after two steps of `inner` on the mean gradient of a window.
-
-    Not jitted: with many leaves the check would take longer to compile than what it checks.
-    """
-    counts = np.bincount(np.arange(every_k) % len(microbatches), minlength=len(microbatches))
-
-    def mean(*leaves):
-        wide = [np.asarray(leaf, np.float32) for leaf in leaves]
-        return jnp.asarray(np.average(wide, axis=0, weights=counts), leaves[0].dtype)
-
-    grads, state = jax.tree.map(mean, *microbatches), inner.init(params)
-    for _ in range(WINDOWS):
-        updates, state = inner.update(grads, state, params)
-        params = optax.apply_updates(params, updates)
-    return params
-
-
-def largest_error(trained: Any, expected: Any, start: Any, tolerance: float) -> float:
+def largest_error(trained: Any, expected: Any, task: Task) -> float:
     """Returns how far `trained` is from `expected`, 1 being what rounding explains.
 
-    The way from `start` to `expected` may be off by `tolerance` of its length; then each window
-    rounds the new parameters to their dtype. The largest of all leaves counts.
+    A step may be off by the tolerance times its length; then each window rounds the new parameters
+    to their dtype. The largest of all leaves counts.
     """
 
     def error(x, y, start):
         rounding = float(jnp.finfo(start.dtype).eps) * np.sqrt(WINDOWS)
         x, y, start = (np.asarray(leaf, np.float64) for leaf in (x, y, start))
-        allowed = tolerance * np.linalg.norm(y - start) + rounding * np.linalg.norm(y)
+        allowed = task.tolerance * np.linalg.norm(y - start) + rounding * np.linalg.norm(y)
         return np.linalg.norm(x - y) / allowed
 
-    return float(np.max(jax.tree.leaves(jax.tree.map(error, trained, expected, start))))
+    return float(np.max(jax.tree.leaves(jax.tree.map(error, trained, expected, task.params))))
+
+
+def take_turns(
+    turns: Mapping[str, Callable[[], Any]], rounds: int, warmup: int = WARMUP_ROUNDS
+) -> dict[str, np.ndarray]:
+    """Returns the seconds that each turn took, round by round.
+
+    All run once a round, in a new order every round, so that whatever else the machine does
+    falls on all alike. What a turn returns is waited for. A generator is timed from one
+    `yield` to the next, and has several times in each round.
+    """
+    seconds = {name: [] for name in turns}
+    shuffled = random.Random(0)
+    for turn in progress(range(warmup + rounds), "Timing"):
+        for name in shuffled.sample(list(turns), len(turns)):
+            times, start = [], time.perf_counter()
+            done = turns[name]()
+            for lap in done if isinstance(done, Iterator) else [done]:
+                jax.block_until_ready(lap)
+                times.append(time.perf_counter() - start)
+                start = time.perf_counter()
+            if turn >= warmup:
+                seconds[name].append(times if isinstance(done, Iterator) else times[0])
+    return {name: np.array(times) for name, times in seconds.items()}
+
+
+def time_parts(windows: Mapping[str, Window], rounds: int, kernels: Any = ()) -> dict[str, Any]:
+    """Returns the seconds of each contender by part of a window and round, and of each kernel.
+
+    A contender takes two turns: a window at full speed, and one that waits for each of its calls.
+    """
+    turns = dict(kernels)
+    for name, window in windows.items():
+        turns |= {name: window.run, f"{name}, call by call": window.call_by_call}
+    seconds: dict[str, Any] = dict(take_turns(turns, rounds))
+    for name in windows:
+        laps = seconds.pop(f"{name}, call by call").reshape(rounds, -1, 2)
+        dispatch, calls = laps[..., 0], laps.sum(axis=2)
+        seconds[name] = {"window": seconds[name], "release": calls[:, -1]}
+        seconds[name] |= {"microbatch": calls.mean(axis=1), "dispatch": dispatch.mean(axis=1)}
+        seconds[name] |= {"hold": calls[:, :-1].mean(axis=1)} if calls.shape[1] > 1 else {}
+    return seconds

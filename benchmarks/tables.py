@@ -1,46 +1,23 @@
 """Tables: one list of rows for the terminal and for the READMEs."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-import dataclasses
-import textwrap
 from typing import Any
 
+import numpy as np
+from tabulate import tabulate
+
+Result = dict[str, Any]
 AGREES = {True: "yes", False: "NO", None: "-"}
 NOT_EQUIVALENT = "† By its definition it computes something else than the full batch."
 TEXT = frozenset({"contender", "figure", "inner", "model", "target"})
 
 
-@dataclasses.dataclass(frozen=True)
-class Table:
-    """Rows of cells by heading, a dash where a row lacks one, and what is said above and below."""
-
-    rows: Sequence[Mapping[str, str]]
-    title: str = ""
-    notes: Sequence[str] = ()
-
-    def terminal(self) -> str:
-        """Returns the table with its headings, cells and notes broken into lines."""
-        # Wide enough for the longest word; a heading of names stays whole.
-        widths = [None if x in TEXT else max(9, *map(len, x.split())) for x in self._headings]
-        table = self._format("simple", 12, maxheadercolwidths=widths)
-        return "\n".join([self.title, table, *(textwrap.fill(x, 100) for x in self.notes), ""])
-
-    def markdown(self) -> str:
-        return "\n".join([self._format("pipe"), *([""] if self.notes else []), *self.notes])
-
-    @property
-    def _headings(self) -> list[str]:
-        return list(dict.fromkeys(heading for row in self.rows for heading in row))
-
-    def _format(self, form: str, width: int = 10**6, **options: Any) -> str:
-        from tabulate import tabulate  # here, so that the report's paths are known without it
-
-        options["colalign"] = ["left" if x in TEXT else "right" for x in self._headings]
-        rows = [
-            {x: cell if x in TEXT else textwrap.fill(cell, width) for x, cell in row.items()}
-            for row in self.rows
-        ]
-        return tabulate(rows, "keys", form, disable_numparse=True, missingval="-", **options)
+def table(rows: Sequence[dict[str, str]], *notes: str) -> str:
+    """Returns rows of cells by heading, with a dash for a missing one, and notes below."""
+    headings = dict.fromkeys(heading for row in rows for heading in row)
+    sides = ["left" if heading in TEXT else "right" for heading in headings]
+    form: Any = {"disable_numparse": True, "missingval": "-", "colalign": sides}
+    return "\n".join([tabulate(rows, "keys", "pipe", **form), *([""] if notes else []), *notes])
 
 
 def rows_of(found: Iterable[Any], columns: Mapping[str, Any]) -> list[dict[str, str]]:
@@ -56,8 +33,18 @@ def rows_of(found: Iterable[Any], columns: Mapping[str, Any]) -> list[dict[str, 
 
 
 def name_of(row: Mapping[str, Any]) -> str:
-    """Returns a contender's name, with a mark where it does not claim to match the full batch."""
+    """Returns a contender's name, with a mark if it does not claim to match the full batch."""
     return row["name"] + ("" if row.get("equivalent", True) else " †")
+
+
+def quartiles(values: Any) -> dict[str, float]:
+    q1, median, q3 = np.percentile(values, (25, 50, 75)).tolist()
+    return {"q1": q1, "median": median, "q3": q3}
+
+
+def ratios(seconds: Mapping[str, Any], name: str, units: Mapping[str, str]) -> dict[str, Any]:
+    """Returns the quartiles of one contender's time in others'."""
+    return {unit: quartiles(seconds[name] / seconds[of]) for unit, of in units.items()}
 
 
 def middle(figure: Any) -> Any:
@@ -86,17 +73,17 @@ def fitting(row: Mapping[str, Any], name: str) -> str:
     return f"at least {size}" if row["capped"] else size
 
 
-def where(result: Mapping[str, Any]) -> str:
+def where(result: Result) -> str:
     """Returns what the figures were measured on, and when."""
     stopped = "" if result.get("complete", True) else " Stopped before its end."
     return f"Measured on: {result['device']}, {versions(result)}{stopped}"
 
 
-def versions(result: Mapping[str, Any]) -> str:
+def versions(result: Result) -> str:
     """Returns what the figures were measured with, and when."""
     return f"{', '.join(map(' '.join, result['versions'].items()))}, {result['date'][:10]}."
 
 
-def left_out(result: Mapping[str, Any]) -> list[str]:
+def left_out(result: Result) -> list[str]:
     """Returns a note for each contender that is not installed."""
     return [f"Left out: {x}, for {why}." for x, why in dict(result.get("left_out", ())).items()]

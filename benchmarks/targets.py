@@ -67,7 +67,7 @@ def missing(target: str) -> str | None:
 
 @functools.cache
 def devices(target: str, count: int = 1) -> tuple[Any, ...]:
-    """Returns devices that programs can be compiled for; those of a CPU can run them too."""
+    """Returns devices that programs can be compiled for; a CPU's can run them too."""
     import jax
     from jax.experimental import topologies
 

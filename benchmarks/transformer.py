@@ -9,9 +9,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-Tree = Any
-Batch = dict[str, Any]
-
 
 @dataclasses.dataclass(frozen=True)
 class Model:
@@ -33,26 +30,24 @@ class Model:
     # parameter that stands in a product can stay unreduced.
     one_hot: bool = False
 
-    def mean_loss(self, params: Tree, batch: Batch) -> jax.Array:
+    def mean_loss(self, params: Any, batch: Any) -> jax.Array:
         """Returns the mean cross-entropy of the tokens that count, f32[]."""
+        table, tokens = params["embedding"].astype(self.dtype), batch["tokens"]
+        x = self.features(params, table, tokens[:, :-1])
+        if self.tied:
+            logits = jnp.einsum("btd,vd->btv", x, table)
+        else:
+            logits = x @ params["head"].astype(x.dtype)
         losses = optax.softmax_cross_entropy_with_integer_labels(
-            self.logits(params, batch["tokens"][:, :-1]), batch["tokens"][:, 1:]
+            logits.astype(jnp.float32), tokens[:, 1:]
         )
         return jnp.sum(losses * batch["mask"]) / jnp.maximum(self.tokens_of(params, batch), 1)
 
-    def tokens_of(self, params: Tree, batch: Batch) -> jax.Array:
+    def tokens_of(self, params: Any, batch: Any) -> jax.Array:
         """Returns how many tokens of a batch count, f32[]."""
         return batch["mask"].sum()
 
-    def logits(self, params: Tree, tokens: jax.Array) -> jax.Array:
-        """Returns the logits of the next tokens, f32[rows, sequence, vocabulary]."""
-        table = params["embedding"].astype(self.dtype)
-        x = self.features(params, table, tokens)
-        if self.tied:
-            return jnp.einsum("btd,vd->btv", x, table).astype(jnp.float32)
-        return (x @ params["head"].astype(x.dtype)).astype(jnp.float32)
-
-    def features(self, params: Tree, table: jax.Array, tokens: jax.Array) -> jax.Array:
+    def features(self, params: Any, table: jax.Array, tokens: jax.Array) -> jax.Array:
         """Returns what it makes of each token, from their embeddings: [rows, sequence, width]."""
         if self.one_hot:
             x = jax.nn.one_hot(tokens, self.vocabulary, dtype=table.dtype) @ table
@@ -71,7 +66,7 @@ class Model:
         wide *= lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + 1e-6)
         return jnp.einsum("btd,d->btd", wide.astype(x.dtype), scale.astype(x.dtype))
 
-    def _block(self, x: jax.Array, params: Tree) -> jax.Array:
+    def _block(self, x: jax.Array, params: Any) -> jax.Array:
         params = {name: p if "norm" in name else p.astype(x.dtype) for name, p in params.items()}
         h = self._norm(x, params["attention_norm"])
         q, k, v = (
@@ -94,7 +89,7 @@ PRESETS = {
 }
 
 
-def param_shapes(model: Model) -> Tree:
+def param_shapes(model: Model) -> Any:
     """Returns the parameters of the model as shapes and dtypes."""
     width, heads = model.width, model.heads
     block = {
@@ -113,7 +108,7 @@ def param_shapes(model: Model) -> Tree:
     return jax.tree.map(lambda s: jax.ShapeDtypeStruct(s, jnp.float32), tree, is_leaf=is_shape)
 
 
-def make_params(model: Model) -> Tree:
+def make_params(model: Model) -> Any:
     """Returns the parameters of the model, always the same ones, in the host's memory."""
     noise = np.random.default_rng(0)
 
@@ -127,15 +122,14 @@ def make_params(model: Model) -> Tree:
 
 def make_window(
     model: Model, every_k: int, rows: int, sequence: int, ragged: bool = False
-) -> list[Batch]:
+) -> list[Any]:
     """Returns microbatches on the host.
 
     If ragged, rows have very different numbers of tokens, and so have devices. All microbatches
     together have the same number, because `optax.MultiSteps` counts them alike.
     """
     noise = np.random.default_rng(1)
-    shortest = sequence / 8 if ragged else sequence
-    lengths = np.linspace(shortest, sequence, rows).round().astype(int)
+    lengths = np.linspace(sequence / 8 if ragged else sequence, sequence, rows).round().astype(int)
     return [
         {
             "tokens": noise.integers(model.vocabulary, size=(rows, sequence + 1), dtype=np.int32),
@@ -143,9 +137,3 @@ def make_window(
         }
         for _ in range(every_k)
     ]
-
-
-def batch_shapes(rows: int, sequence: int) -> Batch:
-    """Returns a batch as shapes and dtypes."""
-    mask = jax.ShapeDtypeStruct((rows, sequence), jnp.float32)
-    return {"tokens": jax.ShapeDtypeStruct((rows, sequence + 1), jnp.int32), "mask": mask}

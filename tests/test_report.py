@@ -12,7 +12,7 @@ pytest.importorskip("rich")
 pytest.importorskip("tabulate")
 
 from benchmarks import report
-from benchmarks.contenders import INNERS
+from benchmarks.contender import INNERS
 from benchmarks.tables import NOT_EQUIVALENT
 
 pytestmark = pytest.mark.slow

@@ -1,79 +1,150 @@
-"""The benchmark of collectives counts what programs run; deferred ways reduce once per window."""
+"""The reader of compiled programs counts what is known by hand."""
 
-import os
-import pathlib
-import subprocess
-import sys
-
-from helpers.benchmarks import quick_run
 import jax
 from jax import lax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 import pytest
 
-pytest.importorskip("rich")
-pytest.importorskip("tabulate")
-pytest.importorskip("flax")
-pytest.importorskip("optax", "0.2.7", reason="benchmarks.contenders has options of optax 0.2.7")
+from benchmarks import hlo
 
-from benchmarks import collectives, hlo
+DEVICES, LOCAL_BYTES = 8, 2 * 3 * 4
 
-pytestmark = pytest.mark.slow
 
-ROOT = pathlib.Path(__file__).parent.parent
-K, DEVICES, LOCAL_BYTES = 4, 8, 2 * 3 * 4
-HAS_RESHARD = hasattr(jax, "reshard")
-EXPLICIT = ("optaccum.apply_gradients, explicit", "optaccum.value_and_grad, explicit")
-# Parameters that a window reduces, and that a hold does, in their size.
-REDUCED = {
-    "full batch": (1, None),
-    "optax.MultiSteps": (K, 1),
-    "optaccum.apply_gradients": (K, 1),
-    "optaccum.apply_gradients, shard_map": (1, 0),
-    **(dict.fromkeys(EXPLICIT, (1, 0)) if HAS_RESHARD else {}),
-    "optaccum.value_and_grad": (K, 1),
-    "optaccum.value_and_grad, shard_map": (1, 0),
-    "hand-written, shard_map": (1, 0),
+IN_PLACE = """HloModule m
+
+%add_row (p0: f32[8,4], p1: f32[4], p2: s32[]) -> f32[8,4] {
+  %p0 = f32[8,4]{1,0} parameter(0)
+  %p1 = f32[4]{0} parameter(1)
+  %p2 = s32[] parameter(2)
+  %zero = s32[] constant(0)
+  %flat = f32[32]{0} bitcast(%p0)
+  %old = f32[1,4]{1,0} dynamic-slice(%p0, %p2, %zero), dynamic_slice_sizes={1,4}
+  %row = f32[1,4]{1,0} bitcast(%p1)
+  %new = f32[1,4]{1,0} add(%old, %row)
+  ROOT %updated = f32[8,4]{1,0} dynamic-update-slice(%p0, %new, %p2, %zero)
 }
 
+%condition (c: (s32[], f32[8,4], f32[4])) -> pred[] {
+  %c = (s32[], f32[8,4]{1,0}, f32[4]{0}) parameter(0)
+  %n = s32[] constant(8)
+  %i = s32[] get-tuple-element(%c), index=0
+  ROOT %lt = pred[] compare(%i, %n), direction=LT
+}
 
-def sizes(found, size):
-    """Returns how many parameter sizes are reduced, and how many bytes beside them."""
-    assert {one["kind"] for one in found} <= {"all-reduce"}
-    large = [one for one in found if one["bytes"] >= 1e-3 * size]
-    small = [one for one in found if one not in large]
-    # A token count may travel with the gradients.
-    return pytest.approx(collectives.total(large) / size, rel=1e-4), small
+%body (b: (s32[], f32[8,4], f32[4])) -> (s32[], f32[8,4], f32[4]) {
+  %b = (s32[], f32[8,4]{1,0}, f32[4]{0}) parameter(0)
+  %j = s32[] get-tuple-element(%b), index=0
+  %sums = f32[8,4]{1,0} get-tuple-element(%b), index=1
+  %g = f32[4]{0} get-tuple-element(%b), index=2
+  %one = s32[] constant(1)
+  %k = s32[] add(%j, %one)
+  %next = f32[8,4]{1,0} fusion(%sums, %g, %j), kind=kLoop, calls=%add_row
+  ROOT %r = (s32[], f32[8,4]{1,0}, f32[4]{0}) tuple(%k, %next, %g)
+}
+
+ENTRY %main (start: (s32[], f32[8,4], f32[4])) -> (s32[], f32[8,4], f32[4]) {
+  %start = (s32[], f32[8,4]{1,0}, f32[4]{0}) parameter(0)
+  ROOT %w = (s32[], f32[8,4]{1,0}, f32[4]{0}) while(%start), condition=%condition, body=%body
+}
+"""
 
 
-@pytest.mark.slow
-def test_quick_run_counts_one_reduction_a_window_where_it_is_deferred():
-    result, printed = quick_run("collectives", "--every-k", str(K))
-    assert (result["benchmark"], result["reference"]) == ("collectives", "full batch")
-    assert result["devices"] == DEVICES
-    rows = {row["name"]: row for row in result["contenders"]}
-    assert {name: row["agrees"] for name, row in rows.items()} == dict.fromkeys(REDUCED, True)
-    assert set(result["left_out"]) == (set() if HAS_RESHARD else set(EXPLICIT))
-    for name, (window, hold) in REDUCED.items():
-        reduced, small = sizes(rows[name]["window"], result["parameter_bytes"])
-        assert reduced == window, name
-        assert all(one["bytes"] <= 12 for one in small), name
-        if hold is None:
-            assert rows[name]["hold"] is None
-        else:
-            assert sizes(rows[name]["hold"], result["parameter_bytes"])[0] == hold, name
-    nothing = {name for name, row in rows.items() if row["hold"] == []}
-    assert nothing == {name for name in REDUCED if name.endswith("shard_map")}
-    assert rows["optax.MultiSteps"]["time_to_multi_steps"]["median"] == 1
-    assert rows["hand-written, shard_map"]["time_to_hand_written"]["median"] == 1
-    lengths = {(row["name"], row["every_k"]): row["bytes"] for row in result["by_every_k"]}
-    for name in ("optaccum.apply_gradients, shard_map", "optaccum.value_and_grad, shard_map"):
-        assert lengths[name, 4] == lengths[name, 16]
-    assert lengths["optax.MultiSteps", 16] == 4 * lengths["optax.MultiSteps", 4]
-    assert max(len(line) for line in printed.splitlines()) <= 120
-    assert all(name in printed for name in REDUCED)
-    assert ("Left out" in printed) != HAS_RESHARD
+def test_an_update_in_place_counts_with_its_slice():
+    """Each of 8 trips reads a row of the sums, a row and an index, and writes a row."""
+    counting = 9 + 8 * 12  # the condition once; in each trip two numbers are read, one written
+    assert hlo.moved(IN_PLACE).hold == 8 * (16 + 16 + 4 + 16) + counting
+
+
+def test_a_fusion_that_reads_the_whole_array_counts_it():
+    """Each trip adds all 128 bytes of the old sums, in place of a row, to that row."""
+    whole = IN_PLACE.replace("add(%old, %row)", "add(%old, %flat)")
+    assert hlo.moved(whole).hold - hlo.moved(IN_PLACE).hold == 8 * (128 - 16 - 16)
+
+
+def test_slices_outside_a_fusion_and_a_fusion_with_two_results():
+    text = """HloModule m
+
+%two (a: f32[8,4], i: s32[]) -> (f32[32], f32[8,4]) {
+  %a = f32[8,4]{1,0} parameter(0)
+  %i = s32[] parameter(1)
+  %zero = s32[] constant(0)
+  %part = f32[2,4]{1,0} dynamic-slice(%a, %i, %zero), dynamic_slice_sizes={2,4}
+  %new = f32[8,4]{1,0} dynamic-update-slice(%a, %part, %i, %zero)
+  %flat = f32[32]{0} bitcast(%new)
+  %all = f32[8,4]{1,0} broadcast(%i), dimensions={}
+  ROOT %both = (f32[32]{0}, f32[8,4]{1,0}) tuple(%flat, %all)
+}
+
+ENTRY %main (x: f32[8,4], n: s32[]) -> f32[8,4] {
+  %x = f32[8,4]{1,0} parameter(0)
+  %n = s32[] parameter(1)
+  %o = s32[] constant(0)
+  %row = f32[1,4]{1,0} dynamic-slice(%x, %n, %o), dynamic_slice_sizes={1,4}
+  %y = f32[8,4]{1,0} dynamic-update-slice(%x, %row, %n, %o)
+  %t = (f32[32]{0}, f32[8,4]{1,0}) fusion(%y, %n), kind=kLoop, calls=%two
+  ROOT %z = f32[8,4]{1,0} get-tuple-element(%t), index=1
+}
+"""
+    # A row is read and written; a row is read and written. The fusion reads two rows and an index,
+    # and writes two rows in place, and 8 others.
+    assert hlo.moved(text).release == 2 * 16 + 2 * 16 + (32 + 4) + (32 + 128)
+
+
+FORGETS = """HloModule m
+
+%keep (who: u32[], carry: f32[4]) -> f32[4] {
+  %who = u32[] parameter(0)
+  %carry = f32[4]{0} parameter(1)
+  %first = u32[] constant(0)
+  %is_first = pred[] compare(%who, %first), direction=EQ
+  %mask = pred[4]{0} broadcast(%is_first), dimensions={}
+  %zero = f32[] constant(0)
+  %zeros = f32[4]{0} broadcast(%zero), dimensions={}
+  ROOT %kept = f32[4]{0} select(%mask, %carry, %zeros)
+}
+
+%condition (c: (s32[], f32[4], u32[])) -> pred[] {
+  %c = (s32[], f32[4]{0}, u32[]) parameter(0)
+  ROOT %more = pred[] constant(true)
+}
+
+%body (b: (s32[], f32[4], u32[])) -> (s32[], f32[4], u32[]) {
+  %b = (s32[], f32[4]{0}, u32[]) parameter(0)
+  %i = s32[] get-tuple-element(%b), index=0
+  %sum = f32[4]{0} get-tuple-element(%b), index=1
+  %me = u32[] get-tuple-element(%b), index=2
+  %mine = f32[4]{0} fusion(%me, %sum), kind=kLoop, calls=%keep
+  %next = f32[4]{0} add(%mine, %mine)
+  ROOT %r = (s32[], f32[4]{0}, u32[]) tuple(%i, %next, %me)
+}
+
+ENTRY %main (n: s32[], s: f32[4]) -> (s32[], f32[4], u32[]) {
+  %n = s32[] parameter(0)
+  %s = f32[4]{0} parameter(1)
+  %id = u32[] partition-id()
+  %start = (s32[], f32[4]{0}, u32[]) tuple(%n, %s, %id)
+  ROOT %w = (s32[], f32[4]{0}, u32[]) while(%start), condition=%condition, body=%body
+}
+"""
+
+
+def test_a_carry_that_all_devices_but_one_set_to_zero_is_found():
+    assert hlo.forgotten(FORGETS) == ["f32[4]{0}"]
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        ("add(%mine, %mine)", "all-reduce(%mine), to_apply=%add"),  # it is reduced in the loop
+        ("u32[] partition-id()", "u32[] constant(1)"),  # all devices choose alike
+        ("constant(0)\n  %zeros", "constant(1)\n  %zeros"),  # it is not zero
+        ("tuple(%i, %next, %me)", "tuple(%i, %sum, %me)"),  # nothing of it is carried on
+    ],
+)
+def test_a_carry_that_is_not_forgotten(before, after):
+    assert FORGETS.count(before) == 1
+    assert hlo.forgotten(FORGETS.replace(before, after)) == []
 
 
 def add_up(x):
@@ -257,54 +328,3 @@ ENTRY %main (x: f32[8]) -> f32[8] {{
 """
     found = [(one.kind, one.bytes) for one in hlo.collectives(text)]
     assert found == [("all-gather", 32), ("reduce-scatter", 256)]
-
-
-def test_a_release_counts_once_a_window_and_a_scan_once_a_microbatch():
-    class Program:
-        def __init__(self, *found):
-            self.found = found
-
-        def as_text(self):
-            return self
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(hlo, "collectives", lambda program: list(program.found))
-        one = hlo.Collective("all-reduce", 100, 1, False)
-        release = hlo.Collective("all-reduce", 900, 1, True)
-        window, hold = collectives.traffic([Program(one, release)] * 3, 3)
-        assert hold == [{"kind": "all-reduce", "bytes": 100, "times": 1}]
-        assert window == [{"kind": "all-reduce", "bytes": 900, "times": 1}, hold[0] | {"times": 3}]
-        window, hold = collectives.traffic([Program(hlo.Collective("all-gather", 5, 3, False))], 3)
-        assert hold == [{"kind": "all-gather", "bytes": 5, "times": 1}]
-        assert window == [hold[0] | {"times": 3}]
-
-
-def test_a_single_device_is_refused(monkeypatch):
-    monkeypatch.setattr(jax, "device_count", lambda: 1)
-    with pytest.raises(SystemExit, match="needs at least 2 devices, found 1 cpu"):
-        next(collectives.measure(None))
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("given", "devices"),
-    [
-        ({}, DEVICES),
-        ({"XLA_FLAGS": "--xla_force_host_platform_device_count=3"}, 3),
-        ({"JAX_NUM_CPU_DEVICES": "5"}, 5),
-    ],
-)
-def test_a_cpu_becomes_several_devices_or_what_was_asked_for(given, devices):
-    program = "; ".join(
-        [
-            "import jax",
-            "from benchmarks import collectives",
-            "collectives.make_cpu_devices()",
-            "print(jax.device_count())",
-        ]
-    )
-    others = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
-    found = subprocess.check_output(
-        [sys.executable, "-c", program], cwd=ROOT, env=others | given, text=True
-    )
-    assert int(found) == devices
