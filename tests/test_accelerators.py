@@ -22,6 +22,7 @@ import pytest
 from benchmarks import hlo, targets
 import optaccum
 from optaccum import (
+    _backward,
     _scatters as scatters,
     accumulate,
     apply_gradients,
@@ -593,19 +594,13 @@ def _temporaries(target, step, *args):
 
 
 @pytest.mark.parametrize("weight_fn", [None, lambda params, x: jnp.sum(x > 0)])
-def test_layers_in_a_scan_have_no_stack_of_gradients(target, weight_fn):
-    def by_hand(params, x):
-        def body(sums, rows):
-            grads = jax.grad(_scanned)(params, rows)
-            return jax.tree.map(jnp.add, sums, grads), None
-
-        zeros = jax.tree.map(jnp.zeros_like, params)
-        return jax.lax.scan(body, zeros, x.reshape(4, -1, *x.shape[1:]))[0]
-
+def test_layers_in_a_scan_have_no_stack_of_gradients(target, weight_fn, monkeypatch):
     ours = optaccum.grad(_scanned, num_microbatches=4, weight_fn=weight_fn)
     batch = jax.ShapeDtypeStruct((16, 64, 1024), jnp.float32)
-    saved = _temporaries(target, by_hand, STACK, batch) - _temporaries(target, ours, STACK, batch)
-    assert saved > 0.9 * sum(4 * p.size for p in STACK.values())
+    needed = _temporaries(target, ours, STACK, batch)
+    monkeypatch.setattr(_backward, "_plan", lambda jaxpr, targets: ({}, set()))
+    saved = _temporaries(target, ours, STACK, batch) - needed
+    assert saved > 0.7 * sum(4 * p.size for p in STACK.values())
 
 
 def test_a_weighted_lookup_has_no_table_beside_the_sums(target):
@@ -613,11 +608,9 @@ def test_a_weighted_lookup_has_no_table_beside_the_sums(target):
         return jnp.mean(jax.nn.logsumexp(table[ids], -1))
 
     table = jax.ShapeDtypeStruct((2**16, 1024), jnp.float32)
-    ids = jax.ShapeDtypeStruct((64, 32), jnp.int32)
+    args = table, jax.ShapeDtypeStruct((64, 32), jnp.int32)
     equal, weighted = (
-        optaccum.grad(loss, num_microbatches=4, weight_fn=weight_fn)
+        _temporaries(target, optaccum.grad(loss, num_microbatches=4, weight_fn=weight_fn), *args)
         for weight_fn in (None, lambda table, ids: jnp.sum(ids > 0))
     )
-    assert _temporaries(target, weighted, table, ids) < 1.05 * _temporaries(
-        target, equal, table, ids
-    )
+    assert weighted < equal + 0.01 * 4 * table.size
