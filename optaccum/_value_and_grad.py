@@ -96,6 +96,8 @@ def value_and_grad(
           their loss; loss and gradients are weighted over all devices, and alike on all. Under
           explicit sharding, gradients with respect to `jax.reshard(p, P(..., reduced={axis}))`
           come out reduced; without `reduce_axes` they come out unreduced, for one `jax.reshard`.
+        * Layers in a `lax.scan` need no stack of gradients beside the sums: the backward scan adds
+          each layer's gradient to them. A weighted lookup needs no second table.
         * `fun` is traced once. Keys do not depend on data.
         * Derivatives of any order, in any mode. A microbatch without weight has none, whatever its
           rows are: its `aux`, which is kept, is a constant in reverse mode.
