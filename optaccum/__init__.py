@@ -12,6 +12,7 @@ from optaccum._noise import NoiseScale, init_noise_scale, update_noise_scale
 from optaccum._skip import skip_not_finite
 from optaccum._state import AccumulateState, get_state, has_released
 from optaccum._state_shardings import state_shardings
+from optaccum._value_and_apply import value_and_apply
 from optaccum._value_and_grad import grad, value_and_grad
 
 __version__ = "0.1.0"
@@ -33,6 +34,7 @@ __all__ = (
     "state_shardings",
     "to_multi_steps",
     "update_noise_scale",
+    "value_and_apply",
     "value_and_grad",
     "window_metrics",
 )

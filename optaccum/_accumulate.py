@@ -190,16 +190,22 @@ def apply_gradients(
         TypeError: if `tx` is no transformation.
         Exception: what `tx.update` raises.
     """
-    # Asked of the method, not of the tuple: `flax.nnx` takes tuples apart and builds new ones.
-    update = getattr(tx, "update", None)
-    accumulator = update.__self__ if isinstance(update, types.MethodType) else None
-    if isinstance(accumulator, Accumulator):
+    accumulator = accumulator_of(tx)
+    if accumulator is not None:
         return accumulator.apply(grads, opt_state, params, **extra_args)
     _validate.check_transformation("`tx`", tx)
     _warn_if_misplaced(opt_state)
     tree: Any = params
     updates, opt_state = tx.update(grads, opt_state, tree, **extra_args)
     return apply_updates(tree, updates), opt_state
+
+
+def accumulator_of(tx: Any) -> Accumulator | None:
+    """Returns the accumulator if `tx` is an `accumulate`."""
+    # Asked of the method, not of the tuple: `flax.nnx` takes tuples apart and builds new ones.
+    update = getattr(tx, "update", None)
+    owner = update.__self__ if isinstance(update, types.MethodType) else None
+    return owner if isinstance(owner, Accumulator) else None
 
 
 def _warn_if_misplaced(state: Any) -> None:

@@ -5,15 +5,17 @@ import dataclasses
 from typing import Any, NamedTuple
 
 import jax
+from jax.core import Tracer
 import jax.numpy as jnp
 import optax
 
 from optaccum import _reduce_axes, _window
+from optaccum._backward import Gradient
 from optaccum._conditional import both, branch
 from optaccum._devices import Replicated
 from optaccum._extra_args import ExtraArgs, as_release, as_weight
 from optaccum._gradients import check_fits, check_parameters, check_trained
-from optaccum._state import AccumulateState
+from optaccum._state import AccumulateState, check_state, has_sums
 from optaccum._trees import (
     apply_updates,
     cast_like,
@@ -35,6 +37,7 @@ class Call(NamedTuple):
     weight: Any
     release: Any
     extra_args: dict[str, Any]
+    grad_sum: Any = None  # sums to which the gradients were added already; these are shapes then
 
 
 class Checked(NamedTuple):
@@ -132,14 +135,61 @@ class Accumulator:
         **extra_args: Any,
     ) -> tuple[Any, Any]:
         """Takes in one microbatch; returns the parameters, untouched on a hold, and the state."""
-
-        def step(params, inner_state, mean, args):
-            updates, inner_state = self.inner.update(mean, inner_state, params, **args)
-            return apply_updates(params, updates), inner_state
-
         call = Call(grads, state, params, weight, release, extra_args)
-        new, state = self._take_in(call, step, (params,))
+        new, state = self._take_in(call, self._apply_step, (params,))
         return keep_untrained(params, new, grads), state
+
+    def share(self, params: Any) -> Any:
+        """Casts parameters to the type that gradients have over `reduce_axes`."""
+        return _reduce_axes.check_mesh(self.reduce_axes).share(params)
+
+    def apply_gradient_of(
+        self, fun: Callable[[], Any], state: Any, params: Any, extra_args: dict[str, Any]
+    ) -> tuple[Any, Any, Any]:
+        """Takes in the microbatch of `fun() -> ((loss, aux), grads)`.
+
+        Returns `(loss, aux)`, the parameters and the state. The gradients are added to the sums
+        where they are made, unless somebody has to see them first.
+        """
+        sums_only = self.judge is None and isinstance(state, AccumulateState) and has_sums(state)
+        if not (sums_only and isinstance(jnp.zeros([]), Tracer)):
+            value, grads = fun()
+            extra_args = self.extra_args.with_value(extra_args, value[0])
+            return value, *self.apply(grads, state, params, **extra_args)
+        gradient = Gradient.traced(fun)
+        value, grads = gradient.shapes()
+        rest = dict(extra_args)
+        call = Call(grads, state, params, rest.pop("weight", None), rest.pop("release", None), rest)
+        devices = self._check_sums(call, applied=True)
+        weight = None if call.weight is None else as_weight("`weight`", call.weight)
+        microbatch, _ = self._microbatch(state, weight, devices, True)
+        seen = jnp.asarray(state.mini_step, jnp.float32)
+        sums = devices.load(state.grad_sum)
+        value, sums = gradient.add_to(sums, microbatch, seen)
+        call = call._replace(
+            grad_sum=devices.store(Sums((), sums, ())).grads,
+            extra_args=self.extra_args.with_value(rest, value[0]),
+        )
+        new, state = self._take_in(call, self._apply_step, (params,))
+        return value, keep_untrained(params, new, grads), state
+
+    def _apply_step(self, params, inner_state, mean, args):
+        updates, inner_state = self.inner.update(mean, inner_state, params, **args)
+        return apply_updates(params, updates), inner_state
+
+    def _microbatch(
+        self, state: AccumulateState, weight: Any, devices: Replicated, counts: Any
+    ) -> tuple[Microbatch, bool]:
+        """Returns how a microbatch is added, and whether its weight is known to be positive."""
+        opens = self._opens(state)
+        if isinstance(weight, jax.Array):
+            total = devices.load(jnp.asarray(state.weight))
+            before = 0.0 if opens is True else jnp.where(opens, 0, total)
+            valid, weight = devices.weigh(weight, before)
+            counts = both(counts, valid)
+        known = weight is None or (isinstance(weight, float) and weight > 0)
+        weight = None if weight is None else jnp.asarray(weight, jnp.float32)
+        return Microbatch(weight, opens, counts, summed=self.summed), known
 
     def _take_in(self, call: Call, step: Callable[..., tuple], carried: tuple) -> tuple:
         """Adds a microbatch to its window and, if that closes it, takes the step.
@@ -158,12 +208,8 @@ class Accumulator:
             verdict = self.judge(grads, state.gradient_step, params, skip_state)
             skip, report = devices.agree(*verdict)
             counts, skip_state = ~skip, cast_like(report, skip_state)
-        opens = self._opens(state)
-        if isinstance(weight, jax.Array):
-            total = devices.load(jnp.asarray(state.weight))
-            before = 0.0 if opens is True else jnp.where(opens, 0, total)
-            valid, weight = devices.weigh(weight, before)
-            counts = both(counts, valid)
+        microbatch, known_positive = self._microbatch(state, weight, devices, counts)
+        weight, counts = microbatch.weight, microbatch.counts
 
         # Does it close the window?
         count = jnp.asarray(optax.safe_increment(state.mini_step))
@@ -171,12 +217,9 @@ class Accumulator:
         closes = both(counts, due)
 
         # Add it.
-        known_positive = weight is None or (isinstance(weight, float) and weight > 0)
-        weight = None if weight is None else jnp.asarray(weight, jnp.float32)
-        microbatch = Microbatch(weight, opens, counts, summed=self.summed)
         unit = weight if self.summed and weight is not None else jnp.float32(1)
         values = Sums(unit, grads, averaged)
-        sums = self._add(state, devices.store(values), microbatch)
+        sums = self._add(call, devices, values, microbatch)
         total = devices.total(sums, closes, by_select=due is True)
         releases = closes if known_positive else both(closes, total > 0)
 
@@ -221,8 +264,14 @@ class Accumulator:
     def _opens(self, state: AccumulateState) -> jax.Array | bool:
         return state.mini_step == 0
 
-    def _add(self, state: AccumulateState, values: Sums, microbatch: Microbatch) -> Sums:
+    def _add(self, call: Call, devices: Replicated, values: Sums, microbatch: Microbatch) -> Sums:
         """Returns the sums with the microbatch."""
+        state, added = call.state, call.grad_sum
+        if added is not None:
+            stored = devices.store(values._replace(grads=()))
+            sums = _window.add(Sums(state.weight, (), state.arg_sums), stored, microbatch)
+            return sums._replace(grads=added)
+        values = devices.store(values)
         _reduce_axes.check_placed(values.grads, state.grad_sum)
         return _window.add(Sums(state.weight, state.grad_sum, state.arg_sums), values, microbatch)
 
@@ -232,12 +281,8 @@ class Accumulator:
 
     def _check(self, call: Call, applied: bool) -> Checked:
         """Raises if a microbatch cannot be taken in; else returns its arguments in one form."""
-        grads, state, _, weight, release, extra_args = call
-        _check_state(state)
-        self.extra_args.check_state(state.arg_sums)
-        devices = _reduce_axes.check_state(self.reduce_axes, state.weight)
-        self._check_grads(call, devices, applied)
-        _reduce_axes.check_unreduced(grads, devices)
+        grads, state, _, weight, release, extra_args, _ = call
+        devices = self._check_sums(call, applied)
         check_denominator("`weight`", self.summed and self.use_grad_mean and weight is None)
         weight = None if weight is None else as_weight("`weight`", weight)
         release = self._check_release(as_release(release))
@@ -248,6 +293,15 @@ class Accumulator:
         _reduce_axes.check_agreed(length if release is None else release, devices)
         inner_args = self._inner_args(extra_args, grads)
         return Checked(devices, weight, length, release, averaged, inner_args)
+
+    def _check_sums(self, call: Call, applied: bool) -> Replicated:
+        """Returns where the sums are kept, or raises unless the gradients fit them."""
+        check_state(call.state)
+        self.extra_args.check_state(call.state.arg_sums)
+        devices = _reduce_axes.check_state(self.reduce_axes, call.state.weight)
+        self._check_grads(call, devices, applied)
+        _reduce_axes.check_unreduced(call.grads, devices)
+        return devices
 
     def _check_grads(self, call: Call, devices: Replicated, applied: bool) -> None:
         """Raises unless gradients and parameters fit the sums."""
@@ -279,22 +333,3 @@ class Accumulator:
         if isinstance(every_k, jax.Array) and jnp.iinfo(dtype).max > INT32_MAX:  # it would wrap
             every_k = jnp.clip(every_k, 1, jnp.asarray(INT32_MAX, dtype))
         return jnp.asarray(every_k, jnp.int32)
-
-
-def has_sums(state: AccumulateState) -> bool:
-    """Returns whether a state has sums of gradients."""
-    return jax.tree.structure(state.grad_sum) != jax.tree.structure(())
-
-
-def _check_state(state: Any) -> None:
-    """Raises unless `state` is what `init` returns."""
-    if not isinstance(state, AccumulateState):
-        remedy = "the order is update(grads, state, params)"
-        if isinstance(state, optax.MultiStepsState):
-            remedy = "convert it with optaccum.from_multi_steps"
-        elif isinstance(state, dict):
-            remedy += ", and a checkpoint is restored into `tx.init(params)`"
-        raise TypeError(
-            "the optimizer state must be the AccumulateState that `init` returns, got "
-            f"{type(state).__name__}; {remedy}"
-        )

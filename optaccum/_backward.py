@@ -41,10 +41,7 @@ _Targets = dict[int, _Target]  # by the position of a result
 
 
 def add_gradients(
-    fun: Callable[[], tuple[Any, Any]],
-    sums: Any,
-    microbatch: Microbatch,
-    seen: jax.Array,
+    fun: Callable[[], tuple[Any, Any]], sums: Any, microbatch: Microbatch, seen: jax.Array
 ) -> tuple[Any, Any]:
     """Returns `value` and `sums` with `grads`, for `fun() -> (value, grads)`.
 
@@ -57,18 +54,46 @@ def add_gradients(
     if not isinstance(jnp.zeros([]), Tracer):  # under `jax.disable_jit`, `fun` may read arrays
         value, grads = fun()
         return value, _window.add(sums, grads, microbatch)
-    closed, structure = flat_jaxpr(fun)
-    closed, holds = _scatters.with_fences(closed)
-    leaves = jax.tree.leaves(sums)
-    first = len(holds) - len(leaves)
-    targets = {j: _Target(s, seen, holds[j]) for j, s in enumerate(leaves, first)}
-    try:
-        results = _evaluate(closed.jaxpr, closed.consts, [], targets, microbatch)
-    except Exception:  # a loop that cannot be rebuilt, such as one over a stack that is sharded
-        results = core.jaxpr_as_fun(closed)()
-        for j, target in targets.items():
-            results[j] = _plus(target, results[j], microbatch)
-    return structure.unflatten(results)
+    return Gradient.traced(fun).add_to(sums, microbatch, seen)
+
+
+class Gradient(NamedTuple):
+    """The program of a gradient, `() -> (value, grads)`.
+
+    Attributes:
+        closed: its jaxpr.
+        structure: of the result.
+        holds: which of its leaves hold a scatter.
+    """
+
+    closed: core.ClosedJaxpr
+    structure: Any
+    holds: list[bool]
+
+    @classmethod
+    def traced(cls, fun: Callable[[], tuple[Any, Any]]) -> "Gradient":
+        """Traces `fun`, which may close over tracers."""
+        closed, structure = flat_jaxpr(fun)
+        closed, holds = _scatters.with_fences(closed)
+        return cls(closed, structure, holds)
+
+    def shapes(self) -> tuple[Any, Any]:
+        """Returns shapes and dtypes of value and gradients."""
+        return self.structure.unflatten(jax.eval_shape(core.jaxpr_as_fun(self.closed)))
+
+    def add_to(self, sums: Any, microbatch: Microbatch, seen: jax.Array) -> tuple[Any, Any]:
+        """Returns the value, and `sums` with the gradients."""
+        leaves, microbatch = jax.tree.leaves(sums), microbatch.decided()
+        first = len(self.holds) - len(leaves)
+        targets = {j: _Target(s, seen, self.holds[j]) for j, s in enumerate(leaves, first)}
+        jaxpr, consts = _open(self.closed)
+        try:
+            results = _evaluate(jaxpr, consts, [], targets, microbatch)
+        except Exception:  # a loop that cannot be rebuilt, such as one over a sharded stack
+            results = core.jaxpr_as_fun(self.closed)()
+            for j, target in targets.items():
+                results[j] = _plus(target, results[j], microbatch)
+        return self.structure.unflatten(results)
 
 
 def _evaluate(

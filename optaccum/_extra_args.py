@@ -114,6 +114,11 @@ class ExtraArgs:
         """Names of averages that `inner` gets."""
         return [name for name in self.averages if name not in self.metrics]
 
+    def with_value(self, extra_args: dict[str, Any], loss: Any) -> dict[str, Any]:
+        """Returns the arguments with `value`, the loss, if it is asked for and not given."""
+        asked = "value" in self.averages or "value" in self.inner_args
+        return {"value": loss} | extra_args if asked else extra_args
+
     def open_sums(self, params: Any, accumulator_dtype: Any) -> dict[str, Any]:
         """Returns the `arg_sums` of a fresh state."""
         return {

@@ -110,3 +110,22 @@ def has_released(opt_state: Any) -> jax.Array:
     """
     (released,) = jax.tree.leaves(get_state(opt_state).released)  # it may be a variable of flax.nnx
     return released
+
+
+def has_sums(state: AccumulateState) -> bool:
+    """Returns whether a state has sums of gradients."""
+    return jax.tree.structure(state.grad_sum) != jax.tree.structure(())
+
+
+def check_state(state: Any) -> None:
+    """Raises unless `state` is what `init` returns."""
+    if not isinstance(state, AccumulateState):
+        remedy = "the order is update(grads, state, params)"
+        if isinstance(state, optax.MultiStepsState):
+            remedy = "convert it with optaccum.from_multi_steps"
+        elif isinstance(state, dict):
+            remedy += ", and a checkpoint is restored into `tx.init(params)`"
+        raise TypeError(
+            "the optimizer state must be the AccumulateState that `init` returns, got "
+            f"{type(state).__name__}; {remedy}"
+        )

@@ -54,6 +54,12 @@ class Microbatch(NamedTuple):
     adds: Any = None
     summed: bool = False
 
+    def decided(self) -> "Microbatch":
+        """Returns it with `adds` as the weight says."""
+        if self.weight is None or self.adds is not None:
+            return self
+        return self._replace(adds=adds(self.weight))
+
     def term(self, x: jax.Array) -> jax.Array:
         """Returns what `x` adds to a sum."""
         if self.weight is None:
@@ -115,9 +121,8 @@ def add(sums: Any, values: Any, microbatch: Microbatch = UNWEIGHTED) -> Any:
         values: a pytree like `sums`; a None adds nothing.
         microbatch: how they are added.
     """
-    opens, counts, weight = microbatch.opens, microbatch.counts, microbatch.weight
-    if weight is not None and microbatch.adds is None:
-        microbatch = microbatch._replace(adds=adds(weight))
+    microbatch = microbatch.decided()
+    opens, counts = microbatch.opens, microbatch.counts
 
     def leaf(x, s):
         if x is None:

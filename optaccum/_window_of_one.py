@@ -4,9 +4,9 @@ import jax
 import jax.numpy as jnp
 
 from optaccum import _window
-from optaccum._accumulator import Accumulator, has_sums
+from optaccum._accumulator import Accumulator
 from optaccum._gradients import check_fits
-from optaccum._state import AccumulateState
+from optaccum._state import AccumulateState, has_sums
 from optaccum._trees import fast
 from optaccum._window import Microbatch, Sums
 
@@ -28,8 +28,8 @@ class WindowOfOne(Accumulator):
     def _opens(self, state):
         return True
 
-    def _add(self, state, values, microbatch):
-        return super()._add(state, values._replace(grads=()), microbatch)
+    def _add(self, call, devices, values, microbatch):
+        return super()._add(call, devices, values._replace(grads=()), microbatch)
 
     def _mean(self, sums, values, microbatch):
         _, means = super()._mean(sums, values._replace(grads=()), microbatch)

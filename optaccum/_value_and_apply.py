@@ -1,0 +1,105 @@
+"""A training step that adds gradients to the window where the backward pass makes them."""
+
+from collections.abc import Callable
+import inspect
+from typing import Any
+
+import jax
+import optax
+
+from optaccum import _validate
+from optaccum._accumulate import accumulator_of, apply_gradients
+from optaccum._trees import fast
+
+
+def value_and_apply(
+    tx: optax.GradientTransformation,
+    fun: Callable[..., Any],
+    has_aux: bool = False,
+    *,
+    weight_fn: Callable[..., Any] | None = None,
+) -> Callable[..., tuple[Any, Any, Any]]:
+    """Return a training step: `jax.value_and_grad(fun)` and :func:`apply_gradients` in one.
+
+    The step takes `(params, opt_state, *args, **extra_args)` and computes::
+
+        loss, grads = jax.value_and_grad(fun)(params, *args)
+        params, opt_state = apply_gradients(tx, grads, opt_state, params, **extra_args)
+
+    with the same results. If `tx` is an :func:`accumulate`, no tree of gradients exists: the
+    gradients of layers in a `lax.scan` are added to the sums inside the backward scan. A hold then
+    needs the memory of the parameters, the state and the sums, and of one layer's gradient.
+
+    >>> import jax, jax.numpy as jnp, optax, optaccum
+    >>> tx = optaccum.accumulate(2, optax.sgd(0.125))
+    >>> step = jax.jit(optaccum.value_and_apply(tx, lambda w, x: jnp.sum((w - x) ** 2)))
+    >>> params = jnp.zeros(2)
+    >>> opt_state = tx.init(params)
+    >>> for x in (1.0, 3.0):
+    ...     loss, params, opt_state = step(params, opt_state, x)
+    ...     print(loss, params)
+    2.0 [0. 0.]
+    18.0 [0.5 0.5]
+
+    Guarantees:
+        * The sums have the bits that :func:`apply_gradients` gives them, but for roundings that XLA
+          leaves out in bfloat16, and for the rows of a weighted lookup, which are multiplied by the
+          weight before they are added up.
+        * A microbatch of weight 0 adds nothing, whatever its gradients are. It is computed: a
+          conditional around the backward pass would cost the others more than that saves.
+        * With `should_skip_update_fn`, with the constant `every_k` 1 and outside `jax.jit` the
+          gradients are made first. So they are for any other transformation.
+
+    Args:
+        tx: any Optax transformation; an :func:`accumulate` outermost.
+        fun: a loss: `(params, *args)` to a real scalar, or with `has_aux` to `(scalar, aux)`.
+        has_aux: whether `fun` returns `(scalar, aux)`.
+        weight_fn: called as `fun` is; returns the `weight` of the microbatch, such as its unpadded
+            tokens.
+
+    Returns:
+        A function `(params, opt_state, *args, **extra_args) -> (loss, params, opt_state)`, or with
+        `has_aux` `((loss, aux), params, opt_state)`. `args` are for `fun`, `extra_args` for `tx`:
+        `weight=` and `release=` for :func:`accumulate`. `value=` is the loss: of the window in an
+        :func:`accumulate` that names it in `average_args` or `metrics`. In `jax.shard_map` with
+        `reduce_axes` the loss is the one of this device's rows.
+
+    Raises:
+        TypeError: (here) for arguments of another kind, (when traced) for `weight=` beside
+            `weight_fn`.
+        Exception: what `fun` and the `update` of `tx` raise.
+    """
+    _validate.check_transformation("`tx`", tx)
+    _validate.check_function("`fun`", fun)
+    _validate.check_flag("`has_aux`", has_aux)
+    if weight_fn is not None:
+        _validate.check_function("`weight_fn`", weight_fn)
+    differentiate = jax.value_and_grad(fun, has_aux=has_aux)
+    accumulator = accumulator_of(tx)
+    parameters = inspect.signature(tx.update).parameters.values()
+    takes_value = any(p.name == "value" or p.kind is p.VAR_KEYWORD for p in parameters)
+
+    def step(params, opt_state, /, *args, **extra_args):
+        # Over `reduce_axes` JAX would sum gradients of what all devices share.
+        trained = fast(params) if accumulator is None else accumulator.share(fast(params))
+        if weight_fn is not None:
+            if "weight" in extra_args:
+                raise TypeError("`weight` was passed beside `weight_fn`; leave one of them out")
+            extra_args["weight"] = weight_fn(trained, *args)
+
+        def gradient():
+            value, grads = differentiate(trained, *args)
+            return (value if has_aux else (value, ())), grads
+
+        if accumulator is not None:
+            value, params, opt_state = accumulator.apply_gradient_of(
+                gradient, opt_state, params, extra_args
+            )
+        else:
+            value, grads = gradient()
+            if takes_value:
+                extra_args = {"value": value[0]} | extra_args
+            params, opt_state = apply_gradients(tx, grads, opt_state, params, **extra_args)
+        return (value if has_aux else value[0]), params, opt_state
+
+    return step
