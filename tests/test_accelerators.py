@@ -31,6 +31,7 @@ from optaccum import (
     skip_not_finite,
     state_shardings,
     update_noise_scale,
+    value_and_apply,
     value_and_grad,
     window_metrics,
 )
@@ -586,10 +587,10 @@ def _scanned(params, x):
     return jnp.mean(jax.lax.scan(jax.checkpoint(layer), x, params)[0] ** 2)
 
 
-def _temporaries(target, step, *args):
+def _temporaries(target, step, *args, donate=()):
     (device,) = targets.devices(target, 1)
     args = _place(args, jax.sharding.SingleDeviceSharding(device))
-    compiled: Any = jax.jit(step).lower(*args).compile()
+    compiled: Any = jax.jit(step, donate_argnums=donate).lower(*args).compile()
     return compiled.memory_analysis().temp_size_in_bytes
 
 
@@ -604,6 +605,23 @@ def test_layers_in_a_scan_have_no_stack_of_gradients(target, weight_fn, monkeypa
         without.setattr(_backward, "_plan", lambda jaxpr, targets: ({}, set()))
         saved = needed()
     saved -= needed()
+    assert saved > 0.7 * sum(4 * p.size for p in STACK.values())
+
+
+@pytest.mark.parametrize("release", [False, None])
+def test_a_step_made_from_the_loss_has_no_tree_of_gradients(target, release):
+    tx = accumulate(4, ADAMW)
+
+    def two_calls(params, state, x):
+        grads = jax.grad(_scanned)(params, x)
+        return apply_gradients(tx, grads, state, params, release=release)
+
+    def needed(step):
+        x = jax.ShapeDtypeStruct((4, 64, 1024), jnp.float32)
+        return _temporaries(target, step, STACK, jax.eval_shape(tx.init, STACK), x, donate=(0, 1))
+
+    made = functools.partial(value_and_apply(tx, _scanned), release=release)
+    saved = needed(two_calls) - needed(made)
     assert saved > 0.7 * sum(4 * p.size for p in STACK.values())
 
 
