@@ -176,7 +176,7 @@ def _can_hold_slices(eqn: core.JaxprEqn, j: int) -> bool:
     if eqn.effects:
         return False
     if eqn.primitive.name == "scan":
-        return j >= _carries(eqn)
+        return eqn.params["length"] > 1 and j >= _carries(eqn)
     if eqn.primitive.name in ("jit", "pjit"):
         shardings = *eqn.params["in_shardings"], *eqn.params["out_shardings"]
         return all(type(s).__name__ == "UnspecifiedValue" for s in shardings)
