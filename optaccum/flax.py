@@ -58,8 +58,9 @@ except ModuleNotFoundError as error:
 from optaccum import _flax_fp8
 from optaccum._accumulate import apply_gradients
 from optaccum._flax_fp8 import OverwriteState
-from optaccum._spelling import check_fields
+from optaccum._spelling import OURS, check_fields
 from optaccum._state import accumulates, get_state, has_released
+from optaccum._value_and_apply import value_and_apply
 
 __all__ = ("Optimizer", "OverwriteState", "TrainState")
 
@@ -132,16 +133,50 @@ class TrainState(_Counters, train_state.TrainState):
                 and for `batch_stats` without such a field.
             ValueError: if a collection is to be overwritten in a state that `create` did not make.
         """
-        names = {field.name for field in dataclasses.fields(self)}
-        fields = {name: kwargs.pop(name) for name in names.intersection(kwargs)}
-        ours = {"weight": weight, "release": release}
-        extra_args = kwargs | {name: value for name, value in ours.items() if value is not None}
-        check_fields(type(self), names, self.tx.update, extra_args)
+        fields, extra_args = self._divide({"weight": weight, "release": release, **kwargs})
         step = functools.partial(apply_gradients, self.tx, **extra_args)
         if _flax_fp8.holds(grads):
             step = functools.partial(_flax_fp8.step, step, weight)
         params, opt_state = step(grads, self.opt_state, self.params)
         return self.replace(step=self.step + 1, params=params, opt_state=opt_state, **fields)
+
+    def value_and_apply(self, fun: Any, /, *args: Any, has_aux: bool = False, **kwargs: Any):
+        """Take in one microbatch by its loss, as :func:`optaccum.value_and_apply` does.
+
+        Gradients are added to the window where the backward pass makes them (with an FP8 collection
+        they are made first)::
+
+            loss, state = state.value_and_apply(loss_fn, batch, weight=tokens)
+
+        Args:
+            fun: a loss: `(params, *args)` to a real scalar, or with `has_aux` to `(scalar, aux)`.
+            *args: arguments of `fun`.
+            has_aux: whether `fun` returns `(scalar, aux)`.
+            **kwargs: as in `apply_gradients`.
+
+        Returns:
+            `(loss, state)`, or with `has_aux` `((loss, aux), state)`.
+
+        Raises:
+            TypeError: as `apply_gradients` does.
+        """
+        if _flax_fp8.holds(self.params):
+            value, grads = jax.value_and_grad(fun, has_aux=has_aux)(self.params, *args)
+            return value, self.apply_gradients(grads=grads, **kwargs)
+        fields, extra_args = self._divide(kwargs)
+        step = value_and_apply(self.tx, fun, has_aux)
+        value, params, opt_state = step(self.params, self.opt_state, *args, **extra_args)
+        new = self.replace(step=self.step + 1, params=params, opt_state=opt_state, **fields)
+        return value, new
+
+    def _divide(self, kwargs: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Returns which keywords are fields, and which are extra arguments of the optimizer."""
+        names = {field.name for field in dataclasses.fields(self)}
+        fields = {name: x for name, x in kwargs.items() if name in names}
+        nothing = {name for name in OURS if kwargs.get(name) is None}
+        extra_args = {name: x for name, x in kwargs.items() if name not in {*names, *nothing}}
+        check_fields(type(self), names, self.tx.update, extra_args)
+        return fields, extra_args
 
     @classmethod
     def create(cls, *, apply_fn: Any, params: Any, tx: optax.GradientTransformation, **kwargs):

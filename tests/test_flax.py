@@ -215,6 +215,38 @@ def test_weight_and_release_are_passed_on(flavour):
     assert not state().has_released
 
 
+@pytest.mark.parametrize("tx", [accumulate(K, optax.adam(0.1)), optax.adam(0.1)])
+def test_a_loss_is_taken_in_as_its_gradient_is(tx):
+    class State(optaccum.flax.TrainState):
+        seen: jax.Array
+
+    model = Linen()
+    params = model.init(jax.random.key(0), jnp.ones((1, 3)))["params"]
+    start = State.create(apply_fn=model.apply, params=params, tx=tx, seen=jnp.int32(0))
+
+    def loss_fn(params, x, y):
+        return jnp.mean((model.apply({"params": params}, x) - y) ** 2), x.sum()
+
+    @jax.jit
+    def by_loss(state, x, y):
+        return state.value_and_apply(loss_fn, x, y, has_aux=True, weight=None, seen=state.seen + 1)
+
+    @jax.jit
+    def by_gradient(state, x, y):
+        value, grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params, x, y)
+        return value, state.apply_gradients(grads=grads, seen=state.seen + 1)
+
+    found = expected = start
+    for x, y in zip(jnp.split(X[0], K), jnp.split(Y[0], K), strict=True):
+        (loss, aux), found = by_loss(found, x, y)
+        (wanted, sums), expected = by_gradient(expected, x, y)
+        assert (loss, aux) == (wanted, sums)
+    jax.tree.map(np.testing.assert_array_equal, found, expected)
+    assert (found.step, found.seen) == (K, K)
+    with pytest.raises(TypeError, match="`sen` is no field of State"):
+        start.value_and_apply(loss_fn, x, y, has_aux=True, sen=1)
+
+
 def test_extra_arguments_reach_the_transformation(flavour):
     tx = accumulate(2, recording(), average_args=("value",))
     step, state, _ = simple_states(tx)[flavour]

@@ -59,6 +59,22 @@ def test_collections_are_overwritten_once_a_window_with_the_largest():
     assert jax.tree.structure(given) == jax.tree.structure(state.params[OWG])
 
 
+def test_collections_of_a_loss_that_is_taken_in():
+    states = []
+    for by_loss in (True, False):
+        state, step = fp8_state(optaccum.flax.TrainState, accumulate(2, optax.sgd(0.1)))
+        apply = state.apply_fn
+        for scale in (2.0, 5.0):
+            x = jnp.full((16, 16), scale)
+            if by_loss:
+                _, state = state.value_and_apply(lambda p, x: jnp.mean(apply(p, x) ** 2), x)
+            else:
+                state, _ = step(state, x)
+        states.append(state)
+    assert_same(states[0].params[OWG], states[1].params[OWG])
+    np.testing.assert_array_equal(input_history(states[0]), [5.0, 0.0, 0.0])
+
+
 @pytest.mark.parametrize("empty", [0, 2])
 def test_a_microbatch_of_weight_0_leaves_no_trace(empty):
     state, _ = fp8_state(optaccum.flax.TrainState, accumulate(3, optax.sgd(0.1)))
