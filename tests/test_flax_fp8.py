@@ -60,14 +60,16 @@ def test_collections_are_overwritten_once_a_window_with_the_largest():
 
 
 def test_collections_of_a_loss_that_is_taken_in():
+    def loss_fn(params, x):
+        return jnp.mean(Fp8().apply(params, x) ** 2)
+
     states = []
     for by_loss in (True, False):
         state, step = fp8_state(optaccum.flax.TrainState, accumulate(2, optax.sgd(0.1)))
-        apply = state.apply_fn
         for scale in (2.0, 5.0):
             x = jnp.full((16, 16), scale)
             if by_loss:
-                _, state = state.value_and_apply(lambda p, x: jnp.mean(apply(p, x) ** 2), x)
+                _, state = state.value_and_apply(loss_fn, x)
             else:
                 state, _ = step(state, x)
         states.append(state)
