@@ -204,8 +204,10 @@ def size(tree):
     return sum(x.nbytes for x in jax.tree.leaves(tree))
 
 
-@pytest.mark.parametrize("weighted", [False, True], ids=["equal", "weighted"])
-@pytest.mark.parametrize("name", LOSSES)
+CASES = [(name, True) for name in LOSSES] + [("layers without", False), ("experts", False)]
+
+
+@pytest.mark.parametrize(("name", "weighted"), CASES)
 def test_sums_are_the_same_bits_in_less_memory(name, weighted, monkeypatch):
     fun, params = LOSSES[name]()
     options = {"weight_fn": lambda params, ids: jnp.sum(ids > 3)} if weighted else {}
