@@ -151,16 +151,19 @@ class Accumulator:
         Returns `(loss, aux)`, the parameters and the state. The gradients are added to the sums
         where they are made, unless somebody has to see them first.
         """
-        sums_only = self.judge is None and isinstance(state, AccumulateState) and has_sums(state)
-        if not (sums_only and isinstance(jnp.zeros([]), Tracer)):
+        check_state(state)
+        devices = _reduce_axes.check_state(self.reduce_axes, state.weight)
+        if self.judge or not has_sums(state) or not isinstance(jnp.zeros([]), Tracer):
             value, grads = fun()
+            _reduce_axes.check_gradients(value[0], grads, None, devices)
             extra_args = self.extra_args.with_value(extra_args, value[0])
             return value, *self.apply(grads, state, params, **extra_args)
         gradient = Gradient.traced(fun)
-        value, grads = gradient.shapes()
+        loss, grads = gradient.shapes()
+        _reduce_axes.check_gradients(loss, grads, None, devices)
         rest = dict(extra_args)
         call = Call(grads, state, params, rest.pop("weight", None), rest.pop("release", None), rest)
-        devices = self._check_sums(call, applied=True)
+        self._check_sums(call, applied=True)
         weight = None if call.weight is None else as_weight("`weight`", call.weight)
         microbatch, _ = self._microbatch(state, weight, devices, True)
         seen = jnp.asarray(state.mini_step, jnp.float32)

@@ -18,6 +18,7 @@ import jax.numpy as jnp
 
 from optaccum import _scatters, _window
 from optaccum._cotangents import flat_jaxpr
+from optaccum._trees import take_apart
 from optaccum._window import Microbatch
 
 
@@ -61,39 +62,55 @@ class Gradient(NamedTuple):
     """The program of a gradient, `() -> (value, grads)`.
 
     Attributes:
-        closed: its jaxpr.
-        structure: of the result.
-        holds: which of its leaves hold a scatter.
+        closed: its jaxpr: the arrays of the value, then the gradients.
+        holds: which of its results hold a scatter.
+        as_value: puts the arrays of the value among its other leaves.
+        of_grads: tree structure of the gradients.
     """
 
     closed: core.ClosedJaxpr
-    structure: Any
     holds: list[bool]
+    as_value: Callable[[list], Any]
+    of_grads: Any
 
     @classmethod
     def traced(cls, fun: Callable[[], tuple[Any, Any]]) -> "Gradient":
         """Traces `fun`, which may close over tracers."""
-        closed, structure = flat_jaxpr(fun)
+        found = []
+
+        def flat():
+            value, grads = fun()
+            arrays, as_value = take_apart(value)
+            found.append(as_value)
+            return arrays, grads
+
+        closed, structure = flat_jaxpr(flat)
         closed, holds = _scatters.with_fences(closed)
-        return cls(closed, structure, holds)
+        return cls(closed, holds, found[0], structure.children()[1])
 
     def shapes(self) -> tuple[Any, Any]:
-        """Returns shapes and dtypes of value and gradients."""
-        return self.structure.unflatten(jax.eval_shape(core.jaxpr_as_fun(self.closed)))
+        """Returns shapes and dtypes of the loss, the first array of the value, and of gradients."""
+        shapes = jax.eval_shape(core.jaxpr_as_fun(self.closed))
+        return shapes[0], self.of_grads.unflatten(shapes[len(shapes) - self.of_grads.num_leaves :])
 
     def add_to(self, sums: Any, microbatch: Microbatch, seen: jax.Array) -> tuple[Any, Any]:
-        """Returns the value, and `sums` with the gradients."""
-        leaves, microbatch = jax.tree.leaves(sums), microbatch.decided()
-        first = len(self.holds) - len(leaves)
-        targets = {j: _Target(s, seen, self.holds[j]) for j, s in enumerate(leaves, first)}
+        """Returns the value, and `sums` with the gradients; a None adds nothing."""
+        microbatch, count = microbatch.decided(), len(self.holds)
+        first = count - self.of_grads.num_leaves
+        places = self.of_grads.unflatten(range(first, count))
+        places, structure = jax.tree.flatten(places, is_leaf=lambda x: x is None)
+        pairs = list(zip(places, structure.flatten_up_to(sums), strict=True))
+        targets = {j: _Target(s, seen, self.holds[j]) for j, s in pairs if j is not None}
         jaxpr, consts = _open(self.closed)
-        try:
-            results = _evaluate(jaxpr, consts, [], targets, microbatch)
+        try:  # traced before it is run, so that nothing is left of it if it fails
+            folded = jax.make_jaxpr(lambda: _evaluate(jaxpr, consts, [], targets, microbatch))()
+            results = core.jaxpr_as_fun(folded)()
         except Exception:  # a loop that cannot be rebuilt, such as one over a sharded stack
             results = core.jaxpr_as_fun(self.closed)()
             for j, target in targets.items():
                 results[j] = _plus(target, results[j], microbatch)
-        return self.structure.unflatten(results)
+        new = [results[j] if j is not None else _window.add(s, None, microbatch) for j, s in pairs]
+        return self.as_value(results[:first]), structure.unflatten(new)
 
 
 def _evaluate(
@@ -195,7 +212,9 @@ def _is_lookup(eqn: core.JaxprEqn, target: _Target, made: dict, jaxpr: core.Jaxp
         return False
     value = made_by.invars[0]
     zeros = isinstance(value, core.Literal) and value.val == 0
-    return zeros and of_rows.dtype == target.total.dtype
+    # Rows are weighed in the dtype of the sum. A cast behind the weight could overflow.
+    dtypes = {target.total.dtype, *(step for step in target.path if not _permutes(step))}
+    return zeros and {_window.at_least_float32(of_rows.dtype), of_rows.dtype} == dtypes
 
 
 def _run(eqns: list[core.JaxprEqn], jaxpr: core.Jaxpr, env: dict[Any, Any]) -> None:

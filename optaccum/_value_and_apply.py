@@ -61,8 +61,9 @@ def value_and_apply(
         A function `(params, opt_state, *args, **extra_args) -> (loss, params, opt_state)`, or with
         `has_aux` `((loss, aux), params, opt_state)`. `args` are for `fun`, `extra_args` for `tx`:
         `weight=` and `release=` for :func:`accumulate`. `value=` is the loss: of the window in an
-        :func:`accumulate` that names it in `average_args` or `metrics`. In `jax.shard_map` with
-        `reduce_axes` the loss is the one of this device's rows.
+        :func:`accumulate` that names it in `average_args` or `metrics`, which an `inner` needs that
+        reads it. In `jax.shard_map` with `reduce_axes` the loss is the one of this device's rows.
+        (Under explicit sharding, `apply_gradients` is for `reduce_axes`.)
 
     Raises:
         TypeError: (here) for arguments of another kind, (when traced) for `weight=` beside

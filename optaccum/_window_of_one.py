@@ -22,6 +22,11 @@ class WindowOfOne(Accumulator):
             return Accumulator(**vars(self))._take_in(call, step, carried)
         return super()._take_in(call, step, carried)
 
+    def apply_gradient_of(self, fun, state, params, extra_args):
+        if isinstance(state, AccumulateState) and has_sums(state):
+            return Accumulator(**vars(self)).apply_gradient_of(fun, state, params, extra_args)
+        return super().apply_gradient_of(fun, state, params, extra_args)
+
     def _open_sums(self, params):
         return ()
 

@@ -9,6 +9,7 @@ import jax
 from jax import lax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 import optaccum
@@ -218,3 +219,42 @@ def test_sums_are_the_same_bits_in_less_memory(name, weighted, monkeypatch):
         np.testing.assert_array_equal(x, y)
     less = [c.memory_analysis().temp_size_in_bytes for c in (plain, folded)]
     assert less[0] - less[1] > 0.2 * size(params["layers"])
+
+
+@pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16])
+def test_a_weight_does_not_overflow_the_dtype_of_a_table(dtype):
+    table, ids = jnp.ones((5, 3), dtype), jnp.arange(4)
+
+    def loss_fn(table, ids):
+        return jnp.sum(table.astype(jnp.float32)[ids] * 100.0)
+
+    tx = optaccum.accumulate(4, optax.sgd(1.0))
+    step = jax.jit(optaccum.value_and_apply(tx, loss_fn))
+    _, _, state = step(table, tx.init(table), ids, weight=1000.0)
+    np.testing.assert_array_equal(state.grad_sum[:4], 1e5)
+
+
+def test_narrow_sums_take_in_a_weighted_table_in_float32():
+    tx = optaccum.accumulate(4, optax.sgd(1.0), accumulator_dtype=jnp.float16)
+    step = jax.jit(optaccum.value_and_apply(tx, lambda t, ids: jnp.sum(t[ids] * 1e-3)))
+    table = jnp.ones((5, 3), jnp.float16)
+    _, _, state = step(table, tx.init(table), jnp.arange(4), weight=1e5)
+    np.testing.assert_allclose(state.grad_sum[:4], 100.0, rtol=2e-3)
+
+
+def test_effects_of_a_loss_happen_once_even_if_nothing_can_be_added_inside(monkeypatch):
+    seen = []
+
+    def loss_fn(params, ids):
+        jax.debug.callback(lambda x: seen.append(float(x)), jnp.sum(ids).astype(jnp.float32))
+        return scanned(params, ids)
+
+    def fails(*args):
+        raise NotImplementedError
+
+    monkeypatch.setitem(_backward._HANDLERS, "scan", fails)
+    run = jax.jit(optaccum.value_and_grad(loss_fn, num_microbatches=N))
+    loss, _ = jax.block_until_ready(run(PARAMS, IDS))
+    jax.effects_barrier()
+    assert len(seen) == N
+    np.testing.assert_allclose(loss, scanned(PARAMS, IDS), rtol=1e-5)

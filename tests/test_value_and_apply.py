@@ -166,7 +166,9 @@ def test_outside_of_jit_and_in_a_scan():
         loss, *carried = step(*carried, ids)
         return tuple(carried), loss
 
-    (scanned, _), _ = jax.jit(lambda p, s: lax.scan(body, (p, s), BATCHES[:2]))(PARAMS, tx.init(PARAMS))
+    (scanned, _), _ = jax.jit(lambda p, s: lax.scan(body, (p, s), BATCHES[:2]))(
+        PARAMS, tx.init(PARAMS)
+    )
     assert_same(scanned, params, 1e-5)
 
 
@@ -204,6 +206,77 @@ def test_lookahead_trains_its_fast_parameters():
         grads = gradient(expected[0].fast, ids)
         expected = apply_gradients(tx, grads, *reversed(expected))
     assert_same(found, expected, 1e-5)
+
+
+def test_an_open_window_may_be_closed_by_every_k_1():
+    four, one = accumulate(4, optax.sgd(0.1)), accumulate(1, optax.sgd(0.1))
+    found = expected = PARAMS, four.init(PARAMS)
+    for tx in (four, four, one):
+        _, *found = jax.jit(value_and_apply(tx, loss_fn))(*found, BATCHES[0])
+        _, *expected = jax.jit(in_two_calls(tx, loss_fn))(*expected, BATCHES[0])
+    assert_same(found, expected)
+    assert get_state(found[1]).gradient_step == 1
+
+
+def test_a_parameter_may_have_no_gradient_in_a_microbatch():
+    tx = accumulate(2, optax.sgd(0.1))
+    start = {"a": jnp.float32(1.0), "b": jnp.float32(1.0)}
+    found = expected = start, tx.init(start)
+
+    def both(p):
+        return (p["a"] - 3) ** 2 + p["b"]
+
+    def one(p):
+        return (p["a"] - 3) ** 2
+
+    _, *found = jax.jit(value_and_apply(tx, both))(*found)
+    _, *expected = jax.jit(in_two_calls(tx, both))(*expected)
+    found[0]["b"] = expected[0]["b"] = None
+    loss, *found = jax.jit(value_and_apply(tx, one))(*found)
+    wanted, *expected = jax.jit(in_two_calls(tx, one))(*expected)
+    assert loss == wanted == 4.0
+    assert jax.tree.structure(found) == jax.tree.structure(expected)
+    assert_same(found, expected)
+
+
+class Rebuilt:
+    """A pytree that can be rebuilt from arrays alone."""
+
+    def __init__(self, x):
+        self.x = jnp.asarray(x)
+
+
+jax.tree_util.register_pytree_node(Rebuilt, lambda r: ((r.x,), None), lambda _, xs: Rebuilt(*xs))
+
+
+def test_outputs_may_be_of_any_kind():
+    def with_aux(params, ids):
+        return loss_fn(params, ids), {"name": "a", "kept": Rebuilt(ids)}
+
+    tx = accumulate(3, optax.adam(1e-2))
+    step = value_and_apply(tx, with_aux, has_aux=True)
+
+    @jax.jit
+    def call(params, state, ids):
+        (loss, aux), *rest = step(params, state, ids)
+        assert aux["name"] == "a"
+        return loss, aux["kept"].x, rest
+
+    np.testing.assert_array_equal(call(PARAMS, tx.init(PARAMS), BATCHES[0])[1], BATCHES[0])
+
+
+@pytest.mark.parametrize("every_k", [1, 3])
+def test_a_loss_that_is_reduced_already_is_refused(every_k):
+    mesh = jax.make_mesh((2,), ("data",), axis_types=(AxisType.Auto,), devices=jax.devices()[:2])
+
+    @functools.partial(jax.shard_map, mesh=mesh, in_specs=P("data"), out_specs=P())
+    def program(ids):
+        tx = accumulate(every_k, optax.sgd(1.0), reduce_axes="data")
+        step = value_and_apply(tx, lambda p, ids: lax.pmean(loss_fn(p, ids), "data"))
+        return step(PARAMS, tx.init(PARAMS), ids)[1]
+
+    with pytest.raises(TypeError, match="returned a loss that does not vary over"):
+        jax.jit(program)(BATCHES[0])
 
 
 def test_mistakes_are_named():
