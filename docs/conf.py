@@ -80,7 +80,7 @@ TYPES = {
     ARRAY: "jax.Array",
     "~optax._src.base.": "optax.",
     "~flax.core.frozen_dict.FrozenDict[str, ~typing.Any]": "~typing.Any",
-    "~optaccum._apply.Params": "Params",
+    "~optaccum._accumulate.Params": "Params",
     "[[...], ": "[..., ",
 }
 

@@ -97,9 +97,13 @@ class Gradient(NamedTuple):
         """Returns the value, and `sums` with the gradients; a None adds nothing."""
         microbatch, count = microbatch.decided(), len(self.holds)
         first = count - self.of_grads.num_leaves
-        places = self.of_grads.unflatten(range(first, count))
-        places, structure = jax.tree.flatten(places, is_leaf=lambda x: x is None)
-        pairs = list(zip(places, structure.flatten_up_to(sums), strict=True))
+        # Every class can be rebuilt from instances of `object`, as JAX does; a None stays.
+        places = {object(): j for j in range(first, count)}
+        grads = self.of_grads.unflatten(places)
+        leaves, structure = jax.tree.flatten(grads, is_leaf=lambda x: x is None)
+        pairs = [
+            (places.get(x), s) for x, s in zip(leaves, structure.flatten_up_to(sums), strict=True)
+        ]
         targets = {j: _Target(s, seen, self.holds[j]) for j, s in pairs if j is not None}
         jaxpr, consts = _open(self.closed)
         try:  # traced before it is run, so that nothing is left of it if it fails
