@@ -22,7 +22,7 @@ import pytest
 from benchmarks import hlo, targets
 import optaccum
 from optaccum import (
-    _backward,
+    _fold,
     _scatters as scatters,
     accumulate,
     apply_gradients,
@@ -602,7 +602,7 @@ def test_layers_in_a_scan_have_no_stack_of_gradients(target, weight_fn, monkeypa
         return _temporaries(target, ours, STACK, batch)
 
     with monkeypatch.context() as without:
-        without.setattr(_backward, "_plan", lambda jaxpr, targets: ({}, set()))
+        without.setattr(_fold, "_plan", lambda jaxpr, targets: ({}, set()))
         saved = needed()
     saved -= needed()
     assert saved > 0.7 * sum(4 * p.size for p in STACK.values())

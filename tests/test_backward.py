@@ -13,7 +13,7 @@ import optax
 import pytest
 
 import optaccum
-from optaccum import _backward
+from optaccum import _fold
 
 LAYERS, WIDTH, HIDDEN, VOCABULARY, ROWS, N = 4, 32, 64, 16, 8, 2
 
@@ -198,7 +198,7 @@ def compiled(fun, params, **options) -> Any:
 
 
 def without_folding(monkeypatch):
-    monkeypatch.setattr(_backward, "_plan", lambda jaxpr, targets: ({}, set()))
+    monkeypatch.setattr(_fold, "_plan", lambda jaxpr, targets: ({}, set()))
 
 
 def size(tree):
@@ -252,7 +252,7 @@ def test_effects_of_a_loss_happen_once_even_if_nothing_can_be_added_inside(monke
     def fails(*args):
         raise NotImplementedError
 
-    monkeypatch.setitem(_backward._HANDLERS, "scan", fails)
+    monkeypatch.setitem(_fold._HANDLERS, "scan", fails)
     run = jax.jit(optaccum.value_and_grad(loss_fn, num_microbatches=N))
     loss, _ = jax.block_until_ready(run(PARAMS, IDS))
     jax.effects_barrier()

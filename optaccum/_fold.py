@@ -1,0 +1,260 @@
+"""Evaluates the program of a gradient so that scans add slices to sums in their trips."""
+
+import collections
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+from jax import lax
+from jax.extend import core
+import jax.numpy as jnp
+
+from optaccum import _scatters, _window
+from optaccum._window import Microbatch
+
+
+class Target(NamedTuple):
+    """The sum that a value is added to.
+
+    Attributes:
+        total: the sum.
+        path: what happens to the value before: dtypes that it is cast to, and permutations.
+        seen: what `_scatters.apart` needs.
+        apart: whether it has to keep the value and the sum apart.
+    """
+
+    total: jax.Array
+    seen: jax.Array
+    apart: bool = False
+    path: tuple[Any, ...] = ()
+
+
+Targets = dict[int, Target]  # by the position of a result
+
+
+def evaluate(
+    jaxpr: core.Jaxpr,
+    consts: Sequence[Any],
+    args: Sequence[Any],
+    targets: Targets,
+    microbatch: Microbatch,
+) -> list[Any]:
+    """Evaluates a jaxpr; returns new sums in place of the results that have targets."""
+    env: dict[Any, Any] = dict(
+        zip((*jaxpr.constvars, *jaxpr.invars), (*consts, *args), strict=True)
+    )
+    plan, skipped = _plan(jaxpr, targets)
+    results: dict[int, Any] = {}
+    first = 0
+    for at in (*sorted(plan), len(jaxpr.eqns)):
+        _run([e for e in jaxpr.eqns[first:at] if id(e) not in skipped], jaxpr, env)
+        if at < len(jaxpr.eqns):
+            eqn, inner = jaxpr.eqns[at], plan[at]
+            values = [_read(env, v) for v in eqn.invars]
+            within = {j: target for j, (_, target) in inner.items()}
+            outs = _HANDLERS[eqn.primitive.name](eqn, values, within, microbatch)
+            env |= zip(eqn.outvars, outs, strict=True)
+            for j, (i, _) in inner.items():
+                results[i] = jnp.reshape(outs[j], targets[i].total.shape)
+        first = at + 1
+    for i, v in enumerate(jaxpr.outvars):
+        if i not in results:
+            x = _read(env, v)
+            results[i] = plus(targets[i], x, microbatch) if i in targets else x
+    return [results[i] for i in range(len(jaxpr.outvars))]
+
+
+def _plan(jaxpr: core.Jaxpr, targets: Targets) -> tuple[dict, set[int]]:
+    """Returns which results of which equations to add inside, and the equations that this skips.
+
+    A result is added inside if nothing else reads it, and if only casts and transposes lie between
+    it and a scan, or a call that may hold one.
+    """
+    made = {v: (at, j) for at, e in enumerate(jaxpr.eqns) for j, v in enumerate(e.outvars)}
+    read = [*jaxpr.outvars, *(v for e in jaxpr.eqns for v in e.invars)]
+    reads = collections.Counter(v for v in read if isinstance(v, core.Var))
+    plan: dict[int, dict[int, tuple[int, Target]]] = {}
+    skipped = set()
+    for i, target in targets.items():
+        v, passed = jaxpr.outvars[i], []
+        while isinstance(v, core.Var) and v in made and reads[v] == 1:
+            at, j = made[v]
+            eqn = jaxpr.eqns[at]
+            slices = not target.apart and _can_hold_slices(eqn, j)
+            if slices or _is_lookup(eqn, target, made, jaxpr):
+                plan.setdefault(at, {})[j] = i, target
+                skipped |= set(map(id, passed))
+                break
+            if eqn.primitive is lax.transpose_p:
+                step = tuple(eqn.params["permutation"])
+            elif eqn.primitive is lax.convert_element_type_p:
+                step = eqn.params["new_dtype"]
+            elif eqn.primitive is lax.reshape_p and not any(map(_permutes, target.path)):
+                # A reshape of the sum is free.
+                before: Any = eqn.invars[0]
+                target = target._replace(total=jnp.reshape(target.total, before.aval.shape))
+                step = None
+            else:
+                break
+            passed.append(eqn)
+            if step is not None:
+                target = target._replace(path=(step, *target.path))
+            v = eqn.invars[0]
+    return plan, skipped
+
+
+def _permutes(step: Any) -> bool:
+    return isinstance(step, tuple)
+
+
+def _can_hold_slices(eqn: core.JaxprEqn, j: int) -> bool:
+    """Returns whether result `j` of an equation may be a stack of slices."""
+    if eqn.effects:
+        return False
+    if eqn.primitive.name == "scan":
+        return eqn.params["length"] > 1 and j >= _carries(eqn)
+    if eqn.primitive.name in ("jit", "pjit"):
+        shardings = *eqn.params["in_shardings"], *eqn.params["out_shardings"]
+        return all(type(s).__name__ == "UnspecifiedValue" for s in shardings)
+    checkpoint = eqn.primitive.name in ("remat2", "checkpoint")
+    return checkpoint and isinstance(eqn.params["prevent_cse"], bool)
+
+
+def _is_lookup(eqn: core.JaxprEqn, target: Target, made: dict, jaxpr: core.Jaxpr) -> bool:
+    """Returns whether an equation scatters into zeros, in the dtype of the sum."""
+    if eqn.primitive is not lax.scatter_add_p:
+        return False
+    table, _, rows = eqn.invars
+    of_rows: Any = rows.aval
+    made_by = jaxpr.eqns[made[table][0]] if isinstance(table, core.Var) and table in made else None
+    if made_by is None or made_by.primitive is not lax.broadcast_in_dim_p:
+        return False
+    value = made_by.invars[0]
+    zeros = isinstance(value, core.Literal) and value.val == 0
+    # Rows are weighed in the dtype of the sum. A cast behind the weight could overflow.
+    dtypes = {target.total.dtype, *(step for step in target.path if not _permutes(step))}
+    return zeros and {_window.at_least_float32(of_rows.dtype), of_rows.dtype} == dtypes
+
+
+def _run(eqns: list[core.JaxprEqn], jaxpr: core.Jaxpr, env: dict[Any, Any]) -> None:
+    """Evaluates equations, and adds what they make to `env`."""
+    made = dict.fromkeys(v for e in eqns for v in e.outvars)
+    reads = dict.fromkeys(v for e in eqns for v in e.invars if isinstance(v, core.Var))
+    needed = [v for v in reads if v not in made]
+    part = jaxpr.replace(constvars=[], invars=needed, outvars=[*made], eqns=eqns)
+    outs = core.jaxpr_as_fun(core.ClosedJaxpr(part, ()))(*[env[v] for v in needed])
+    env |= zip(made, outs, strict=True)
+
+
+def _read(env: dict[Any, Any], v: Any) -> Any:
+    return v.val if isinstance(v, core.Literal) else env[v]
+
+
+def plus(target: Target, x: jax.Array, microbatch: Microbatch) -> jax.Array:
+    for step in target.path:
+        x = jnp.transpose(x, step) if _permutes(step) else x.astype(step)
+    if target.apart and microbatch.weight is None:  # otherwise the weight does
+        x = _scatters.apart(x, [True], target.seen)
+    return _window.add(target.total, x, microbatch)
+
+
+def _of_slices(path: tuple[Any, ...]) -> tuple[int, tuple[Any, ...]]:
+    """Returns the axis along which a sum holds the slices of a stack, and the path of a slice."""
+    axis, steps = 0, []
+    for step in path:
+        if _permutes(step):
+            others = [j for j in step if j != axis]
+            axis, step = step.index(axis), tuple(j - (j > axis) for j in others)
+        steps.append(step)
+    return axis, tuple(steps)
+
+
+def _carries(eqn: core.JaxprEqn) -> int:
+    """Returns how many results of a scan are carries: these have the same shape inside."""
+    inside = opened(eqn.params["jaxpr"])[0].outvars
+    return _scatters.alike(inside, eqn.outvars)
+
+
+def opened(jaxpr: Any) -> tuple[core.Jaxpr, Sequence[Any]]:
+    """Returns a jaxpr and its constants."""
+    return (jaxpr.jaxpr, jaxpr.consts) if isinstance(jaxpr, core.ClosedJaxpr) else (jaxpr, ())
+
+
+def _scan(eqn: core.JaxprEqn, values: list, targets: Targets, microbatch: Microbatch) -> list:
+    """Evaluates a scan that carries the sums and adds a slice to each in every trip."""
+    jaxpr, consts = opened(eqn.params["jaxpr"])
+    carries = _carries(eqn)
+    count = _scatters.alike(jaxpr.invars, eqn.invars) - carries
+    shared, carry, xs = values[:count], values[count : count + carries], values[count + carries :]
+    places = {j: _of_slices(target.path) for j, target in targets.items()}
+
+    def body(state, x):
+        carry, totals = state
+        i, x = x
+        within = {
+            j: targets[j]._replace(
+                total=lax.dynamic_index_in_dim(totals[j], i, axis, keepdims=False), path=path
+            )
+            for j, (axis, path) in places.items()
+        }
+        outs = evaluate(jaxpr, consts, [*shared, *carry, *x], within, microbatch)
+        totals = {
+            j: lax.dynamic_update_index_in_dim(total, outs[j], i, places[j][0])
+            for j, total in totals.items()
+        }
+        stacks = {j: outs[j] for j in range(carries, len(outs)) if j not in targets}
+        return (outs[:carries], totals), stacks
+
+    length, reverse, unroll = (eqn.params[name] for name in ("length", "reverse", "unroll"))
+    start = carry, {j: target.total for j, target in targets.items()}
+    xs = jnp.arange(length), xs
+    (carry, totals), stacks = lax.scan(body, start, xs, length, reverse=reverse, unroll=unroll)
+    results = dict(enumerate(carry)) | totals | stacks
+    return [results[j] for j in range(len(eqn.outvars))]
+
+
+def _call(eqn: core.JaxprEqn, values: list, targets: Targets, microbatch: Microbatch) -> list:
+    """Evaluates what `jax.jit` calls."""
+    jaxpr, consts = opened(eqn.params["jaxpr"])
+
+    @jax.jit
+    def inside(values, totals):
+        within = {j: target._replace(total=totals[j]) for j, target in targets.items()}
+        return evaluate(jaxpr, consts, values, within, microbatch)
+
+    return inside(values, {j: target.total for j, target in targets.items()})
+
+
+def _checkpoint(eqn: core.JaxprEqn, values: list, targets: Targets, microbatch: Microbatch) -> list:
+    """Evaluates what `jax.checkpoint` computes again, still behind its barrier."""
+    jaxpr, consts = opened(eqn.params["jaxpr"])
+    totals = {j: target.total for j, target in targets.items()}
+
+    def inside(values, totals):
+        within = {j: target._replace(total=totals[j]) for j, target in targets.items()}
+        return evaluate(jaxpr, consts, values, within, microbatch)
+
+    closed = jax.make_jaxpr(inside)(values, totals)
+    invars = [*closed.jaxpr.constvars, *closed.jaxpr.invars]
+    hoisted = closed.jaxpr.replace(constvars=[], invars=invars)
+    args = *closed.consts, *jax.tree.leaves((values, totals))
+    return eqn.primitive.bind(*args, **(eqn.params | {"jaxpr": hoisted}))
+
+
+def _scatter(eqn: core.JaxprEqn, values: list, targets: Targets, microbatch: Microbatch) -> list:
+    """Weighs the rows of a lookup and not the table. XLA then scatters them into the sum."""
+    zeros, ids, rows = values
+    table = eqn.primitive.bind(zeros, ids, microbatch.term(rows), **eqn.params)
+    # Without a select between, XLA reduces over devices in every trip.
+    target = targets[0]._replace(apart=targets[0].apart or microbatch.weight is not None)
+    return [plus(target, table, microbatch._replace(weight=None))]
+
+
+_HANDLERS = {
+    "scan": _scan,
+    "jit": _call,
+    "pjit": _call,
+    "remat2": _checkpoint,
+    "checkpoint": _checkpoint,
+    "scatter-add": _scatter,
+}
