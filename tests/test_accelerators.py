@@ -557,7 +557,7 @@ def test_microbatched_needs_the_memory_of_a_checkpointed_map(target):
 
     ours = temporaries(microbatched(_towers, num_microbatches=16))
     # Newer compilers find the map a program with none at all; a microbatch of one tower has 4 MB.
-    assert ours <= 1.05 * temporaries(_in_map) + 2**19
+    assert ours <= 1.05 * temporaries(_in_map) + 2**20
 
 
 def test_microbatched_reduces_once_in_shard_map(target):
