@@ -187,7 +187,7 @@ def apply_gradients(
             before a link that keeps state.
 
     Raises:
-        TypeError: if `tx` is no transformation.
+        TypeError: if `tx` is not a transformation.
         Exception: what `tx.update` raises.
     """
     accumulator = accumulator_of(tx)

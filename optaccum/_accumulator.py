@@ -5,12 +5,10 @@ import dataclasses
 from typing import Any, NamedTuple
 
 import jax
-from jax.core import Tracer
 import jax.numpy as jnp
 import optax
 
 from optaccum import _reduce_axes, _window
-from optaccum._backward import Gradient
 from optaccum._conditional import both, branch
 from optaccum._devices import Replicated
 from optaccum._extra_args import ExtraArgs, as_release, as_weight
@@ -45,7 +43,7 @@ class Checked(NamedTuple):
 
     Attributes:
         devices: where sums are kept.
-        weight: None for 1, a float that is known and valid, or an f32[].
+        weight: None for 1, a float if it is known and >= 0, or an f32[].
         length: i32[], microbatches per window.
         release: None to count, or whether the window closes: a Python bool, or a bool[].
         averaged: the extra arguments to average, by the keys of their sums.
@@ -65,14 +63,10 @@ class Accumulator:
     """The checked options of `accumulate`, and what they make of a microbatch.
 
     Attributes:
-        every_k: as in `accumulate`.
-        inner: as in `accumulate`.
         extra_args: which extra arguments are averaged, and which `inner` gets.
-        use_grad_mean: as in `accumulate`.
         summed: whether losses and gradients are sums.
         judge: `should_skip_update_fn`, with its results checked.
-        accumulator_dtype: as in `accumulate`.
-        reduce_axes: as in `accumulate`.
+        (others): as in `accumulate`.
     """
 
     every_k: int | jax.Array | Callable[[jax.Array], Any]
@@ -121,7 +115,7 @@ class Accumulator:
             return self.inner.update(mean, inner_state, params, **args)
 
         call = Call(updates, state, params, weight, release, extra_args)
-        return self._take_in(call, step, ())
+        return self.for_state(state).take_in(call, step, ())
 
     def apply(
         self,
@@ -136,51 +130,23 @@ class Accumulator:
     ) -> tuple[Any, Any]:
         """Takes in one microbatch; returns the parameters, untouched on a hold, and the state."""
         call = Call(grads, state, params, weight, release, extra_args)
-        new, state = self._take_in(call, self._apply_step, (params,))
-        return keep_untrained(params, new, grads), state
+        return self.for_state(state).apply_call(call)
 
-    def share(self, params: Any) -> Any:
-        """Casts parameters to the type that gradients have over `reduce_axes`."""
-        return _reduce_axes.check_mesh(self.reduce_axes).share(params)
+    def apply_call(self, call: Call) -> tuple[Any, Any]:
+        """Returns what `apply` does, for a call that may bring its gradients in a sum."""
 
-    def apply_gradient_of(
-        self, fun: Callable[[], Any], state: Any, params: Any, extra_args: dict[str, Any]
-    ) -> tuple[Any, Any, Any]:
-        """Takes in the microbatch of `fun() -> ((loss, aux), grads)`.
+        def step(params, inner_state, mean, args):
+            updates, inner_state = self.inner.update(mean, inner_state, params, **args)
+            return apply_updates(params, updates), inner_state
 
-        Returns `(loss, aux)`, the parameters and the state. The gradients are added to the sums
-        where they are made, unless somebody has to see them first.
-        """
-        check_state(state)
-        devices = _reduce_axes.check_state(self.reduce_axes, state.weight)
-        if self.judge or not has_sums(state) or not isinstance(jnp.zeros([]), Tracer):
-            value, grads = fun()
-            _reduce_axes.check_gradients(value[0], grads, None, devices)
-            extra_args = self.extra_args.with_value(extra_args, value[0])
-            return value, *self.apply(grads, state, params, **extra_args)
-        gradient = Gradient.traced(fun)
-        loss, grads = gradient.shapes()
-        _reduce_axes.check_gradients(loss, grads, None, devices)
-        rest = dict(extra_args)
-        call = Call(grads, state, params, rest.pop("weight", None), rest.pop("release", None), rest)
-        self._check_sums(call, applied=True)
-        weight = None if call.weight is None else as_weight("`weight`", call.weight)
-        microbatch, _ = self._microbatch(state, weight, devices, True)
-        seen = jnp.asarray(state.mini_step, jnp.float32)
-        sums = devices.load(state.grad_sum)
-        value, sums = gradient.add_to(sums, microbatch, seen)
-        call = call._replace(
-            grad_sum=devices.store(Sums((), sums, ())).grads,
-            extra_args=self.extra_args.with_value(rest, value[0]),
-        )
-        new, state = self._take_in(call, self._apply_step, (params,))
-        return value, keep_untrained(params, new, grads), state
+        new, state = self.take_in(call, step, (call.params,))
+        return keep_untrained(call.params, new, call.grads), state
 
-    def _apply_step(self, params, inner_state, mean, args):
-        updates, inner_state = self.inner.update(mean, inner_state, params, **args)
-        return apply_updates(params, updates), inner_state
+    def for_state(self, state: Any) -> "Accumulator":
+        """Returns the accumulator that takes in the next microbatch of this state."""
+        return self
 
-    def _microbatch(
+    def microbatch(
         self, state: AccumulateState, weight: Any, devices: Replicated, counts: Any
     ) -> tuple[Microbatch, bool]:
         """Returns how a microbatch is added, and whether its weight is known to be positive."""
@@ -188,13 +154,13 @@ class Accumulator:
         if isinstance(weight, jax.Array):
             total = devices.load(jnp.asarray(state.weight))
             before = 0.0 if opens is True else jnp.where(opens, 0, total)
-            valid, weight = devices.weigh(weight, before)
-            counts = both(counts, valid)
+            accepted, weight = devices.weigh(weight, before)
+            counts = both(counts, accepted)
         known = weight is None or (isinstance(weight, float) and weight > 0)
         weight = None if weight is None else jnp.asarray(weight, jnp.float32)
         return Microbatch(weight, opens, counts, summed=self.summed), known
 
-    def _take_in(self, call: Call, step: Callable[..., tuple], carried: tuple) -> tuple:
+    def take_in(self, call: Call, step: Callable[..., tuple], carried: tuple) -> tuple:
         """Adds a microbatch to its window and, if that closes it, takes the step.
 
         Args:
@@ -211,19 +177,18 @@ class Accumulator:
             verdict = self.judge(grads, state.gradient_step, params, skip_state)
             skip, report = devices.agree(*verdict)
             counts, skip_state = ~skip, cast_like(report, skip_state)
-        microbatch, known_positive = self._microbatch(state, weight, devices, counts)
+        microbatch, known_positive = self.microbatch(state, weight, devices, counts)
         weight, counts = microbatch.weight, microbatch.counts
 
         # Does it close the window?
         count = jnp.asarray(optax.safe_increment(state.mini_step))
-        due = count >= length if release is None else release
-        closes = both(counts, due)
+        closes = both(counts, count >= length if release is None else release)
 
         # Add it.
         unit = weight if self.summed and weight is not None else jnp.float32(1)
         values = Sums(unit, grads, averaged)
         sums = self._add(call, devices, values, microbatch)
-        total = devices.total(sums, closes, by_select=due is True)
+        total = devices.total(sums, closes, by_select=release is True)
         releases = closes if known_positive else both(closes, total > 0)
 
         # Step, or hold.
@@ -245,7 +210,7 @@ class Accumulator:
                 take_step,
                 (*carried, state.inner_state),
                 shapes=None if carried else shapes,
-                by_select=due is True,
+                by_select=release is True,
             )
         return result, AccumulateState(
             mini_step=jnp.where(closes, 0, jnp.where(counts, count, state.mini_step)),
@@ -285,19 +250,18 @@ class Accumulator:
     def _check(self, call: Call, applied: bool) -> Checked:
         """Raises if a microbatch cannot be taken in; else returns its arguments in one form."""
         grads, state, _, weight, release, extra_args, _ = call
-        devices = self._check_sums(call, applied)
+        devices = self.check_sums(call, applied)
         check_denominator("`weight`", self.summed and self.use_grad_mean and weight is None)
         weight = None if weight is None else as_weight("`weight`", weight)
         release = self._check_release(as_release(release))
-        averaged = self.extra_args.averaged(
-            extra_args, jax.eval_shape(devices.load, state.arg_sums)
-        )
+        arg_sums = jax.eval_shape(devices.load, state.arg_sums)
+        averaged = self.extra_args.averaged(extra_args, arg_sums)
         length = self._length(state.gradient_step)
         _reduce_axes.check_agreed(length if release is None else release, devices)
         inner_args = self._inner_args(extra_args, grads)
         return Checked(devices, weight, length, release, averaged, inner_args)
 
-    def _check_sums(self, call: Call, applied: bool) -> Replicated:
+    def check_sums(self, call: Call, applied: bool) -> Replicated:
         """Returns where the sums are kept, or raises unless the gradients fit them."""
         check_state(call.state)
         self.extra_args.check_state(call.state.arg_sums)

@@ -50,7 +50,7 @@ class Replicated:
             weight: f32[].
             before: f32[], the total of the window so far.
         """
-        return _window.fits(weight, before), weight
+        return _window.counts(weight, before), weight
 
     def agree(self, skip: jax.Array, report: Any) -> tuple[jax.Array, Any]:
         """Returns whether any device skips, and the largest of the reports."""
@@ -89,7 +89,7 @@ class PerDevice(Replicated):
 
     def weigh(self, weight, before):
         differs = bool(set(self.axes) & varying(weight))
-        counts = True if differs else _window.fits(weight, 0)
+        counts = True if differs else _window.counts(weight, 0)
         adds = _window.adds(weight, before, self.largest)
         return counts, jnp.where(adds, weight, 0)
 

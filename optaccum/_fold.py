@@ -151,6 +151,7 @@ def _read(env: dict[Any, Any], v: Any) -> Any:
 
 
 def plus(target: Target, x: jax.Array, microbatch: Microbatch) -> jax.Array:
+    """Returns the sum with a value that ends up in it."""
     for step in target.path:
         x = jnp.transpose(x, step) if _permutes(step) else x.astype(step)
     if target.apart and microbatch.weight is None:  # otherwise the weight does

@@ -1,4 +1,4 @@
-"""Pytrees: dtypes, ownership of arrays, and leaves that are no arrays."""
+"""Pytrees: dtypes, ownership of arrays, and non-array leaves."""
 
 from collections.abc import Callable
 import functools
@@ -71,7 +71,7 @@ def take_apart(tree: Any) -> tuple[list, Callable[[Any], Any]]:
 
 
 def eval_shape(fun: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
-    """`jax.eval_shape`, which also takes leaves that are no arrays."""
+    """`jax.eval_shape`, which also takes non-array leaves."""
     arrays, join = take_apart((args, kwargs))
     if len(arrays) == len(jax.tree.leaves((args, kwargs))):
         return jax.jit(fun).eval_shape(*args, **kwargs)  # JAX caches this trace

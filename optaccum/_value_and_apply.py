@@ -1,15 +1,23 @@
 """A training step that adds gradients to the window where the backward pass makes them."""
 
 from collections.abc import Callable
+import functools
 import inspect
 from typing import Any
 
 import jax
+from jax.core import Tracer
+import jax.numpy as jnp
 import optax
 
-from optaccum import _validate
+from optaccum import _reduce_axes, _validate
 from optaccum._accumulate import accumulator_of, apply_gradients
+from optaccum._accumulator import Accumulator, Call
+from optaccum._backward import Gradient
+from optaccum._extra_args import as_weight
+from optaccum._state import check_state, has_sums
 from optaccum._trees import fast
+from optaccum._window import Sums
 
 
 def value_and_apply(
@@ -26,9 +34,8 @@ def value_and_apply(
         loss, grads = jax.value_and_grad(fun)(params, *args)
         params, opt_state = apply_gradients(tx, grads, opt_state, params, **extra_args)
 
-    with the same results. If `tx` is an :func:`accumulate`, no tree of gradients exists: the
-    gradients of layers in a `lax.scan` are added to the sums inside the backward scan. A hold then
-    needs the memory of the parameters, the state and the sums, and of one layer's gradient.
+    with the same results. If `tx` is an :func:`accumulate`, the gradients of layers in a `lax.scan`
+    are added to the sums inside the backward scan, so that no stack of them is in memory.
 
     >>> import jax, jax.numpy as jnp, optax, optaccum
     >>> tx = optaccum.accumulate(2, optax.sgd(0.125))
@@ -45,8 +52,7 @@ def value_and_apply(
         * The sums have the bits that :func:`apply_gradients` gives them, but for roundings that XLA
           leaves out in bfloat16, and for the rows of a weighted lookup, which are multiplied by the
           weight before they are added up.
-        * A microbatch of weight 0 adds nothing, whatever its gradients are. It is computed: a
-          conditional around the backward pass would cost the others more than that saves.
+        * A microbatch of weight 0 adds nothing, whatever its gradients are. It is computed.
         * With `should_skip_update_fn`, with the constant `every_k` 1 and outside `jax.jit` the
           gradients are made first. So they are for any other transformation.
 
@@ -81,26 +87,69 @@ def value_and_apply(
     takes_value = any(p.name == "value" or p.kind is p.VAR_KEYWORD for p in parameters)
 
     def step(params, opt_state, /, *args, **extra_args):
-        # Over `reduce_axes` JAX would sum gradients of what all devices share.
-        trained = fast(params) if accumulator is None else accumulator.share(fast(params))
+        trained = fast(params)
         if weight_fn is not None:
             if "weight" in extra_args:
                 raise TypeError("`weight` was passed beside `weight_fn`; leave one of them out")
             extra_args["weight"] = weight_fn(trained, *args)
 
-        def gradient():
+        def gradient(trained):
             value, grads = differentiate(trained, *args)
             return (value if has_aux else (value, ())), grads
 
         if accumulator is not None:
-            value, params, opt_state = accumulator.apply_gradient_of(
-                gradient, opt_state, params, extra_args
+            value, params, opt_state = _take_in(
+                accumulator.for_state(opt_state), gradient, opt_state, params, extra_args
             )
         else:
-            value, grads = gradient()
+            value, grads = gradient(trained)
             if takes_value:
                 extra_args = {"value": value[0]} | extra_args
             params, opt_state = apply_gradients(tx, grads, opt_state, params, **extra_args)
         return (value if has_aux else value[0]), params, opt_state
 
     return step
+
+
+def _take_in(
+    accumulator: Accumulator,
+    gradient: Callable[[Any], Any],
+    state: Any,
+    params: Any,
+    extra_args: dict[str, Any],
+) -> tuple[Any, Any, Any]:
+    """Returns `(loss, aux)`, the parameters and the state after a microbatch.
+
+    Args:
+        accumulator: the one for this state.
+        gradient: `trained -> ((loss, aux), grads)`.
+        state: before the microbatch.
+        params: before the microbatch.
+        extra_args: the keywords of the step.
+    """
+    check_state(state)
+    devices = _reduce_axes.check_state(accumulator.reduce_axes, state.weight)
+    # Over `reduce_axes` JAX would sum the gradients of what all devices share.
+    fun = functools.partial(gradient, devices.share(fast(params)))
+    must_see = accumulator.judge is not None or not has_sums(state)
+    if must_see or not isinstance(jnp.zeros([]), Tracer):
+        value, grads = fun()
+        _reduce_axes.check_gradients(value[0], grads, None, devices)
+        extra_args = accumulator.extra_args.with_value(extra_args, value[0])
+        return value, *accumulator.apply(grads, state, params, **extra_args)
+    program = Gradient.traced(fun)
+    loss, grads = program.shapes()
+    _reduce_axes.check_gradients(loss, grads, None, devices)
+    rest = dict(extra_args)
+    weight, release = rest.pop("weight", None), rest.pop("release", None)
+    call = Call(grads, state, params, weight, release, rest)
+    accumulator.check_sums(call, applied=True)
+    weight = None if weight is None else as_weight("`weight`", weight)
+    microbatch, _ = accumulator.microbatch(state, weight, devices, True)
+    seen = jnp.asarray(state.mini_step, jnp.float32)
+    value, sums = program.add_to(devices.load(state.grad_sum), microbatch, seen)
+    call = call._replace(
+        grad_sum=devices.store(Sums((), sums, ())).grads,
+        extra_args=accumulator.extra_args.with_value(rest, value[0]),
+    )
+    return value, *accumulator.apply_call(call)

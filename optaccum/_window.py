@@ -70,13 +70,13 @@ class Microbatch(NamedTuple):
         return lax.select(self.adds, x if self.summed else times(x, self.weight), nothing)
 
 
-def fits(weight: jax.Array, before: Any = 0, largest: float = LARGEST) -> jax.Array:
+def counts(weight: jax.Array, before: Any = 0, largest: float = LARGEST) -> jax.Array:
     """Returns whether `weight >= 0` and the running total stays <= `largest`."""
     return (weight >= 0) & (before + weight <= largest)
 
 
 def adds(weight: jax.Array, before: Any = 0, largest: float = LARGEST) -> jax.Array:
-    """Returns whether a weight fits, and is not so small that it stands for 0."""
+    """Returns whether a weight counts, and is not so small that it stands for 0."""
     return (weight >= SMALLEST) & (before + weight <= largest)
 
 

@@ -17,15 +17,9 @@ class WindowOfOne(Accumulator):
     A state from a longer window has sums, perhaps of an open window. It is left to Accumulator.
     """
 
-    def _take_in(self, call, step, carried):
-        if isinstance(call.state, AccumulateState) and has_sums(call.state):
-            return Accumulator(**vars(self))._take_in(call, step, carried)
-        return super()._take_in(call, step, carried)
-
-    def apply_gradient_of(self, fun, state, params, extra_args):
-        if isinstance(state, AccumulateState) and has_sums(state):
-            return Accumulator(**vars(self)).apply_gradient_of(fun, state, params, extra_args)
-        return super().apply_gradient_of(fun, state, params, extra_args)
+    def for_state(self, state):
+        longer = isinstance(state, AccumulateState) and has_sums(state)
+        return Accumulator(**vars(self)) if longer else self
 
     def _open_sums(self, params):
         return ()

@@ -601,11 +601,13 @@ def test_layers_in_a_scan_have_no_stack_of_gradients(target, weight_fn, monkeypa
         batch = jax.ShapeDtypeStruct((16, 64, 1024), jnp.float32)
         return _temporaries(target, ours, STACK, batch)
 
+    size = sum(4 * p.size for p in STACK.values())
     with monkeypatch.context() as without:
         without.setattr(_fold, "_plan", lambda jaxpr, targets: ({}, set()))
-        saved = needed()
-    saved -= needed()
-    assert saved > 0.7 * sum(4 * p.size for p in STACK.values())
+        before = needed()
+    assert before - needed() > 0.7 * size
+    if target == targets.H100:
+        assert needed() < 0.35 * size
 
 
 @pytest.mark.parametrize("release", [False, None])
@@ -625,14 +627,47 @@ def test_a_step_made_from_the_loss_has_no_tree_of_gradients(target, release):
     assert saved > 0.7 * sum(4 * p.size for p in STACK.values())
 
 
-def test_a_weighted_lookup_has_no_table_beside_the_sums(target):
+def _embedded(params, ids):
+    return _scanned(params["layers"], params["table"][ids])
+
+
+def test_adding_inside_the_backward_pass_sends_no_more(target, monkeypatch):
+    mesh = Mesh(np.array(targets.devices(target, 4)), ("data",))
+    params = {"table": jax.ShapeDtypeStruct((2**14, 1024), jnp.float32), "layers": STACK}
+    ids = jax.ShapeDtypeStruct((16, 64), jnp.int32)
+    args = _place(params, NamedSharding(mesh, P())), _place(ids, NamedSharding(mesh, P("data")))
+
+    def sent():
+        ours = optaccum.grad(
+            _embedded, num_microbatches=4, weight_fn=lambda params, ids: jnp.sum(ids > 0)
+        )
+        with jax.set_mesh(mesh):
+            text = jax.jit(ours).lower(*args).compile().as_text()
+        assert not hlo.forgotten(text)
+        return sum(one.bytes * one.trips for one in hlo.collectives(text))
+
+    inside = sent()
+    monkeypatch.setattr(_fold, "_plan", lambda jaxpr, targets: ({}, set()))
+    assert 0 < inside <= 1.01 * sent()
+
+
+def test_a_weighted_lookup_needs_no_more_than_an_unweighted_one(target):
     def loss(table, ids):
         return jnp.mean(jax.nn.logsumexp(table[ids], -1))
 
+    (device,) = targets.devices(target, 1)
     table = jax.ShapeDtypeStruct((2**16, 1024), jnp.float32)
     args = table, jax.ShapeDtypeStruct((64, 32), jnp.int32)
-    equal, weighted = (
-        _temporaries(target, optaccum.grad(loss, num_microbatches=4, weight_fn=weight_fn), *args)
-        for weight_fn in (None, lambda table, ids: jnp.sum(ids > 0))
-    )
-    assert weighted < equal + 0.01 * 4 * table.size
+    args = _place(args, jax.sharding.SingleDeviceSharding(device))
+    size = 4 * table.size
+
+    def figures(weight_fn):
+        step = optaccum.grad(loss, num_microbatches=4, weight_fn=weight_fn)
+        compiled: Any = jax.jit(step).lower(*args).compile()
+        moved = hlo.moved(compiled.as_text()).release
+        return compiled.memory_analysis().temp_size_in_bytes, moved
+
+    temporaries, moved = figures(None)
+    weighted_temporaries, weighted_moved = figures(lambda table, ids: jnp.sum(ids > 0))
+    assert weighted_temporaries < temporaries + 0.01 * size
+    assert weighted_moved < moved + 0.1 * size

@@ -193,6 +193,7 @@ def test_in_shard_map_it_reduces_in_the_release_alone():
     for ids in BATCHES[:3]:
         _, params, state = in_two_calls(whole, loss_fn)(params, state, ids)
     assert_same(found, params, 2e-4)  # bfloat16 in `scale`, whose Adam steps are 0.01
+    assert "all_reduce" in mapped(True, P("data")).lower(BATCHES[:3]).as_text()
     assert "all_reduce" not in mapped(False, P("data")).lower(BATCHES[:3]).as_text()
 
 

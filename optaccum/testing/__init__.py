@@ -73,7 +73,7 @@ def check_loss(
     "nonlinear"         (a line) a nonlinear function of a sum over rows
     "order"             (a line) rows are sorted, cumulated or taken by their position
     "divisor"           (a line) a division by a count of the data
-    "row_count"         (a line) a function of the number of rows that is no power of it
+    "row_count"         (a line) a function of the number of rows other than a power
     ==================  ========================================================================
 
     Args:
