@@ -13,10 +13,10 @@ class Window(NamedTuple):
     """The numbers of a window that are drawn.
 
     Attributes:
-        step: gradient steps so far.
-        loss: mean loss per token, in nats.
-        tokens: number of tokens in the window.
-        noise_scale: the estimate so far, in tokens.
+        step: Gradient steps so far.
+        loss: Mean loss per token, in nats.
+        tokens: Number of tokens in the window.
+        noise_scale: The estimate so far, in tokens.
     """
 
     step: int

@@ -77,30 +77,30 @@ def accumulate(
     and weight decay would act on every hold.
 
     Args:
-        every_k: microbatches per window: an integer >= 1, an integer array of shape [] (which may
+        every_k: Microbatches per window: an integer >= 1, an integer array of shape [] (which may
             be traced), or a function of `gradient_step`, i32[], that returns one of these.
-        inner: the optimizer that steps once per window; None for `optax.identity()`. It gets every
+        inner: The optimizer that steps once per window; None for `optax.identity()`. It gets every
             extra argument but `weight`, `release` and `metrics`. Schedules inside it count
             releases.
-        use_grad_mean: whether G is the weighted mean or the weighted sum.
+        use_grad_mean: Whether G is the weighted mean or the weighted sum.
         loss_reduction: "mean" if each loss is a mean over w_i examples or tokens. "sum" if it is a
             sum over them; then G = (sum_i g_i) / (sum_i w_i), and `average_args` are treated as
             sums, too.
         should_skip_update_fn: `(grads, gradient_step, params) -> (bool[], report)`, Optax's
             protocol: `optax.skip_not_finite`, `functools.partial(optax.skip_large_updates,
             max_squared_norm=...)`. The report is kept in `skip_state`.
-        accumulator_dtype: dtype of the sums; None for the parameter's dtype promoted to at least
+        accumulator_dtype: Dtype of the sums; None for the parameter's dtype promoted to at least
             float32. A narrower one saves memory and loses bits.
-        average_args: names of scalar extra arguments that `inner` should see as the window's
+        average_args: Names of scalar extra arguments that `inner` should see as the window's
             weighted mean, not as the last microbatch's value: `("value",)` for a loss. For trees,
             pass a dict from each name to a tree of arrays or `jax.ShapeDtypeStruct`s. `"grad"` is
             like the parameters and costs one more accumulator; name it only if it is not what
             `update` is given, as behind a link that clips.
-        metrics: names of scalar extra arguments that are averaged in the same way for
+        metrics: Names of scalar extra arguments that are averaged in the same way for
             :func:`optaccum.window_metrics` alone: `inner` does not get them.
-        window_args: names of extra arguments that stand for the whole window as they are:
+        window_args: Names of extra arguments that stand for the whole window as they are:
             `("value_fn",)` for a loss of its whole data, as a line search needs one.
-        reduce_axes: mesh axes over which gradients are not reduced yet. They are reduced once per
+        reduce_axes: Mesh axes over which gradients are not reduced yet. They are reduced once per
             window.
 
     Returns:
@@ -173,11 +173,11 @@ def apply_gradients(
     [0.5 0.5]
 
     Args:
-        tx: any Optax transformation.
-        grads: gradients, a tree like `params`.
-        opt_state: the state of `tx`.
-        params: parameters. Their dtypes are kept.
-        **extra_args: passed on to `tx.update`; `weight=` and `release=` for :func:`accumulate`.
+        tx: Any Optax transformation.
+        grads: Gradients, a tree like `params`.
+        opt_state: The state of `tx`.
+        params: Parameters. Their dtypes are kept.
+        **extra_args: Passed on to `tx.update`; `weight=` and `release=` for :func:`accumulate`.
 
     Returns:
         `(params, opt_state)`.

@@ -42,12 +42,12 @@ class Checked(NamedTuple):
     """What was not refused of them.
 
     Attributes:
-        devices: where sums are kept.
+        devices: Where sums are kept.
         weight: None for 1, a float if it is known and >= 0, or an f32[].
         length: i32[], microbatches per window.
         release: None to count, or whether the window closes: a Python bool, or a bool[].
-        averaged: the extra arguments to average, by the keys of their sums.
-        inner_args: the extra arguments of `inner`, but for the means of the window.
+        averaged: The extra arguments to average, by the keys of their sums.
+        inner_args: The extra arguments of `inner`, but for the means of the window.
     """
 
     devices: Replicated
@@ -63,10 +63,10 @@ class Accumulator:
     """The checked options of `accumulate`, and what they make of a microbatch.
 
     Attributes:
-        extra_args: which extra arguments are averaged, and which `inner` gets.
-        summed: whether losses and gradients are sums.
+        extra_args: Which extra arguments are averaged, and which `inner` gets.
+        summed: Whether losses and gradients are sums.
         judge: `should_skip_update_fn`, with its results checked.
-        (others): as in `accumulate`.
+        (others): As in `accumulate`.
     """
 
     every_k: int | jax.Array | Callable[[jax.Array], Any]
@@ -164,9 +164,9 @@ class Accumulator:
         """Adds a microbatch to its window and, if that closes it, takes the step.
 
         Args:
-            call: the arguments of `update`.
+            call: The arguments of `update`.
             step: `(*carried, inner_state, mean, args) -> (result, inner_state)`.
-            carried: what the result replaces: `(params,)`, or () for updates.
+            carried: What the result replaces: `(params,)`, or () for updates.
         """
         grads, state, params, *_ = call
         devices, weight, length, release, averaged, inner_args = self._check(call, bool(carried))

@@ -27,9 +27,9 @@ def add_gradients(
     """Returns `value` and `sums` with `grads`, for `fun() -> (value, grads)`.
 
     Args:
-        fun: a gradient, which is traced once. It may close over tracers.
-        sums: a pytree like `grads`.
-        microbatch: how gradients are added.
+        fun: A gradient, which is traced once. It may close over tracers.
+        sums: A pytree like `grads`.
+        microbatch: How gradients are added.
         seen: f32[] >= 0 that changes from trip to trip, as `_scatters.apart` needs it.
     """
     if not isinstance(jnp.zeros([]), Tracer):  # under `jax.disable_jit`, `fun` may read arrays
@@ -42,10 +42,10 @@ class Gradient(NamedTuple):
     """The program of a gradient, `() -> (value, grads)`.
 
     Attributes:
-        closed: its jaxpr: the arrays of the value, then the gradients.
-        holds: which of its results hold a scatter.
-        as_value: puts the arrays of the value among its other leaves.
-        of_grads: tree structure of the gradients.
+        closed: Its jaxpr: the arrays of the value, then the gradients.
+        holds: Which of its results hold a scatter.
+        as_value: Puts the arrays of the value among its other leaves.
+        of_grads: Tree structure of the gradients.
     """
 
     closed: core.ClosedJaxpr

@@ -21,8 +21,8 @@ class Argnums(NamedTuple):
 
     Attributes:
         positions: {option: positions}, counted from the end if they are negative.
-        names: the keyword arguments to split; None if `batch_argnames` was left out.
-        by_default: whether `batch_argnums` was left out.
+        names: The keyword arguments to split; None if `batch_argnames` was left out.
+        by_default: Whether `batch_argnums` was left out.
     """
 
     positions: dict[str, tuple[int, ...]]
@@ -80,11 +80,11 @@ class Call:
     """The arguments of a call by position, with keyword arguments behind the others.
 
     Attributes:
-        args: all arguments.
-        count: how many of them are given by position.
-        names: the names of the others.
-        argnums: the options that give them their roles.
-        roles: their roles in this call.
+        args: All arguments.
+        count: How many of them are given by position.
+        names: The names of the others.
+        argnums: The options that give them their roles.
+        roles: Their roles in this call.
     """
 
     def __init__(self, fun: Any, argnums: Argnums, args: tuple, kwargs: dict[str, Any]):

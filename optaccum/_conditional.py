@@ -47,11 +47,11 @@ def branch(
 
     Args:
         predicate: bool[].
-        step: returns `(..., *start)`. It may close over tracers.
-        start: its arguments. Non-array leaves pass through.
-        shapes: returns what the zeros are like without a trace of `step`, for holds outside
+        step: Returns `(..., *start)`. It may close over tracers.
+        start: Its arguments. Non-array leaves pass through.
+        shapes: Returns what the zeros are like without a trace of `step`, for holds outside
             `jax.jit`. None if `step` returns no more than `start`.
-        by_select: whether to take the step always, and select.
+        by_select: Whether to take the step always, and select.
     """
     if not isinstance(predicate, Tracer):
         if predicate:

@@ -24,8 +24,8 @@ class Replicated:
     """Sums that need no reduction.
 
     Attributes:
-        axes: mesh axes over which a release reduces.
-        largest: the largest total of weights on a device.
+        axes: Mesh axes over which a release reduces.
+        largest: The largest total of weights on a device.
     """
 
     axes: tuple[str, ...] = ()

@@ -60,11 +60,11 @@ class ExtraArgs:
     """Which extra arguments are averaged, and which `inner` gets.
 
     Attributes:
-        averages: for each of `average_args` and `metrics` a tree like it; None for one like the
+        averages: For each of `average_args` and `metrics` a tree like it; None for one like the
             parameters.
-        metrics: names of averages that `inner` does not get.
-        window_args: names of arguments that stand for the whole window.
-        inner_args: names in the signature of `inner`.
+        metrics: Names of averages that `inner` does not get.
+        window_args: Names of arguments that stand for the whole window.
+        inner_args: Names in the signature of `inner`.
     """
 
     averages: dict[str, Any]
@@ -168,8 +168,8 @@ class ExtraArgs:
         """Returns what `inner` gets, but for the means of the window.
 
         Args:
-            extra_args: those of the microbatch that closes it.
-            grads: its gradients, which stand for the window's until these are known.
+            extra_args: Those of the microbatch that closes it.
+            grads: Its gradients, which stand for the window's until these are known.
         """
         args = self.for_inner(extra_args)
         named = {*self.average_args, *self.window_args}

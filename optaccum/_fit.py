@@ -15,10 +15,10 @@ class Fit(NamedTuple):
     """What :func:`fit_num_microbatches` found.
 
     Attributes:
-        num_microbatches: the fewest microbatches that fit.
-        step: the compiled step with that many. Call it with arguments as they were passed.
-        peak_bytes: bytes on each device by candidate, infinite if its compiler ran out of memory.
-        memory_limit: the bytes that it had to fit in.
+        num_microbatches: The fewest microbatches that fit.
+        step: The compiled step with that many. Call it with arguments as they were passed.
+        peak_bytes: Bytes on each device by candidate, infinite if its compiler ran out of memory.
+        memory_limit: The bytes that it had to fit in.
     """
 
     num_microbatches: int
@@ -53,11 +53,11 @@ def fit_num_microbatches(
     (16, [False, False, False, False, True])
 
     Args:
-        make_step: returns the step with that many microbatches, preferably jitted with the
+        make_step: Returns the step with that many microbatches, preferably jitted with the
             donation that it will run with.
-        candidates: numbers of microbatches to try. Each must divide the rows of the batch.
-        *args: arguments of the step, arrays or `jax.ShapeDtypeStruct`s, with their shardings.
-        memory_limit: bytes on each device, a number or text like "8GB" (8 * 10**9) or "16GiB"
+        candidates: Numbers of microbatches to try. Each must divide the rows of the batch.
+        *args: Arguments of the step, arrays or `jax.ShapeDtypeStruct`s, with their shardings.
+        memory_limit: Bytes on each device, a number or text like "8GB" (8 * 10**9) or "16GiB"
             (16 * 2**30). None asks the devices, but a CPU does not know.
 
     Returns:

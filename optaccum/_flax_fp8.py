@@ -16,9 +16,9 @@ class OverwriteState(NamedTuple):
     """Optimizer state of a :class:`TrainState` with a collection to be overwritten.
 
     Attributes:
-        largest: the elementwise largest values of the window's microbatches that count, a tree
+        largest: The elementwise largest values of the window's microbatches that count, a tree
             like the collection, which a release overwrites.
-        opt_state: the state of `tx`.
+        opt_state: The state of `tx`.
 
     A state from elsewhere becomes one by `state.replace(opt_state=OverwriteState(
     jax.tree.map(jnp.copy, state.params["_overwrite_with_gradient"]), state.opt_state))`.

@@ -17,10 +17,10 @@ class Target(NamedTuple):
     """The sum that a value is added to.
 
     Attributes:
-        total: the sum.
-        path: what happens to the value before: dtypes that it is cast to, and permutations.
-        seen: what `_scatters.apart` needs.
-        apart: whether it has to keep the value and the sum apart.
+        total: The sum.
+        path: What happens to the value before: dtypes that it is cast to, and permutations.
+        seen: What `_scatters.apart` needs.
+        apart: Whether it has to keep the value and the sum apart.
     """
 
     total: jax.Array

@@ -27,8 +27,8 @@ def check_fits(grads: Any, like: Any) -> None:
     """Raises if `grads` cannot be summed in, or applied to, a tree `like`.
 
     Args:
-        grads: a pytree of gradients. A None, for no gradient, fits anything.
-        like: the sums (or the parameters) that the gradients belong to.
+        grads: A pytree of gradients. A None, for no gradient, fits anything.
+        like: The sums (or the parameters) that the gradients belong to.
 
     Raises:
         ValueError: if the trees, the shapes, or real and complex leaves differ.

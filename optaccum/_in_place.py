@@ -19,9 +19,9 @@ def refuse_changes(
     them missing afterwards.
 
     Args:
-        fun: a function of positional arguments.
-        title: returns what an error calls the argument at a position.
-        carry: position of the carry, which may change; None if there cannot be one.
+        fun: A function of positional arguments.
+        title: Returns what an error calls the argument at a position.
+        carry: Position of the carry, which may change; None if there cannot be one.
     """
     keep = "let `fun` change a copy (`flax.nnx.clone`) and return what you want of it as an output"
     if carry is not None:

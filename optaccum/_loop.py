@@ -42,13 +42,13 @@ class Loop:
     """A call of a loss in microbatches.
 
     Attributes:
-        args: the arguments by position, the rows of the batch as [rows / n, n, ...] if n > 1.
-        roles: which of them are what.
-        params: the arguments that are differentiated: one, or a tuple.
+        args: The arguments by position, the rows of the batch as [rows / n, n, ...] if n > 1.
+        roles: Which of them are what.
+        params: The arguments that are differentiated: one, or a tuple.
         differentiate: `jax.value_and_grad` of the loss, by position like `weight_fn`.
-        devices: where the sums are.
-        summed: whether the loss is a sum over what the weight counts.
-        n, has_aux, weight_fn, accumulator_dtype: as in :func:`optaccum.value_and_grad`.
+        devices: Where the sums are.
+        summed: Whether the loss is a sum over what the weight counts.
+        n, has_aux, weight_fn, accumulator_dtype: As in :func:`optaccum.value_and_grad`.
     """
 
     args: list[Any]
@@ -135,9 +135,9 @@ class Loop:
         """Returns `(loss, aux)` and the gradients of a microbatch.
 
         Args:
-            args: its arguments.
-            weight: its weight.
-            counts: whether that counts, as `weigh` returns both.
+            args: Its arguments.
+            weight: Its weight.
+            counts: Whether that counts, as `weigh` returns both.
         """
         value, grads = call_with_drops(counts, functools.partial(self.differentiate, *args))
         loss, aux = value if self.has_aux else (value, None)

@@ -59,10 +59,10 @@ def window_metrics(
         * The norm is computed of the sums, so weights from 2**-40 to 2**40 are safe.
 
     Args:
-        opt_state: as for :func:`optaccum.get_state`, after the update.
-        grads: the gradients of that update, as :func:`optaccum.accumulate` got them. Read only if
+        opt_state: As for :func:`optaccum.get_state`, after the update.
+        grads: The gradients of that update, as :func:`optaccum.accumulate` got them. Read only if
             the state has no sums.
-        loss_reduction: as :func:`optaccum.accumulate` was built. Read only with `grads`.
+        loss_reduction: As :func:`optaccum.accumulate` was built. Read only with `grads`.
 
     Returns:
         A dict of scalars.

@@ -93,19 +93,19 @@ def microbatched(
             return hidden, loads.sum(0)[None]
 
     Args:
-        fun: a function of parameters and rows that returns a pytree of arrays, each with an entry
+        fun: A function of parameters and rows that returns a pytree of arrays, each with an entry
             for each row, or one.
-        num_microbatches: n, an integer >= 1.
-        batch_argnums: positions of the pytrees to split. All their leaves have the same leading
+        num_microbatches: N, an integer >= 1.
+        batch_argnums: Positions of the pytrees to split. All their leaves have the same leading
             axis, which n divides. They may be differentiated too. None for the argument 1, and
             then no argument after it may have as many rows: pass 1 to give it to every microbatch
             whole.
-        batch_argnames: names of the keyword arguments to split, as in
+        batch_argnames: Names of the keyword arguments to split, as in
             :func:`optaccum.value_and_grad`.
-        rng_argnums: positions of keys, or pytrees of them, as in :func:`optaccum.value_and_grad`:
+        rng_argnums: Positions of keys, or pytrees of them, as in :func:`optaccum.value_and_grad`:
             in microbatch i each key is `jax.random.fold_in(key, i)`.
-        accumulator_dtype: dtype of the sums, as in :func:`optaccum.accumulate`.
-        reduce_axes: axes of `jax.shard_map` over which to reduce gradients once. They are summed,
+        accumulator_dtype: Dtype of the sums, as in :func:`optaccum.accumulate`.
+        reduce_axes: Axes of `jax.shard_map` over which to reduce gradients once. They are summed,
             as JAX would sum them microbatch after microbatch. Under explicit sharding pass
             `jax.reshard(p, P(..., reduced={axis}))` instead.
 

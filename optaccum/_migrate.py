@@ -42,11 +42,11 @@ def from_multi_steps(
     2 2.0 [4. 6.]
 
     Args:
-        tx: an :func:`optaccum.accumulate` of the same inner optimizer, wrapped as
+        tx: An :func:`optaccum.accumulate` of the same inner optimizer, wrapped as
             `optax.MultiSteps` was (in `optax.chain`, say). `every_k` may differ.
-        state: the state of the old transformation.
-        params: the parameters, as for `tx.init`.
-        use_grad_mean: as both were built.
+        state: The state of the old transformation.
+        params: The parameters, as for `tx.init`.
+        use_grad_mean: As both were built.
 
     Returns:
         A state of `tx`.
@@ -82,12 +82,12 @@ def to_multi_steps(
     2 [2. 3.]
 
     Args:
-        tx: an `optax.MultiSteps` of the same inner optimizer, wrapped as the `accumulate` was. Its
+        tx: An `optax.MultiSteps` of the same inner optimizer, wrapped as the `accumulate` was. Its
             windows must be longer than the open one is by now.
-        state: the state of the old transformation.
-        params: the parameters, as for `tx.init`.
-        use_grad_mean: as both were built.
-        every_k: microbatches in the next window of `tx`. Needed if a window is open and `tx` is a
+        state: The state of the old transformation.
+        params: The parameters, as for `tx.init`.
+        use_grad_mean: As both were built.
+        every_k: Microbatches in the next window of `tx`. Needed if a window is open and `tx` is a
             transformation around `optax.MultiSteps`.
 
     Returns:

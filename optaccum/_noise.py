@@ -117,12 +117,12 @@ def update_noise_scale(
           in `jax.pmap` gradients count as replicated.
 
     Args:
-        noise: the estimate so far.
-        grads: the gradients of the update, as :func:`optaccum.accumulate` got them.
-        opt_state: as for :func:`optaccum.get_state`, after that update.
-        weight: scalar, as the update got it.
-        decay: a float in [0, 1), how much of the averages a release keeps.
-        loss_reduction: as :func:`optaccum.accumulate` was built, which the state does not show.
+        noise: The estimate so far.
+        grads: The gradients of the update, as :func:`optaccum.accumulate` got them.
+        opt_state: As for :func:`optaccum.get_state`, after that update.
+        weight: Scalar, as the update got it.
+        decay: A float in [0, 1), how much of the averages a release keeps.
+        loss_reduction: As :func:`optaccum.accumulate` was built, which the state does not show.
 
     Raises:
         TypeError: if `grads` are unreduced under explicit sharding, since they have no norm.

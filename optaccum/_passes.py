@@ -60,9 +60,9 @@ class Passes:
 
     Attributes:
         fun: `(closed_over, i, *whole, *rows)` returns the outputs of microbatch i, leaves [m, ...].
-        devices: how they share what has no rows.
-        n: the number of microbatches.
-        accumulator_dtype: dtype of the sums of gradients, or None.
+        devices: How they share what has no rows.
+        n: The number of microbatches.
+        accumulator_dtype: Dtype of the sums of gradients, or None.
     """
 
     fun: Callable[..., Any]

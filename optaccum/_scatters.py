@@ -63,8 +63,8 @@ def apart(tree: Any, holds: list[bool], total: Any) -> Any:
     """Returns a tree that is about to be summed, with a select behind each scatter in it.
 
     Args:
-        tree: a tree of arrays, the last of a result of `trace`.
-        holds: which leaves of that result hold a scatter, or [].
+        tree: A tree of arrays, the last of a result of `trace`.
+        holds: Which leaves of that result hold a scatter, or [].
         total: f32[] >= 0 that changes from trip to trip: no compiler knows that it is not negative.
     """
     leaves, structure = jax.tree.flatten(tree)

@@ -27,9 +27,9 @@ def skip_not_finite(updates: Any, gradient_step: Any, params: Any) -> tuple[jax.
     1 0 {'should_skip': Array(True, dtype=bool)}
 
     Args:
-        updates: gradients.
-        gradient_step: not used.
-        params: not used.
+        updates: Gradients.
+        gradient_step: Not used.
+        params: Not used.
 
     Returns:
         Whether to skip, bool[], and the report `{"should_skip": bool[]}`.

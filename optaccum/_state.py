@@ -20,12 +20,12 @@ class AccumulateState(NamedTuple):
         released: bool[], whether the last call released a window.
         skipped: i32[], microbatches rejected so far.
         weight: f32[], sum of the weights of the window's microbatches.
-        grad_sum: weighted sums of the window's gradients, a tree like the parameters in the
+        grad_sum: Weighted sums of the window's gradients, a tree like the parameters in the
             accumulator dtype, or () if `every_k` is the constant 1.
-        arg_sums: weighted sums of the `average_args` and `metrics`, under `sum_of_value` for
+        arg_sums: Weighted sums of the `average_args` and `metrics`, under `sum_of_value` for
             `value`. They are f32[], or a tree if the argument is one.
-        skip_state: what `should_skip_update_fn` last reported, () without one.
-        inner_state: state of the inner optimizer, which only a release changes.
+        skip_state: What `should_skip_update_fn` last reported, () without one.
+        inner_state: State of the inner optimizer, which only a release changes.
     """
 
     mini_step: jax.Array
@@ -61,7 +61,7 @@ def get_state(opt_state: Any) -> AccumulateState:
     """Find the :class:`AccumulateState` in the state of any optimizer.
 
     Args:
-        opt_state: an optimizer state with one AccumulateState at any depth, such as the state of
+        opt_state: An optimizer state with one AccumulateState at any depth, such as the state of
             `optax.chain(optax.clip(1.0), accumulate(4, optax.adam(1e-3)))`.
 
     Raises:
@@ -103,7 +103,7 @@ def has_released(opt_state: Any) -> jax.Array:
     that was dropped because its weights sum to zero.
 
     Args:
-        opt_state: as for :func:`get_state`.
+        opt_state: As for :func:`get_state`.
 
     Raises:
         ValueError: as :func:`get_state` does.

@@ -52,8 +52,8 @@ def state_shardings(tx: optax.GradientTransformation, params: Any, shardings: An
     it, for sums alone), and reshard gradients to `sharded.grad_sum` before each update.
 
     Args:
-        tx: an Optax transformation that `optax.tree.map_params` can take apart.
-        params: the parameters, or `jax.ShapeDtypeStruct`s of them.
+        tx: An Optax transformation that `optax.tree.map_params` can take apart.
+        params: The parameters, or `jax.ShapeDtypeStruct`s of them.
         shardings: `NamedSharding`s over one mesh or `PartitionSpec`s, a tree like `params` or a
             prefix of it. None for the `.sharding` of each parameter.
 

@@ -57,10 +57,10 @@ def value_and_apply(
           gradients are made first. So they are for any other transformation.
 
     Args:
-        tx: any Optax transformation; an :func:`accumulate` outermost.
-        fun: a loss: `(params, *args)` to a real scalar, or with `has_aux` to `(scalar, aux)`.
-        has_aux: whether `fun` returns `(scalar, aux)`.
-        weight_fn: called as `fun` is; returns the `weight` of the microbatch, such as its unpadded
+        tx: Any Optax transformation; an :func:`accumulate` outermost.
+        fun: A loss: `(params, *args)` to a real scalar, or with `has_aux` to `(scalar, aux)`.
+        has_aux: Whether `fun` returns `(scalar, aux)`.
+        weight_fn: Called as `fun` is; returns the `weight` of the microbatch, such as its unpadded
             tokens.
 
     Returns:
@@ -121,11 +121,11 @@ def _take_in(
     """Returns `(loss, aux)`, the parameters and the state after a microbatch.
 
     Args:
-        accumulator: the one for this state.
+        accumulator: The one for this state.
         gradient: `trained -> ((loss, aux), grads)`.
-        state: before the microbatch.
-        params: before the microbatch.
-        extra_args: the keywords of the step.
+        state: Before the microbatch.
+        params: Before the microbatch.
+        extra_args: The keywords of the step.
     """
     check_state(state)
     devices = _reduce_axes.check_state(accumulator.reduce_axes, state.weight)

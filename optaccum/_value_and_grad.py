@@ -125,30 +125,30 @@ def value_and_grad(
     :func:`optaccum.accumulate` with `should_skip_update_fn`.
 
     Args:
-        fun: a function that returns a real scalar, or with `has_aux` `(scalar, aux)`.
-        argnums: what to differentiate: a position or several, as in `jax.value_and_grad`.
-        has_aux: whether `fun` returns `(scalar, aux)`.
-        num_microbatches: n, an integer >= 1.
-        batch_argnums: positions of the pytrees to split. All their leaves have the same leading
+        fun: A function that returns a real scalar, or with `has_aux` `(scalar, aux)`.
+        argnums: What to differentiate: a position or several, as in `jax.value_and_grad`.
+        has_aux: Whether `fun` returns `(scalar, aux)`.
+        num_microbatches: N, an integer >= 1.
+        batch_argnums: Positions of the pytrees to split. All their leaves have the same leading
             axis, which n divides. None for the argument 1, and then no other positional argument
             may have as many rows: pass 1 to give it to every microbatch whole. (None for no
             position, if `batch_argnames` has names and argument 1 is missing or has a role.)
-        batch_argnames: names of the keyword arguments to split; one that a call leaves out has
+        batch_argnames: Names of the keyword arguments to split; one that a call leaves out has
             its default. None for none of them, and then none may have as many rows: pass () to
             give it to every microbatch whole.
-        weight_fn: called as `fun` is, with the arguments of each microbatch; returns how much it
+        weight_fn: Called as `fun` is, with the arguments of each microbatch; returns how much it
             counts, a scalar >= 0 such as its unpadded tokens. None for 1 each. Weights are summed
             in float32, token counts up to 2**24 exactly, or in float64 with `jax_enable_x64`. Sum
             masks in float32 or integers: bfloat16 rounds a count to 8 bits.
         loss_reduction: "mean" if `fun` is a mean over w_i examples or tokens; "sum" if it is a sum,
             and loss = (sum_i l_i) / (sum_i w_i), and the gradient likewise.
-        rng_argnums: positions of keys, or pytrees of them such as `{"dropout": key}`: in
+        rng_argnums: Positions of keys, or pytrees of them such as `{"dropout": key}`: in
             microbatch i each key is `jax.random.fold_in(key, i)`. Typed keys elsewhere are
             refused; raw ones (`jax.random.PRNGKey`) cannot be told from data.
-        carry_argnum: position of the carry, or None. It keeps its types. `fun` advances the keys
+        carry_argnum: Position of the carry, or None. It keeps its types. `fun` advances the keys
             in it, as `flax.nnx.Rngs` does by its counts.
-        accumulator_dtype: dtype of the sums, as in :func:`optaccum.accumulate`.
-        reduce_axes: mesh axes over which to reduce once, as in :func:`optaccum.accumulate`. `aux`
+        accumulator_dtype: Dtype of the sums, as in :func:`optaccum.accumulate`.
+        reduce_axes: Mesh axes over which to reduce once, as in :func:`optaccum.accumulate`. `aux`
             and the carry are not reduced: each device returns what it has.
 
     Returns:
@@ -218,10 +218,10 @@ def grad(
     """Return `jax.grad(fun)` that runs the batch in microbatches.
 
     Args:
-        fun: as in :func:`value_and_grad`, and so are the others.
-        argnums: what to differentiate.
-        has_aux: whether `fun` returns `(scalar, aux)`.
-        **options: the keyword arguments of :func:`value_and_grad`.
+        fun: As in :func:`value_and_grad`, and so are the others.
+        argnums: What to differentiate.
+        has_aux: Whether `fun` returns `(scalar, aux)`.
+        **options: The keyword arguments of :func:`value_and_grad`.
 
     Returns:
         A function with the arguments of `fun` that returns the gradients, or with `has_aux`

@@ -26,9 +26,9 @@ class Sums(NamedTuple):
     """What is summed in a window, or what one microbatch adds to it.
 
     Attributes:
-        weight: sum of the weights; 1 in a microbatch (its weight, if its values are sums already).
-        grads: weighted sums of the gradients, a tree like the parameters; () if none are kept.
-        args: weighted sums of extra arguments, a tree.
+        weight: Sum of the weights; 1 in a microbatch (its weight, if its values are sums already).
+        grads: Weighted sums of the gradients, a tree like the parameters; () if none are kept.
+        args: Weighted sums of extra arguments, a tree.
     """
 
     weight: Any
@@ -45,7 +45,7 @@ class Microbatch(NamedTuple):
         opens: bool[], whether it is the first of its window.
         counts: bool[], whether it is accepted. If not, the sums stay as they are.
         adds: bool[], whether it adds more than zeros; None if it does so by its weight alone.
-        summed: whether its values are multiplied by the weight already.
+        summed: Whether its values are multiplied by the weight already.
     """
 
     weight: jax.Array | None = None
@@ -89,9 +89,9 @@ def open_sums(params: Any, accumulator_dtype: Any = None) -> Any:
     """Returns zeros in which gradients of `params` can be summed, with the same shardings.
 
     Args:
-        params: a pytree of arrays, `jax.ShapeDtypeStruct`s or numbers. Integers and booleans, which
+        params: A pytree of arrays, `jax.ShapeDtypeStruct`s or numbers. Integers and booleans, which
             have no gradient, keep their dtype and are never added to.
-        accumulator_dtype: dtype of the sums, its real counterpart for real leaves; None for each
+        accumulator_dtype: Dtype of the sums, its real counterpart for real leaves; None for each
             leaf's dtype promoted to at least float32.
     """
 
@@ -116,10 +116,10 @@ def add(sums: Any, values: Any, microbatch: Microbatch = UNWEIGHTED) -> Any:
     every later window. So a microbatch that does not add anything adds zero whatever its values.
 
     Args:
-        sums: a pytree, whose dtypes are kept. Sums narrower than float32 are added to in float32
+        sums: A pytree, whose dtypes are kept. Sums narrower than float32 are added to in float32
             and rounded once.
-        values: a pytree like `sums`; a None adds nothing.
-        microbatch: how they are added.
+        values: A pytree like `sums`; a None adds nothing.
+        microbatch: How they are added.
     """
     microbatch = microbatch.decided()
     opens, counts = microbatch.opens, microbatch.counts
@@ -148,9 +148,9 @@ def mean(sums: Sums, like: Sums, *, of_grads: bool = True) -> tuple[Any, Any]:
     A weight of zero gives the sums and not a NaN; the caller drops such a window.
 
     Args:
-        sums: the sums of a window.
-        like: what a microbatch added to it. A None in it stays.
-        of_grads: whether to average the gradients, too, or to return their sums.
+        sums: The sums of a window.
+        like: What a microbatch added to it. A None in it stays.
+        of_grads: Whether to average the gradients, too, or to return their sums.
     """
     values = sums.grads, sums.args
     # In double precision only if a sum is (it cannot be without `jax_enable_x64`).

@@ -119,10 +119,10 @@ class TrainState(_Counters, train_state.TrainState):
         """Take in one microbatch.
 
         Args:
-            grads: gradients, a tree like `params`.
-            weight: how much the microbatch counts, as in :func:`optaccum.accumulate`.
-            release: whether to close the window, as in :func:`optaccum.accumulate`.
-            **kwargs: fields to replace, as in Flax. All others are extra arguments of the
+            grads: Gradients, a tree like `params`.
+            weight: How much the microbatch counts, as in :func:`optaccum.accumulate`.
+            release: Whether to close the window, as in :func:`optaccum.accumulate`.
+            **kwargs: Fields to replace, as in Flax. All others are extra arguments of the
                 transformation, such as `value=loss`.
 
         Returns:
@@ -149,10 +149,10 @@ class TrainState(_Counters, train_state.TrainState):
             loss, state = state.value_and_apply(loss_fn, batch, weight=tokens)
 
         Args:
-            fun: a loss: `(params, *args)` to a real scalar, or with `has_aux` to `(scalar, aux)`.
-            *args: arguments of `fun`.
-            has_aux: whether `fun` returns `(scalar, aux)`.
-            **kwargs: as in `apply_gradients`.
+            fun: A loss: `(params, *args)` to a real scalar, or with `has_aux` to `(scalar, aux)`.
+            *args: Arguments of `fun`.
+            has_aux: Whether `fun` returns `(scalar, aux)`.
+            **kwargs: As in `apply_gradients`.
 
         Returns:
             `(loss, state)`, or with `has_aux` `((loss, aux), state)`.
@@ -215,9 +215,9 @@ class Optimizer(_Counters, nnx.Optimizer):
         """Take in one microbatch: update `model` and the optimizer's state in place.
 
         Args:
-            model: the module that the optimizer was made for.
-            grads: what `nnx.grad` returns for the variables that `wrt` selects.
-            **extra_args: passed on to the transformation, such as `weight=` and `release=`.
+            model: The module that the optimizer was made for.
+            grads: What `nnx.grad` returns for the variables that `wrt` selects.
+            **extra_args: Passed on to the transformation, such as `weight=` and `release=`.
 
         Returns:
             New parameters less old ones, if `tx` accumulates: the updates as far as rounding let

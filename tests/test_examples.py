@@ -43,15 +43,10 @@ def digits_figure(tmp_path_factory):
 @pytest.fixture(scope="module")
 def digits_printed(digits_figure):
     """What a short run prints; it is run once for all tests, as a reader would run it."""
-    done = subprocess.run(
-        [sys.executable, DIGITS, "--steps", "3", "--every-k", "8", "--output", digits_figure],
-        env=scripts.ENVIRONMENT,
-        encoding="utf-8",
-        capture_output=True,
-        timeout=300,
+    printed = scripts.run(
+        sys.executable, DIGITS, "--steps", "3", "--every-k", "8", "--output", digits_figure
     )
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+    return printed
 
 
 @pytest.fixture(scope="module")
@@ -178,16 +173,9 @@ def clip_figure(tmp_path_factory):
 @pytest.fixture(scope="module")
 def clip_table(clip_figure):
     """The printed table: {name: (reported loss, loss, largest difference, temporaries)}."""
-    done = subprocess.run(
-        [sys.executable, CLIP, "--steps", "3", "--output", clip_figure],
-        env=scripts.ENVIRONMENT,
-        encoding="utf-8",
-        capture_output=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr
+    printed = scripts.run(sys.executable, CLIP, "--steps", "3", "--output", clip_figure)
     row = r"(?m)^ *(\S.*?)  +([\d.]+) +([\d.]+) +[\d.]+% +(\S+) +([\d.]+) MB"
-    found = re.findall(row, done.stdout)
+    found = re.findall(row, printed)
     return {name: tuple(map(float, cells)) for name, *cells in found}
 
 
@@ -252,16 +240,8 @@ def finished(tmp_path_factory):
 
 def run(folder, *options):
     """Returns what the program prints that runs to its end in `folder`."""
-    done = subprocess.run(
-        [*COMMAND, *options],
-        cwd=folder,
-        env=scripts.ENVIRONMENT,
-        encoding="utf-8",
-        capture_output=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+    printed = scripts.run(*COMMAND, *options, cwd=folder)
+    return printed
 
 
 def saved(lm, folder):

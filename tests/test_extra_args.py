@@ -5,6 +5,7 @@ import itertools
 import re
 
 from helpers.meshes import make_mesh, needs_reshard
+from helpers.optimizers import reading
 from helpers.steps import every_step, update_and_apply
 import jax
 import jax.numpy as jnp
@@ -446,18 +447,8 @@ def test_a_mistyped_extra_argument_is_refused_with_what_was_meant(typed, meant, 
     tx.update(TWOS, tx.init(ONES), ONES, value=3.0, weight_decay=0.1)
 
 
-def _reading(name):
-    """Returns a transformation that names an extra argument, and scales with it."""
-    program = (
-        f"def update(g, state, params=None, *, {name}=None, **_): return times(g, {name}), state"
-    )
-    names = {"times": lambda g, x: jax.tree.map(lambda g: g * jax.tree.leaves(x)[0], g)}
-    exec(program, names)
-    return optax.GradientTransformationExtraArgs(optax.init_empty_state, names["update"])
-
-
 def test_an_argument_that_inner_names_is_not_mistyped():
-    for inner in (_reading("weights"), _reading("wieght")):
+    for inner in (reading("weights"), reading("wieght")):
         (name,) = set(optaccum._spelling.named_by(inner.update)) & {"weights", "wieght"}
         tx = optaccum.accumulate(1, inner)
         updates, _ = tx.update(TWOS, tx.init(ONES), ONES, **{name: 3.0})

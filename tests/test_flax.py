@@ -7,6 +7,7 @@ import sys
 from flax import linen as nn, nnx
 from flax.training import train_state
 from helpers.hlo import temporaries
+from helpers.optimizers import reading
 from helpers.steps import recording
 import jax
 import jax.numpy as jnp
@@ -488,16 +489,6 @@ PARAMS = {"w": jnp.ones(2)}
 GRADS = {"w": jnp.full(2, 2.0)}
 
 
-def _reading(name):
-    """Returns a transformation that names an extra argument, and scales with it."""
-    program = (
-        f"def update(g, state, params=None, *, {name}=None, **_): return times(g, {name}), state"
-    )
-    names = {"times": lambda g, x: jax.tree.map(lambda g: g * jax.tree.leaves(x)[0], g)}
-    exec(program, names)
-    return optax.GradientTransformationExtraArgs(optax.init_empty_state, names["update"])
-
-
 def _train_state(tx, **fields):
     flax = pytest.importorskip("optaccum.flax")
     annotations = dict.fromkeys(fields, object)
@@ -530,7 +521,7 @@ def test_a_keyword_that_is_almost_a_field_is_refused(every_k, jit):
 @pytest.mark.parametrize("value", [3.0, {"a": jnp.float32(3), "b": jnp.ones(2)}], ids=type)
 def test_extra_arguments_of_links_are_passed_on(every_k, value):
     """A link of a chain does not show in the signature."""
-    inner = optax.chain(optax.clip(9.0), _reading("hyper"))
+    inner = optax.chain(optax.clip(9.0), reading("hyper"))
     tx = inner if every_k is None else optaccum.accumulate(every_k, inner)
     state = _train_state(tx)
     for _ in range(every_k or 1):

@@ -402,28 +402,21 @@ def test_linen_modules_have_the_gradient_of_the_full_batch():
     _assert_close(ours, expected)
 
 
-def test_nnx_modules_have_the_gradient_of_the_full_batch():
+def _with_nnx():
     model = nnx.Sequential(nnx.Linear(6, 8, rngs=nnx.Rngs(0)), nnx.gelu)
     graph, params = nnx.split(model, nnx.Param)
-
-    def apply(params, x):
-        return nnx.merge(graph, params)(x)
-
-    def loss(apply, params):
-        z = apply(params, BATCH["x"])
-        return jnp.mean((z.T @ z) ** 2)
-
-    expected = jax.jit(jax.value_and_grad(lambda p: loss(apply, p)))(params)
-    ours = jax.jit(jax.value_and_grad(lambda p: loss(_in(4, apply), p)))(params)
-    _assert_close(ours, expected)
+    return params, lambda params, x: nnx.merge(graph, params)(x)
 
 
-def test_equinox_modules_have_the_gradient_of_the_full_batch():
+def _with_equinox():
     model = eqx.nn.MLP(6, 4, 8, 1, key=jax.random.key(0))
     params, static = eqx.partition(model, eqx.is_inexact_array)
+    return params, lambda params, x: jax.vmap(eqx.combine(params, static))(x)
 
-    def apply(params, x):
-        return jax.vmap(eqx.combine(params, static))(x)
+
+@pytest.mark.parametrize("make", [_with_nnx, _with_equinox], ids=["nnx", "equinox"])
+def test_modules_have_the_gradient_of_the_full_batch(make):
+    params, apply = make()
 
     def loss(apply, params):
         z = apply(params, BATCH["x"])

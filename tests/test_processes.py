@@ -44,16 +44,8 @@ def multihost():
 def finished(tmp_path_factory):
     """The checkpoints of a run of two processes, and what it prints."""
     folder = tmp_path_factory.mktemp("multihost")
-    done = subprocess.run(
-        [*COMMAND, f"--steps={STEPS}", "--save-every=5"],
-        cwd=folder,
-        env=scripts.ENVIRONMENT,
-        encoding="utf-8",
-        capture_output=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr
-    return folder / "multihost-checkpoints", done.stdout
+    printed = scripts.run(*COMMAND, f"--steps={STEPS}", "--save-every=5", cwd=folder)
+    return folder / "multihost-checkpoints", printed
 
 
 def make_args(**options):

@@ -77,18 +77,18 @@ def check_loss(
     ==================  ========================================================================
 
     Args:
-        fun: a function that returns a real scalar, or with `has_aux` `(scalar, aux)`.
-        *args: its arguments, arrays and not shapes. Take a few rows that differ in what they hold.
-        kwargs: its keyword arguments.
-        num_microbatches: n >= 2, which divides the rows; None for the structure alone.
-        argnums: what is differentiated.
-        batch_argnums: positions of the pytrees that are split; None for the argument 1.
-        batch_argnames: names of the keyword arguments that are split. With None, no keyword
+        fun: A function that returns a real scalar, or with `has_aux` `(scalar, aux)`.
+        *args: Its arguments, arrays and not shapes. Take a few rows that differ in what they hold.
+        kwargs: Its keyword arguments.
+        num_microbatches: N >= 2, which divides the rows; None for the structure alone.
+        argnums: What is differentiated.
+        batch_argnums: Positions of the pytrees that are split; None for the argument 1.
+        batch_argnames: Names of the keyword arguments that are split. With None, no keyword
             argument may have as many rows as the batch; pass () to give it to each microbatch.
-        has_aux: whether `fun` returns `(scalar, aux)`.
-        weight_fn: the weights that you use, as in :func:`optaccum.value_and_grad`.
-        rng_argnums: positions of keys. All microbatches get them as they are.
-        tolerance: the relative error that is still exact; None to derive it from the dtypes and
+        has_aux: Whether `fun` returns `(scalar, aux)`.
+        weight_fn: The weights that you use, as in :func:`optaccum.value_and_grad`.
+        rng_argnums: Positions of keys. All microbatches get them as they are.
+        tolerance: The relative error that is still exact; None to derive it from the dtypes and
             the number of roundings.
 
     Returns:
@@ -115,9 +115,9 @@ def assert_equivalent(fun: Callable[..., Any], *args: Any, **options: Any) -> No
     """Raise AssertionError with the report's text unless :func:`check_loss` says exact.
 
     Args:
-        fun: as in :func:`check_loss`.
-        *args: its arguments.
-        **options: the keyword arguments of :func:`check_loss`.
+        fun: As in :func:`check_loss`.
+        *args: Its arguments.
+        **options: The keyword arguments of :func:`check_loss`.
 
     Raises:
         AssertionError: if `exact` is False or None.
@@ -197,13 +197,13 @@ def check_step(
         make_step: `(params, every_k) -> (state, step)`. `step(state, rows)` takes in the rows of a
             microbatch and returns the new state, or a tuple that begins with it, or None if it
             changes the state in place.
-        params: what training begins with: a pytree, or a module of `flax.nnx`.
-        batch: a pytree whose leaves have the rows of the full batch, which `every_k` divides.
-        every_k: microbatches per window, >= 2. Microbatch i holds the rows i, i + k, ...
-        inside_step: whether `step` takes the full batch and divides it itself.
+        params: What training begins with: a pytree, or a module of `flax.nnx`.
+        batch: A pytree whose leaves have the rows of the full batch, which `every_k` divides.
+        every_k: Microbatches per window, >= 2. Microbatch i holds the rows i, i + k, ...
+        inside_step: Whether `step` takes the full batch and divides it itself.
         get_params: `state -> parameters`; None for `state.params`, `state["params"]`, the first of
             a tuple, or the state itself.
-        tolerance: the relative error that is still exact; None to derive it from how far a step
+        tolerance: The relative error that is still exact; None to derive it from how far a step
             moves the parameters.
 
     Returns:

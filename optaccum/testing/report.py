@@ -11,9 +11,9 @@ class Finding:
     """One reason why microbatches and the full batch differ, or may differ.
 
     Attributes:
-        kind: a word to compare with, such as "weights"; `optaccum.testing` lists them.
-        where: the user's source line, "file.py:205", or None if none is known.
-        detail: a sentence.
+        kind: A word to compare with, such as "weights"; `optaccum.testing` lists them.
+        where: The user's source line, "file.py:205", or None if none is known.
+        detail: A sentence.
     """
 
     kind: str
@@ -29,14 +29,14 @@ class Report:
     """What a check found; `str(report)` says it in a paragraph.
 
     Attributes:
-        exact: whether microbatches give what the full batch gives; None if that is unknown.
-        error: how far they are from it, relative to its norm; None without numbers.
-        scale: the factor that the mean over microbatches lacks (1.0 if it lacks none), or None.
-        weights: how much each microbatch should count, in shares that sum to 1, or None.
-        findings: the reasons, the verdict first. If all is exact, what of the program may differ
+        exact: Whether microbatches give what the full batch gives; None if that is unknown.
+        error: How far they are from it, relative to its norm; None without numbers.
+        scale: The factor that the mean over microbatches lacks (1.0 if it lacks none), or None.
+        weights: How much each microbatch should count, in shares that sum to 1, or None.
+        findings: The reasons, the verdict first. If all is exact, what of the program may differ
             with other rows; mostly nothing.
-        remedy: what to change, or None if there is nothing to change.
-        tolerance: the largest `error` that rounding explains, or None.
+        remedy: What to change, or None if there is nothing to change.
+        tolerance: The largest `error` that rounding explains, or None.
     """
 
     exact: bool | None

@@ -7,6 +7,7 @@ import types
 from typing import Any
 import warnings
 
+import jax
 import optax
 import optax.contrib
 
@@ -55,3 +56,15 @@ def build(name: str) -> optax.GradientTransformationExtraArgs:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)  # optax.optimistic_adam
         return optax.with_extra_args_support(factory(**options))
+
+
+def reading(name: str) -> optax.GradientTransformationExtraArgs:
+    """Returns a transformation that names an extra argument, and scales with it."""
+    program = (
+        f"def update(g, state, params=None, *, {name}=None, **_): return times(g, {name}), state"
+    )
+    names: dict[str, Any] = {
+        "times": lambda g, x: jax.tree.map(lambda g: g * jax.tree.leaves(x)[0], g)
+    }
+    exec(program, names)
+    return optax.GradientTransformationExtraArgs(optax.init_empty_state, names["update"])

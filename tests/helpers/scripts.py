@@ -4,6 +4,7 @@ import importlib.util
 import os
 import pathlib
 import socket
+import subprocess
 import tempfile
 from typing import Any
 
@@ -31,6 +32,15 @@ def load(path: pathlib.Path) -> Any:
         patch.syspath_prepend(path.parent)  # as where the script is run
         spec.loader.exec_module(module)
     return module
+
+
+def run(*command: Any, cwd: pathlib.Path | None = None) -> str:
+    """Returns what a program prints that runs to its end."""
+    done = subprocess.run(
+        command, cwd=cwd, env=ENVIRONMENT, encoding="utf-8", capture_output=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
 
 
 def free_address() -> str:
