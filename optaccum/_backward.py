@@ -94,4 +94,5 @@ class Gradient(NamedTuple):
             for j, target in targets.items():
                 results[j] = plus(target, results[j], microbatch)
         new = [results[j] if j is not None else _window.add(s, None, microbatch) for j, s in pairs]
-        return self.as_value(results[:first]), structure.unflatten(new)
+        value = [jnp.asarray(x) for x in results[:first]]  # JAX 0.7.2 has literals among them
+        return self.as_value(value), structure.unflatten(new)
