@@ -64,6 +64,11 @@ class Replicated:
         """Sums gradients and arguments over all devices; gradients get the shardings of `like`."""
         return grads, args
 
+    def reduce_stored(self, sums: Sums, like: Any) -> Sums:
+        """Returns what `reduce` does, of the sums of a state."""
+        weight, grads, args = self.load(sums)
+        return Sums(weight, *self.reduce(grads, args, like))
+
 
 class PerDevice(Replicated):
     """In `jax.shard_map`: each device has sums and weights, which vary over the axes.

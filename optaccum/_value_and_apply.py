@@ -14,10 +14,8 @@ from optaccum import _reduce_axes, _validate
 from optaccum._accumulate import accumulator_of, apply_gradients
 from optaccum._accumulator import Accumulator, Call
 from optaccum._backward import Gradient
-from optaccum._extra_args import as_weight
 from optaccum._state import check_state, has_sums
 from optaccum._trees import fast
-from optaccum._window import Sums
 
 
 def value_and_apply(
@@ -143,13 +141,6 @@ def _take_in(
     rest = dict(extra_args)
     weight, release = rest.pop("weight", None), rest.pop("release", None)
     call = Call(grads, state, params, weight, release, rest)
-    accumulator.check_sums(call, applied=True)
-    weight = None if weight is None else as_weight("`weight`", weight)
-    microbatch, _ = accumulator.microbatch(state, weight, devices, True)
-    seen = jnp.asarray(state.mini_step, jnp.float32)
-    value, sums = program.add_to(devices.load(state.grad_sum), microbatch, seen)
-    call = call._replace(
-        grad_sum=devices.store(Sums((), sums, ())).grads,
-        extra_args=accumulator.extra_args.with_value(rest, value[0]),
-    )
-    return value, *accumulator.apply_call(call)
+    added = accumulator.add(call, accumulator.check_sums(call, applied=True), program)
+    rest = accumulator.extra_args.with_value(rest, added.value[0])
+    return added.value, *accumulator.apply_call(call._replace(extra_args=rest), added)
