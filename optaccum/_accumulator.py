@@ -160,6 +160,7 @@ class Accumulator:
         grads, state, params, *_ = call
         devices, length, release, inner_args = self._check(call, bool(carried))
         if added is None:
+            _reduce_axes.check_not_reduced(devices)
             added = self.add(call, devices)
         sums, values, microbatch, known_positive, skip_state, _ = added
         counts = microbatch.counts
@@ -311,7 +312,9 @@ class Accumulator:
                 "the optimizer state has no accumulator: it was made with `every_k=1`; give it one "
                 "with `state._replace(grad_sum=tx.init(params).grad_sum)`"
             )
-        sums = devices.load(call.state.grad_sum)
+        sums = call.state.grad_sum
+        if devices.axes:
+            sums = jax.eval_shape(devices.load, sums)
         check_fits(call.grads, sums)
         if call.params is not None:
             check_trained(fast(call.params), sums, applied=applied)

@@ -7,6 +7,8 @@ from typing import Any, Concatenate, Literal, ParamSpec, TypedDict, TypeVar, Unp
 import jax
 
 from optaccum import _call, _reduce_axes, _validate
+from optaccum._device_rows import on_each_device, stack
+from optaccum._devices import Stacked
 from optaccum._in_place import refuse_changes
 from optaccum._loop import Loop
 
@@ -181,13 +183,19 @@ def value_and_grad(
     @functools.wraps(fun)
     def value_and_grad_fn(*args, **kwargs):
         call = _call.Call(fun, positions, args, kwargs)
+        devices = _reduce_axes.check_mesh(axes)
+        if isinstance(devices, Stacked):
+            call.check(n, devices=devices.count)
+            return from_jit(call, devices)
         call.check(n)
+        return run(call, call.args)
+
+    def run(call, args):
+        """Returns loss and gradients; with `axes` on each device."""
         trained, carry = call.roles.trained, call.roles.carry
-        devices, *_ = [_reduce_axes.check_sums(call.args[j], axes) for j in trained]
+        devices, *_ = [_reduce_axes.check_sums(args[j], axes) for j in trained]
         # Of parameters that all devices share JAX would sum the gradients, each time.
-        shared = [
-            devices.share(x) if j in (*trained, *carry) else x for j, x in enumerate(call.args)
-        ]
+        shared = [devices.share(x) if j in (*trained, *carry) else x for j, x in enumerate(args)]
         at = trained if isinstance(argnums, tuple | list) else trained[0]
         loss_fn = refuse_changes(call.by_position(fun), call.title, carry)
         loop = Loop(
@@ -205,6 +213,25 @@ def value_and_grad(
         loss, aux, new, grads = loop.once() if n == 1 and not axes else loop.scan()
         aux = (new, aux) if carry else aux
         return ((loss, aux) if has_aux else loss), grads
+
+    def from_jit(call, devices):
+        """Returns them under automatic sharding."""
+        if call.roles.carry:
+            raise ValueError(
+                "`carry_argnum` cannot be used with `reduce_axes` under automatic sharding, since "
+                "each device has a carry of its rows; use jax.shard_map and reduce the carry "
+                "(jax.lax.pmean), or leave `reduce_axes` out"
+            )
+
+        def fun_of_device(args):
+            value, grads = run(call, args)
+            if has_aux:
+                value = value[0], stack(value[1], devices, axis=1)
+            return value, grads
+
+        along = jax.P(None, devices.axes)
+        out_specs = ((jax.P(), along) if has_aux else jax.P()), jax.P()
+        return on_each_device(fun_of_device, devices, call, out_specs=out_specs)
 
     return value_and_grad_fn
 
