@@ -80,6 +80,14 @@ class Loop:
 
     def scan(self) -> tuple[Any, Any, Any, Any]:
         """Returns mean loss, stacked aux, last carry and mean gradients of all microbatches."""
+        sums, each, carry = self.sums()
+        grads, (total, loss) = self.devices.reduce(sums.grads, (sums.weight, sums.args))
+        like = Sums(None, self.params, each.loss)
+        grads, loss = _window.mean(Sums(total, grads, loss), like)
+        return loss, each.aux, carry, grads
+
+    def sums(self) -> tuple[Sums, Microbatch, Any]:
+        """Returns sums over all microbatches on this device, what each returned, and the carry."""
         carry = self._first_carry()
         # Zeros of the gradients' type: if it is `unreduced`, that of `params` is not.
         zeros = jax.grad(lambda _: 0.0)(self.params)
@@ -93,9 +101,7 @@ class Loop:
             total = jnp.asarray(self.n, total.dtype)
         all_of_them = _window.Microbatch(each.weight, True, adds=each.counts, summed=self.summed)
         losses = _window.add(_window.open_sums(each.loss), each.loss, all_of_them)
-        sums, (total, loss) = self.devices.reduce(sums, (total, losses.sum()))
-        grads, loss = _window.mean(Sums(total, sums, loss), Sums(None, self.params, each.loss))
-        return loss, each.aux, carry, grads
+        return Sums(total, sums, losses.sum()), each, carry
 
     def trip(self, carried: Carried, i: jax.Array) -> tuple[Carried, Microbatch]:
         """Runs microbatch i and adds it to the sums."""

@@ -6,11 +6,12 @@ from typing import Any, Concatenate, Literal, ParamSpec, TypedDict, TypeVar, Unp
 
 import jax
 
-from optaccum import _call, _reduce_axes, _validate
+from optaccum import _call, _reduce_axes, _validate, _window
 from optaccum._device_rows import on_each_device, stack
 from optaccum._devices import Stacked
 from optaccum._in_place import refuse_changes
 from optaccum._loop import Loop
+from optaccum._window import Sums
 
 Params = TypeVar("Params")
 Rest = ParamSpec("Rest")
@@ -186,19 +187,22 @@ def value_and_grad(
         devices = _reduce_axes.check_mesh(axes)
         if isinstance(devices, Stacked):
             call.check(n, devices=devices.count)
-            return from_jit(call, devices)
-        call.check(n)
-        return run(call, call.args)
+            loss, aux, grads = from_jit(call, devices)
+        else:
+            call.check(n)
+            loop = make_loop(call, call.args)
+            loss, aux, new, grads = loop.once() if n == 1 and not axes else loop.scan()
+            aux = (new, aux) if call.roles.carry else aux
+        return ((loss, aux) if has_aux else loss), grads
 
-    def run(call, args):
-        """Returns loss and gradients; with `axes` on each device."""
+    def make_loop(call, args):
         trained, carry = call.roles.trained, call.roles.carry
         devices, *_ = [_reduce_axes.check_sums(args[j], axes) for j in trained]
         # Of parameters that all devices share JAX would sum the gradients, each time.
         shared = [devices.share(x) if j in (*trained, *carry) else x for j, x in enumerate(args)]
         at = trained if isinstance(argnums, tuple | list) else trained[0]
         loss_fn = refuse_changes(call.by_position(fun), call.title, carry)
-        loop = Loop(
+        return Loop(
             args=call.roles.split(shared, n) if n > 1 else shared,
             roles=call.roles,
             params=shared[at] if isinstance(at, int) else tuple(shared[j] for j in at),
@@ -210,12 +214,9 @@ def value_and_grad(
             summed=summed,
             accumulator_dtype=accumulator_dtype,
         )
-        loss, aux, new, grads = loop.once() if n == 1 and not axes else loop.scan()
-        aux = (new, aux) if carry else aux
-        return ((loss, aux) if has_aux else loss), grads
 
     def from_jit(call, devices):
-        """Returns them under automatic sharding."""
+        """Returns loss, aux and gradients under automatic sharding."""
         if call.roles.carry:
             raise ValueError(
                 "`carry_argnum` cannot be used with `reduce_axes` under automatic sharding, since "
@@ -223,15 +224,22 @@ def value_and_grad(
                 "(jax.lax.pmean), or leave `reduce_axes` out"
             )
 
-        def fun_of_device(args):
-            value, grads = run(call, args)
-            if has_aux:
-                value = value[0], stack(value[1], devices, axis=1)
-            return value, grads
+        def on_device(args):
+            loop = make_loop(call, args)
+            sums, each, _ = loop.sums()
+            like = Sums(None, (), each.loss)
+            _, (total, loss) = loop.devices.reduce((), (sums.weight, sums.args))
+            _, loss = _window.mean(Sums(total, (), loss), like)
+            return loss, total, stack(sums.grads, devices), stack(each.aux, devices, axis=1)
 
-        along = jax.P(None, devices.axes)
-        out_specs = ((jax.P(), along) if has_aux else jax.P()), jax.P()
-        return on_each_device(fun_of_device, devices, call, out_specs=out_specs)
+        out_specs = jax.P(), jax.P(), jax.P(devices.axes), jax.P(None, devices.axes)
+        loss, total, stacked, aux = on_each_device(on_device, devices, call, out_specs=out_specs)
+        # Reduced out here, sums can be scattered to where their parameters are divided.
+        sums = devices.reduce_stored(Sums((), stacked, ()), None)._replace(weight=total)
+        trained = tuple(call.args[j] for j in call.roles.trained)
+        like = trained if isinstance(argnums, tuple | list) else trained[0]
+        grads, _ = _window.mean(sums, Sums(None, like, ()))
+        return loss, aux, grads
 
     return value_and_grad_fn
 
