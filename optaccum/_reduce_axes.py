@@ -26,9 +26,9 @@ def check_mesh(axes: tuple[str, ...]) -> Replicated:
         if axis not in types:
             raise AxisError(
                 f"`reduce_axes` names {axis!r}, but the mesh here has the axes {list(types)}; call "
-                "it under jax.set_mesh, as `init`, or inside the same jax.shard_map (and in "
-                "jax.pmap, whose arrays do not show what they vary over, reduce at the beginning "
-                "of `inner`)"
+                "`init` and all steps under one jax.set_mesh, or inside the same jax.shard_map "
+                "(and in jax.pmap, whose arrays do not show what they vary over, reduce at the "
+                "beginning of `inner`)"
             )
         if types[axis] == AxisType.Explicit and not hasattr(jax, "reshard"):
             raise AxisError(

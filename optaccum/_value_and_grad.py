@@ -95,6 +95,10 @@ def value_and_grad(
           sharded over devices stays in place: splitting it costs no communication if n divides the
           rows of a device. A float32 batch is not copied.
         * With `reduce_axes` the devices reduce gradients, weights and loss once, after the scan.
+          In a plain `jax.jit`, under `jax.set_mesh` with automatic axes, `fun` and `weight_fn` get
+          the rows of one device, and leaves of `aux` are [n, devices, ...]. Parameters that are
+          divided over these axes are gathered once, and their sums are scattered once; other
+          axes stay with the compiler. Each device folds its index into its keys.
           In `jax.shard_map` (with its `check_vma`) `fun` gets the rows of its device and returns
           their loss; loss and gradients are weighted over all devices, and alike on all. Under
           explicit sharding, gradients with respect to `jax.reshard(p, P(..., reduced={axis}))`
@@ -152,7 +156,8 @@ def value_and_grad(
             in it, as `flax.nnx.Rngs` does by its counts.
         accumulator_dtype: Dtype of the sums, as in :func:`optaccum.accumulate`.
         reduce_axes: Mesh axes over which to reduce once, as in :func:`optaccum.accumulate`. `aux`
-            and the carry are not reduced: each device returns what it has.
+            and the carry are not reduced: each device returns what it has. (A carry needs
+            `jax.shard_map`.)
 
     Returns:
         A function with the arguments of `fun` that returns `(loss, gradients)`, or with `has_aux`
