@@ -17,6 +17,7 @@ from optaccum._gradients import check_fits, check_parameters, check_trained
 from optaccum._state import AccumulateState, check_state, has_sums
 from optaccum._trees import (
     apply_updates,
+    cast_floating,
     cast_like,
     copy_shared,
     eval_shape,
@@ -77,6 +78,7 @@ class Accumulator:
     judge: Callable[..., tuple[jax.Array, Any]] | None
     accumulator_dtype: Any
     reduce_axes: tuple[str, ...]
+    reduce_dtype: Any
 
     def init(self, params: Any) -> Any:
         """Returns the state before the first microbatch."""
@@ -175,7 +177,8 @@ class Accumulator:
         trained = None if params is None else fast(params)
 
         def take_step(*start):
-            reduced = devices.reduce_stored(sums, trained)
+            grads = cast_floating(sums.grads, self.reduce_dtype)
+            reduced = devices.reduce_stored(sums._replace(grads=grads), trained)
             mean, means = self._mean(reduced._replace(weight=total), values, microbatch)
             result, new = step(*start, mean, self.extra_args.with_means(inner_args, means, mean))
             return result, cast_like(new, state.inner_state)

@@ -15,6 +15,7 @@ import jax
 from jax import lax
 import jax.numpy as jnp
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
+import numpy as np
 import optax
 
 from optaccum import _window
@@ -175,7 +176,8 @@ class Stacked(Replicated):
         return reduce[0]
 
     def reduce_stored(self, sums, like):
-        return jax.tree.map(lambda x: x.sum(0), sums)
+        # `jnp.sum` would reduce bfloat16 in float32.
+        return jax.tree.map(lambda x: lax.reduce(x, np.zeros((), x.dtype), lax.add, (0,)), sums)
 
 
 def along(axes: tuple[str, ...]) -> Replicated:

@@ -11,6 +11,7 @@ from optaccum._device_rows import on_each_device, stack
 from optaccum._devices import Stacked
 from optaccum._in_place import refuse_changes
 from optaccum._loop import Loop
+from optaccum._trees import cast_floating
 from optaccum._window import Sums
 
 Params = TypeVar("Params")
@@ -28,6 +29,8 @@ class Options(TypedDict, total=False):
     carry_argnum: int | None
     accumulator_dtype: jax.typing.DTypeLike | None
     reduce_axes: str | tuple[str, ...]
+    reduce_dtype: jax.typing.DTypeLike | None
+    overlap_reduction: bool
 
 
 @overload
@@ -66,6 +69,8 @@ def value_and_grad(
     carry_argnum: int | None = None,
     accumulator_dtype: jax.typing.DTypeLike | None = None,
     reduce_axes: str | tuple[str, ...] = (),
+    reduce_dtype: jax.typing.DTypeLike | None = None,
+    overlap_reduction: bool = False,
 ) -> Callable[..., Any]:
     """Return `jax.value_and_grad(fun)` that runs the batch in n microbatches, by one scan.
 
@@ -105,7 +110,7 @@ def value_and_grad(
           come out reduced; without `reduce_axes` they come out unreduced, for one `jax.reshard`.
         * Layers in a `lax.scan` need no stack of gradients beside the sums: the backward scan adds
           each layer's gradient to them. A weighted lookup needs no second table.
-        * `fun` is traced once. Keys do not depend on data.
+        * `fun` is traced once (twice with `overlap_reduction`). Keys do not depend on data.
         * Derivatives of any order, in any mode. A microbatch without weight has none, whatever its
           rows are: its `aux`, which is kept, is a constant in reverse mode.
 
@@ -158,6 +163,11 @@ def value_and_grad(
         reduce_axes: Mesh axes over which to reduce once, as in :func:`optaccum.accumulate`. `aux`
             and the carry are not reduced: each device returns what it has. (A carry needs
             `jax.shard_map`.)
+        reduce_dtype: Dtype in which sums are sent, as in :func:`optaccum.accumulate`.
+        overlap_reduction: Whether to run the last microbatch after the scan, so that compilers can
+            reduce the sums of a layer during the backward pass of the layers before it. This pays
+            on GPUs for layers that are not in a `lax.scan`. It takes the memory of the gradients
+            of one microbatch, and `fun` is compiled twice.
 
     Returns:
         A function with the arguments of `fun` that returns `(loss, gradients)`, or with `has_aux`
@@ -178,6 +188,12 @@ def value_and_grad(
     n = _validate.check_count("`num_microbatches`", num_microbatches)
     accumulator_dtype = _validate.check_accumulator_dtype(accumulator_dtype)
     axes = _validate.check_axes(reduce_axes)
+    reduce_dtype = _validate.check_reduce_dtype(reduce_dtype, axes)
+    _validate.check_flag("`overlap_reduction`", overlap_reduction)
+    if overlap_reduction and not axes:
+        raise ValueError(
+            "`overlap_reduction` needs `reduce_axes`: nothing is reduced after the scan"
+        )
     options = {
         "`argnums`": argnums,
         "`batch_argnums`": batch_argnums,
@@ -218,6 +234,8 @@ def value_and_grad(
             has_aux=has_aux,
             summed=summed,
             accumulator_dtype=accumulator_dtype,
+            reduce_dtype=reduce_dtype,
+            overlap_reduction=overlap_reduction,
         )
 
     def from_jit(call, devices):
@@ -235,7 +253,8 @@ def value_and_grad(
             like = Sums(None, (), each.loss)
             _, (total, loss) = loop.devices.reduce((), (sums.weight, sums.args))
             _, loss = _window.mean(Sums(total, (), loss), like)
-            return loss, total, stack(sums.grads, devices), stack(each.aux, devices, axis=1)
+            grads = cast_floating(sums.grads, reduce_dtype)
+            return loss, total, stack(grads, devices), stack(each.aux, devices, axis=1)
 
         out_specs = jax.P(), jax.P(), jax.P(devices.axes), jax.P(None, devices.axes)
         loss, total, stacked, aux = on_each_device(on_device, devices, call, out_specs=out_specs)

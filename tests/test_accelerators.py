@@ -6,6 +6,7 @@ or fail where the environment sets OPTACCUM_REQUIRE_ACCELERATORS.
 
 import functools
 import os
+import re
 from typing import Any
 
 from flax import nnx
@@ -719,8 +720,9 @@ def _along(axis):
     return lambda x: P(*[None] * (x.ndim - 2), axis)
 
 
-def _gradients(reduce_axes):
-    return optaccum.grad(_embedded, num_microbatches=4, weight_fn=_tokens, reduce_axes=reduce_axes)
+def _gradients(reduce_axes, **options):
+    options |= {"weight_fn": _tokens, "reduce_axes": reduce_axes}
+    return optaccum.grad(_embedded, num_microbatches=4, **options)
 
 
 def test_a_plain_jit_reduces_once_and_not_in_a_loop(target):
@@ -731,6 +733,49 @@ def test_a_plain_jit_reduces_once_and_not_in_a_loop(target):
     after, sent = _on_four_chips(target, _gradients("data"), ("data",), whole)
     assert sent == {("all-reduce", False, False): pytest.approx(1, rel=0.01)}
     assert after < before + 0.1
+
+
+def test_sums_in_bfloat16_are_half_as_much_to_send(target):
+    step = _gradients("data", reduce_dtype=jnp.bfloat16)
+    _, sent = _on_four_chips(target, step, ("data",), lambda _: P())
+    assert sent == {("all-reduce", False, False): pytest.approx(0.5, rel=0.01)}
+
+
+def test_the_backward_pass_of_the_last_microbatch_hides_reductions():
+    """Between the start and the end of a reduction are products of matrices."""
+    target = _need(targets.H100)
+    layers = {
+        f"{name}{i}": x.update(shape=x.shape[1:]) for i in range(4) for name, x in STACK.items()
+    }
+
+    def loss(params, batch):
+        h = batch["x"]
+        for i in range(4):
+            h += jnp.tanh(h @ params[f"a{i}"]) @ params[f"b{i}"]
+        return jnp.mean(h**2)
+
+    def hidden(overlap_reduction):
+        step = optaccum.grad(
+            loss, num_microbatches=4, reduce_axes="data", overlap_reduction=overlap_reduction
+        )
+        mesh = Mesh(np.array(targets.devices(target, 4)), ("data",))
+        batch = {"x": jax.ShapeDtypeStruct((64, 256, 1024), jnp.float32)}
+        args = (
+            _place(layers, NamedSharding(mesh, P())),
+            _place(batch, NamedSharding(mesh, P("data"))),
+        )
+        with jax.set_mesh(mesh):
+            lines = jax.jit(step).lower(*args).compile().as_text().splitlines()
+        found = []
+        for at, line in enumerate(lines):
+            if made := re.match(r"\s*%?(\S+) = .*all-reduce-start\(", line):
+                end = next(j for j in range(at, len(lines)) if f"%{made[1]})" in lines[j])
+                found.append(any("gemm" in between for between in lines[at:end]))
+        return sum(found), len(found)
+
+    assert hidden(False)[0] == 0
+    some, count = hidden(True)
+    assert some > count / 2
 
 
 def test_parameters_that_are_divided_over_the_axis_are_gathered_once_and_scattered_once(target):

@@ -114,6 +114,50 @@ def test_it_is_right_without_weights_and_with_sums():
         assert_close(jax.jit(step)(*args), expected)
 
 
+def test_the_last_microbatch_may_run_after_the_scan():
+    def fun(params, batch):
+        return loss_fn(params, batch), (batch["ids"].sum(), 3)
+
+    options = {"has_aux": True, "weight_fn": tokens, "reduce_axes": "data"}
+    with jax.set_mesh(mesh := make_mesh(AxisType.Auto)):
+        args = place(mesh), rows(mesh, WHOLE)
+        for n in (1, 3):
+            step = functools.partial(value_and_grad, fun, num_microbatches=n, **options)
+            expected = jax.jit(step())(*args)
+            found = jax.jit(step(overlap_reduction=True))(*args)
+            assert_close(found, expected, 1e-6)
+    with pytest.raises(ValueError, match="`overlap_reduction` needs `reduce_axes`"):
+        value_and_grad(fun, num_microbatches=2, overlap_reduction=True)
+
+
+def test_sums_may_be_sent_in_bfloat16():
+    window = {"ids": IDS[:K].reshape(-1, LENGTH), "mask": MASK[: K * ROWS]}
+    expected = jax.grad(loss_fn)(PARAMS, window)
+    with jax.set_mesh(mesh := make_mesh(AxisType.Auto)):
+        options = {"reduce_axes": "data", "reduce_dtype": jnp.bfloat16}
+        args = place(mesh), rows(mesh, window)
+        step = value_and_grad(loss_fn, num_microbatches=3, weight_fn=tokens, **options)
+        manual = jax.shard_map(step, in_specs=(P(), P("data")), out_specs=P())
+        tx = accumulate(K, optax.sgd(1.0), **options)
+        by_loss = jax.jit(value_and_apply(tx, loss_fn, weight_fn=tokens))
+        _, params, state = run(by_loss, args[0], tx.init(args[0]), BATCHES[:K])
+        found = [jax.jit(way)(*args)[1] for way in (step, manual)]
+        found.append(jax.tree.map(jnp.subtract, PARAMS, params))
+    assert all(x.dtype == jnp.float32 for x in jax.tree.leaves(state.grad_sum))
+    for grads in found:
+        for g, e in zip(jax.tree.leaves(grads), jax.tree.leaves(expected), strict=True):
+            assert g.dtype == jnp.float32
+            # A rounding of each of 8 sums, and one for each of 7 additions.
+            np.testing.assert_allclose(g, e, rtol=0, atol=15 * 2**-9 * float(jnp.abs(e).max()))
+            assert (jnp.abs(g - e) > 1e-5 * jnp.abs(e)).any()  # something was rounded
+    with pytest.raises(ValueError, match=r"`reduce_dtype` .* needs `reduce_axes`"):
+        accumulate(2, optax.sgd(0.1), reduce_dtype=jnp.bfloat16)
+    with pytest.raises(ValueError, match="overflow in `reduce_dtype` float16; use bfloat16"):
+        accumulate(2, optax.sgd(0.1), reduce_axes="data", reduce_dtype=jnp.float16)
+    with pytest.raises(TypeError, match=r"`reduce_dtype` .*int8.* is no floating dtype"):
+        value_and_grad(loss_fn, num_microbatches=2, reduce_axes="data", reduce_dtype=jnp.int8)
+
+
 def test_what_devices_return_is_stacked_and_their_keys_differ():
     def fun(params, batch, key, scale, *, extra):
         noise = jax.random.normal(key, batch["ids"].shape[:1])
