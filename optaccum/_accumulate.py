@@ -27,6 +27,7 @@ def accumulate(
     loss_reduction: str = "mean",
     should_skip_update_fn: Callable[[Any, jax.Array, Any], tuple[Any, Any]] | None = None,
     accumulator_dtype: jax.typing.DTypeLike | None = None,
+    cast_mean: bool = True,
     average_args: tuple[str, ...] | Mapping[str, Any] = (),
     metrics: tuple[str, ...] = (),
     window_args: tuple[str, ...] = (),
@@ -91,6 +92,10 @@ def accumulate(
             max_squared_norm=...)`. The report is kept in `skip_state`.
         accumulator_dtype: Dtype of the sums; None for the parameter's dtype promoted to at least
             float32. A narrower one saves memory and loses bits.
+        cast_mean: Whether G and the means of `average_args` are cast to the dtypes that the
+            microbatch brings. False leaves them in the dtypes of the sums, for an `inner` with
+            float32 masters of bfloat16 parameters. (At the constant `every_k` 1, which has no sums,
+            G gets the dtype that they would have.)
         average_args: Names of scalar extra arguments that `inner` should see as the window's
             weighted mean, not as the last microbatch's value: `("value",)` for a loss. For trees,
             pass a dict from each name to a tree of arrays or `jax.ShapeDtypeStruct`s. `"grad"` is
@@ -124,6 +129,7 @@ def accumulate(
     inner = optax.identity() if inner is None else inner
     _validate.check_transformation("`inner`", inner)
     _validate.check_flag("`use_grad_mean`", use_grad_mean)
+    _validate.check_flag("`cast_mean`", cast_mean)
     axes = _validate.check_axes(reduce_axes)
     single = isinstance(every_k, int) and every_k == 1 and not axes
     accumulator = (WindowOfOne if single else Accumulator)(
@@ -134,6 +140,7 @@ def accumulate(
         summed=_validate.check_loss_reduction(loss_reduction) == "sum",
         judge=_callbacks.as_judge(should_skip_update_fn),
         accumulator_dtype=_validate.check_accumulator_dtype(accumulator_dtype),
+        cast_mean=cast_mean,
         reduce_axes=axes,
     )
     return optax.GradientTransformationExtraArgs(accumulator.init, accumulator.update)

@@ -76,6 +76,7 @@ class Accumulator:
     summed: bool
     judge: Callable[..., tuple[jax.Array, Any]] | None
     accumulator_dtype: Any
+    cast_mean: bool
     reduce_axes: tuple[str, ...]
 
     def init(self, params: Any) -> Any:
@@ -202,7 +203,9 @@ class Accumulator:
             return result, cast_like(new, state.inner_state)
 
         def shapes():
-            return eval_shape(self.inner.update, grads, state.inner_state, params, **inner_args)[:1]
+            mean, means = eval_shape(self._mean, sums, values, microbatch)
+            args = self.extra_args.with_means(inner_args, means, mean)
+            return eval_shape(self.inner.update, mean, state.inner_state, params, **args)[:1]
 
         with _reduce_axes.explain_varying(grads, trained):
             result, inner_state = branch(
@@ -245,7 +248,7 @@ class Accumulator:
 
     def _mean(self, sums: Sums, values: Sums, microbatch: Microbatch) -> tuple[Any, Any]:
         """Returns G and the means of the arguments of the window that the microbatch closes."""
-        return _window.mean(sums, values, of_grads=self.use_grad_mean)
+        return _window.mean(sums, values, of_grads=self.use_grad_mean, cast=self.cast_mean)
 
     def _check(self, call: Call, applied: bool) -> Checked:
         """Raises if a microbatch cannot be taken in; else returns its arguments in one form."""

@@ -142,7 +142,7 @@ def add(sums: Any, values: Any, microbatch: Microbatch = UNWEIGHTED) -> Any:
     return jax.tree.map(leaf, values, sums, is_leaf=lambda x: x is None)
 
 
-def mean(sums: Sums, like: Sums, *, of_grads: bool = True) -> tuple[Any, Any]:
+def mean(sums: Sums, like: Sums, *, of_grads: bool = True, cast: bool = True) -> tuple[Any, Any]:
     """Returns `sums / sums.weight`, gradients and arguments, in the dtypes of `like`.
 
     A weight of zero gives the sums and not a NaN; the caller drops such a window.
@@ -151,6 +151,7 @@ def mean(sums: Sums, like: Sums, *, of_grads: bool = True) -> tuple[Any, Any]:
         sums: The sums of a window.
         like: What a microbatch added to it. A None in it stays.
         of_grads: Whether to average the gradients, too, or to return their sums.
+        cast: Whether to cast to the dtypes of `like`, or to keep those of the sums.
     """
     values = sums.grads, sums.args
     # In double precision only if a sum is (it cannot be without `jax_enable_x64`).
@@ -165,7 +166,8 @@ def mean(sums: Sums, like: Sums, *, of_grads: bool = True) -> tuple[Any, Any]:
             if x is None:
                 return None
             total = s.astype(at_least_float32(s.dtype))
-            return (times(total, reciprocal) if averaged else total).astype(jnp.result_type(x))
+            result = times(total, reciprocal) if averaged else total
+            return result.astype(jnp.result_type(x if cast else s))
 
         return jax.tree.map(leaf, like, sums, is_leaf=lambda x: x is None)
 

@@ -1,5 +1,7 @@
 """`every_k` 1: every microbatch is a window, so nothing has to be kept."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 
@@ -7,7 +9,7 @@ from optaccum import _window
 from optaccum._accumulator import Accumulator
 from optaccum._gradients import check_fits
 from optaccum._state import AccumulateState, has_sums
-from optaccum._trees import fast
+from optaccum._trees import cast_like, fast
 from optaccum._window import Microbatch, Sums
 
 
@@ -32,7 +34,11 @@ class WindowOfOne(Accumulator):
 
     def _mean(self, sums, values, microbatch):
         _, means = super()._mean(sums, values._replace(grads=()), microbatch)
-        grads, weight, mean = values.grads, microbatch.weight, values.grads
+        grads, weight = values.grads, microbatch.weight
+        if not self.cast_mean:
+            sums_of = functools.partial(_window.open_sums, accumulator_dtype=self.accumulator_dtype)
+            grads = cast_like(grads, jax.eval_shape(sums_of, grads))
+        mean = grads
         if weight is not None and self.summed and self.use_grad_mean:
             mean, _ = _window.mean(Sums(weight, grads, ()), Sums(None, grads, ()))
         elif weight is not None and not self.summed and not self.use_grad_mean:

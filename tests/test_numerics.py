@@ -242,3 +242,78 @@ def test_an_imaginary_part_is_judged_and_no_gradients_are_finite():
     leaf = jnp.array([1.0 + 1j * np.nan, 1.0])
     assert bool(skip_not_finite(leaf, 0, None)[0])
     assert not bool(skip_not_finite({"a": None}, 0, None)[0])
+
+
+# G in the dtype of the sums: `cast_mean=False`.
+
+
+def _seen_by_inner(calls, k, params, fused, **options):
+    """Returns what `inner` gets in the last of some calls, gradients and `value`."""
+    seen = []
+
+    def update(updates, state, params=None, *, value=None, **_):
+        seen.append((updates, value))
+        return updates, state
+
+    inner = optax.GradientTransformationExtraArgs(optax.init_empty_state, update)
+    tx = accumulate(k, inner, average_args=("value",), **options)
+    state = tx.init(params)
+    for g, value in calls:
+        if fused:
+            new, state = apply_gradients(tx, g, state, params, value=value)
+            assert jax.tree.map(jnp.result_type, new) == jax.tree.map(jnp.result_type, params)
+        else:
+            updates, state = tx.update(g, state, params, value=value)
+            types = jax.tree.map(lambda x: (x.shape, x.dtype), updates)
+            assert types == jax.tree.map(lambda x: (x.shape, x.dtype), seen[-1][0])
+    return seen[-1]
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_without_the_cast_inner_gets_the_mean_to_the_precision_of_its_sums(fused):
+    rng = np.random.default_rng(0)
+    grads = jnp.asarray(rng.normal(size=(8, 1000)), jnp.bfloat16)
+    exact = np.asarray(grads, np.float64).mean(0)
+    calls = [(g, jnp.bfloat16(0.1)) for g in grads]
+
+    def error(**options):
+        mean, value = _seen_by_inner(calls, 8, grads[0], fused, **options)
+        return np.linalg.norm(np.asarray(mean, np.float64) - exact) / np.linalg.norm(exact), value
+
+    cast, value = error()
+    kept, exact_value = error(cast_mean=False)
+    # Eight additions and a product of float32, whose rounding is 2**-24 of partial sums that are
+    # not much larger than the result; one rounding to bfloat16 is 2**-9 at most, and 2**-11 rarely.
+    assert kept < 9 * 2.0**-24
+    assert 2.0**-11 < cast < 2.0**-8
+    assert (value.dtype, exact_value.dtype) == (jnp.bfloat16, jnp.float32)
+
+
+@pytest.mark.parametrize("k", [1, 2])
+@pytest.mark.parametrize(
+    ("dtype", "wanted", "expected"),
+    [
+        (jnp.bfloat16, None, jnp.float32),
+        (jnp.float16, None, jnp.float32),
+        (jnp.complex64, None, jnp.complex64),
+        (jnp.float32, jnp.bfloat16, jnp.bfloat16),
+    ],
+)
+def test_without_the_cast_the_dtype_is_the_same_at_every_k(k, dtype, wanted, expected):
+    g = {"a": jnp.full(2, 3, dtype), "none": None}
+    options = {"accumulator_dtype": wanted, "cast_mean": False}
+    mean, _ = _seen_by_inner([(g, 1.0)] * 2, k, g, fused=False, **options)
+    assert mean["none"] is None
+    assert mean["a"].dtype == expected
+    np.testing.assert_array_equal(np.asarray(mean["a"], np.complex64), np.full(2, 3))
+
+
+def test_with_float32_parameters_the_cast_is_none():
+    params = jnp.ones(3)
+
+    def text(**options):
+        tx = accumulate(2, optax.adam(0.1), **options)
+        step = jax.jit(lambda g, s, p: apply_gradients(tx, g, s, p))
+        return step.lower(params, tx.init(params), params).as_text()
+
+    assert text() == text(cast_mean=True) == text(cast_mean=False)
