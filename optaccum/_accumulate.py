@@ -26,7 +26,7 @@ def accumulate(
     use_grad_mean: bool = True,
     loss_reduction: str = "mean",
     should_skip_update_fn: Callable[[Any, jax.Array, Any], tuple[Any, Any]] | None = None,
-    accumulator_dtype: jax.typing.DTypeLike | None = None,
+    accumulator_dtype: Any = None,
     cast_mean: bool = True,
     average_args: tuple[str, ...] | Mapping[str, Any] = (),
     metrics: tuple[str, ...] = (),
@@ -91,7 +91,9 @@ def accumulate(
             protocol: `optax.skip_not_finite`, `functools.partial(optax.skip_large_updates,
             max_squared_norm=...)`. The report is kept in `skip_state`.
         accumulator_dtype: Dtype of the sums; None for the parameter's dtype promoted to at least
-            float32. A narrower one saves memory and loses bits.
+            float32. A narrower one saves memory and loses bits. To choose for each parameter, pass
+            a tree of dtypes and None, like the parameters or a prefix of them, or a function
+            `(path, parameter) -> dtype | None` with the key paths of `jax.tree_util`.
         cast_mean: Whether G and the means of `average_args` are cast to the dtypes that the
             microbatch brings. False leaves them in the dtypes of the sums, for an `inner` with
             float32 masters of bfloat16 parameters. (At the constant `every_k` 1, which has no sums,

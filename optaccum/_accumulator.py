@@ -12,7 +12,7 @@ from optaccum import _reduce_axes, _window
 from optaccum._conditional import both, branch
 from optaccum._devices import Replicated
 from optaccum._extra_args import ExtraArgs, as_release, as_weight
-from optaccum._gradients import check_fits, check_parameters, check_trained
+from optaccum._gradients import check_fits, check_trained, dtypes_of_sums
 from optaccum._state import AccumulateState, check_state, has_sums
 from optaccum._trees import (
     apply_updates,
@@ -82,10 +82,10 @@ class Accumulator:
     def init(self, params: Any) -> Any:
         """Returns the state before the first microbatch."""
         trained, none = fast(params), jnp.zeros([], jnp.int32)
-        check_parameters(trained, self.accumulator_dtype)
+        dtypes = dtypes_of_sums(trained, self.accumulator_dtype)
         devices = _reduce_axes.check_sums(trained, self.reduce_axes)
-        arg_sums = self.extra_args.open_sums(trained, self.accumulator_dtype)
-        zeros = Sums(jnp.zeros([], jnp.float32), self._open_sums(trained), arg_sums)
+        arg_sums = self.extra_args.open_sums(trained, dtypes)
+        zeros = Sums(jnp.zeros([], jnp.float32), self._open_sums(trained, dtypes), arg_sums)
         sums = devices.store(zeros)
         report = () if self.judge is None else jax.eval_shape(self.judge, trained, none, params)[1]
         return AccumulateState(
@@ -229,8 +229,8 @@ class Accumulator:
             inner_state=inner_state,
         )
 
-    def _open_sums(self, params: Any) -> Any:
-        return _window.open_sums(params, self.accumulator_dtype)
+    def _open_sums(self, params: Any, dtypes: Any) -> Any:
+        return _window.open_sums(params, dtypes)
 
     def _opens(self, state: AccumulateState) -> jax.Array | bool:
         return state.mini_step == 0

@@ -119,10 +119,10 @@ class ExtraArgs:
         asked = "value" in self.averages or "value" in self.inner_args
         return {"value": loss} | extra_args if asked else extra_args
 
-    def open_sums(self, params: Any, accumulator_dtype: Any) -> dict[str, Any]:
+    def open_sums(self, params: Any, dtypes: Any) -> dict[str, Any]:
         """Returns the `arg_sums` of a fresh state."""
         return {
-            key_of(name): _window.open_sums(params, accumulator_dtype)
+            key_of(name): _window.open_sums(params, dtypes)
             if like is None
             else _window.open_sums(like)
             for name, like in self.averages.items()

@@ -14,6 +14,7 @@ from optaccum._backward import add_gradients
 from optaccum._batch import named_leaves
 from optaccum._call import Roles
 from optaccum._cotangents import call_with_drops, drop_unless
+from optaccum._gradients import dtypes_of_sums
 from optaccum._keys import is_typed_key
 from optaccum._mesh_axes import vary, varying
 from optaccum._trees import ARRAYS, cast_like, strongly_typed, where
@@ -83,7 +84,8 @@ class Loop:
         carry = self._first_carry()
         # Zeros of the gradients' type: if it is `unreduced`, that of `params` is not.
         zeros = jax.grad(lambda _: 0.0)(self.params)
-        sums, total = _window.open_sums(zeros, self.accumulator_dtype), jnp.zeros([], _dtype())
+        dtypes = dtypes_of_sums(self.params, self.accumulator_dtype)
+        sums, total = _window.open_sums(zeros, dtypes), jnp.zeros([], _dtype())
         if self.weight_fn is not None:
             weight, _ = jax.eval_shape(lambda: self.weigh(self.arguments(0, carry), 0))
             total = vary(total, tuple(varying(weight)))

@@ -99,7 +99,7 @@ class Passes:
                     "argument"
                 )
         trained = [{k: x.value for k, x in enumerate(xs) if x.perturbed} for xs in (whole, rows)]
-        _gradients.check_parameters(trained, self.accumulator_dtype)
+        _gradients.dtypes_of_sums(trained, self.accumulator_dtype)  # raises if it does not fit
         values = [[x.value for x in xs] for xs in (whole, rows, closed_over)]
         return self.run(*values), (trained, *values)
 
@@ -117,7 +117,8 @@ class Passes:
 
         # Zeros of the cotangents' type: if it is `unreduced`, the type of the arguments is not.
         zeros, joined = jax.grad(lambda _: 0.0)(trained)
-        start = _window.open_sums(zeros, self.accumulator_dtype), joined, jnp.float32(0)
+        dtypes = _gradients.dtypes_of_sums(zeros, self.accumulator_dtype)
+        start = _window.open_sums(zeros, dtypes), joined, jnp.float32(0)
         (sums, joined, _), _ = lax.scan(body, start, jnp.arange(self.n, dtype=jnp.int32))
         sums = {k: _devices.reduce_like(s, whole[k], self.devices) for k, s in sums.items()}
         sums = cast_like(sums, of_whole)

@@ -23,7 +23,7 @@ class Options(TypedDict, total=False):
     loss_reduction: str
     rng_argnums: int | Sequence[int]
     carry_argnum: int | None
-    accumulator_dtype: jax.typing.DTypeLike | None
+    accumulator_dtype: Any
     reduce_axes: str | tuple[str, ...]
 
 
@@ -61,7 +61,7 @@ def value_and_grad(
     loss_reduction: str = "mean",
     rng_argnums: int | Sequence[int] = (),
     carry_argnum: int | None = None,
-    accumulator_dtype: jax.typing.DTypeLike | None = None,
+    accumulator_dtype: Any = None,
     reduce_axes: str | tuple[str, ...] = (),
 ) -> Callable[..., Any]:
     """Return `jax.value_and_grad(fun)` that runs the batch in n microbatches, by one scan.
@@ -147,7 +147,8 @@ def value_and_grad(
             refused; raw ones (`jax.random.PRNGKey`) cannot be told from data.
         carry_argnum: Position of the carry, or None. It keeps its types. `fun` advances the keys
             in it, as `flax.nnx.Rngs` does by its counts.
-        accumulator_dtype: Dtype of the sums, as in :func:`optaccum.accumulate`.
+        accumulator_dtype: Dtype of the sums, as in :func:`optaccum.accumulate`. A tree, or the
+            paths for a function, are like the gradients.
         reduce_axes: Mesh axes over which to reduce once, as in :func:`optaccum.accumulate`. `aux`
             and the carry are not reduced: each device returns what it has.
 

@@ -85,25 +85,25 @@ def at_least_float32(dtype: Any) -> jnp.dtype:
     return jnp.dtype(jnp.float32) if jnp.finfo(dtype).bits < 32 else jnp.dtype(dtype)
 
 
-def open_sums(params: Any, accumulator_dtype: Any = None) -> Any:
+def open_sums(params: Any, dtypes: Any = None) -> Any:
     """Returns zeros in which gradients of `params` can be summed, with the same shardings.
 
     Args:
         params: A pytree of arrays, `jax.ShapeDtypeStruct`s or numbers. Integers and booleans, which
             have no gradient, keep their dtype and are never added to.
-        accumulator_dtype: Dtype of the sums, its real counterpart for real leaves; None for each
-            leaf's dtype promoted to at least float32.
+        dtypes: A tree like `params` with the dtype of each sum, its real counterpart for a real
+            leaf; None for the leaf's dtype promoted to at least float32. None for a tree of None.
     """
 
-    def zeros(p):
+    def zeros(p, asked=None):
         dtype = jnp.result_type(p)
         if jnp.issubdtype(dtype, jnp.complexfloating):
-            dtype = accumulator_dtype or dtype
+            dtype = asked or dtype
         elif jnp.issubdtype(dtype, jnp.floating):
-            dtype = jnp.finfo(accumulator_dtype or at_least_float32(dtype)).dtype
+            dtype = jnp.finfo(asked or at_least_float32(dtype)).dtype
         return jnp.zeros_like(p, dtype=dtype)
 
-    return jax.tree.map(zeros, params)
+    return jax.tree.map(zeros, params, *(() if dtypes is None else (dtypes,)))
 
 
 UNWEIGHTED = Microbatch()

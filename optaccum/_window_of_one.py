@@ -1,13 +1,11 @@
 """`every_k` 1: every microbatch is a window, so nothing has to be kept."""
 
-import functools
-
 import jax
 import jax.numpy as jnp
 
 from optaccum import _window
 from optaccum._accumulator import Accumulator
-from optaccum._gradients import check_fits
+from optaccum._gradients import check_fits, dtypes_of_sums
 from optaccum._state import AccumulateState, has_sums
 from optaccum._trees import cast_like, fast
 from optaccum._window import Microbatch, Sums
@@ -23,7 +21,7 @@ class WindowOfOne(Accumulator):
         longer = isinstance(state, AccumulateState) and has_sums(state)
         return Accumulator(**vars(self)) if longer else self
 
-    def _open_sums(self, params):
+    def _open_sums(self, params, dtypes):
         return ()
 
     def _opens(self, state):
@@ -36,8 +34,8 @@ class WindowOfOne(Accumulator):
         _, means = super()._mean(sums, values._replace(grads=()), microbatch)
         grads, weight = values.grads, microbatch.weight
         if not self.cast_mean:
-            sums_of = functools.partial(_window.open_sums, accumulator_dtype=self.accumulator_dtype)
-            grads = cast_like(grads, jax.eval_shape(sums_of, grads))
+            dtypes = dtypes_of_sums(grads, self.accumulator_dtype)
+            grads = cast_like(grads, jax.eval_shape(lambda: _window.open_sums(grads, dtypes)))
         mean = grads
         if weight is not None and self.summed and self.use_grad_mean:
             mean, _ = _window.mean(Sums(weight, grads, ()), Sums(None, grads, ()))

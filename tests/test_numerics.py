@@ -8,6 +8,7 @@ import numpy as np
 import optax
 import pytest
 
+import optaccum
 from optaccum import accumulate, apply_gradients, get_state, skip_not_finite
 
 INT32_MAX = np.iinfo(np.int32).max
@@ -289,6 +290,53 @@ def test_without_the_cast_inner_gets_the_mean_to_the_precision_of_its_sums(fused
     assert (value.dtype, exact_value.dtype) == (jnp.bfloat16, jnp.float32)
 
 
+def _narrow_experts(path, p):
+    wide = p.ndim > 1 and "experts" in jax.tree_util.keystr(path)
+    return jnp.bfloat16 if wide else None
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [
+        _narrow_experts,
+        {"router": None, "experts": {"w": "bfloat16", "b": None, "none": None}, "steps": None},
+        {"router": jnp.float32, "experts": {"w": jnp.bfloat16, "b": None, "none": None}}
+        | {"steps": jnp.float32},
+        {"router": None, "experts": jnp.bfloat16, "steps": None},
+    ],
+    ids=["function", "tree", "dtypes of all", "prefix"],
+)
+def test_each_parameter_has_the_accumulator_dtype_asked_for(asked):
+    params = {
+        "router": jnp.ones(2, jnp.bfloat16),
+        "experts": {"w": jnp.ones((2, 2)), "b": jnp.ones(2), "none": None},
+        "steps": jnp.arange(2),
+    }
+    prefix = isinstance(asked, dict) and not isinstance(asked["experts"], dict)
+    expected = {
+        "router": jnp.float32,
+        "experts": {"w": jnp.bfloat16, "b": jnp.bfloat16 if prefix else jnp.float32, "none": None},
+        "steps": jnp.int32,
+    }
+    tx = accumulate(2, accumulator_dtype=asked, average_args=("grad",))
+    state = tx.init(params)
+    for sums in (state.grad_sum, state.arg_sums["sum_of_grad"]):
+        assert jax.tree.map(lambda s: s.dtype, sums) == jax.tree.map(jnp.dtype, expected)
+
+    def loss(trained, x):
+        return sum(jnp.sum(p**2) * jnp.sum(x) for p in jax.tree.leaves(trained))
+
+    # 1 + 2**-9 is not a bfloat16: its first sum in bfloat16 rounds to 1.
+    trained = params | {"steps": None}
+    if isinstance(asked, dict):
+        asked = asked | {"steps": None}
+    in_two = optaccum.grad(loss, num_microbatches=2, accumulator_dtype=asked)
+    grads = jax.jit(in_two)(trained, jnp.full(2, (1 + 2.0**-9) / 2))
+    narrow = {"w": 1.0, "b": 1.0 if prefix else 1 + 2.0**-9}
+    for name, value in narrow.items():
+        np.testing.assert_array_equal(np.unique(grads["experts"][name]), value)
+
+
 @pytest.mark.parametrize("k", [1, 2])
 @pytest.mark.parametrize(
     ("dtype", "wanted", "expected"),
@@ -301,7 +349,7 @@ def test_without_the_cast_inner_gets_the_mean_to_the_precision_of_its_sums(fused
 )
 def test_without_the_cast_the_dtype_is_the_same_at_every_k(k, dtype, wanted, expected):
     g = {"a": jnp.full(2, 3, dtype), "none": None}
-    options = {"accumulator_dtype": wanted, "cast_mean": False}
+    options = {"accumulator_dtype": {"a": wanted, "none": None}, "cast_mean": False}
     mean, _ = _seen_by_inner([(g, 1.0)] * 2, k, g, fused=False, **options)
     assert mean["none"] is None
     assert mean["a"].dtype == expected
