@@ -89,15 +89,29 @@ def fast(params: Any) -> Any:
 
 
 def keep_untrained(params: Any, new: Any, grads: Any) -> Any:
-    """Returns `new`, and the leaves of `params` whose gradient is None.
+    """Returns `new`, and the leaves of `params` without a gradient that cannot have one.
 
     A branch would turn Python numbers, such as settings in a module, into arrays.
     """
     if isinstance(params, optax.LookaheadParams):
         return new
+
+    def keep(x, p):
+        array = isinstance(p, jax.Array | np.ndarray)
+        return x if array and jnp.issubdtype(p.dtype, jnp.inexact) else p
+
     return jax.tree.map(
-        lambda g, x, p: p if g is None else x, grads, new, params, is_leaf=lambda g: g is None
+        lambda g, x, p: jax.tree.map(keep, x, p) if g is None else x,
+        grads,
+        new,
+        params,
+        is_leaf=is_none,
     )
+
+
+def is_none(x: Any) -> bool:
+    """Returns whether `x` is None."""
+    return x is None
 
 
 def apply_updates(params: Any, updates: optax.Updates) -> Any:
@@ -106,5 +120,5 @@ def apply_updates(params: Any, updates: optax.Updates) -> Any:
         lambda u, p: p if u is None else optax.apply_updates(p, u),
         updates,
         params,
-        is_leaf=lambda u: u is None,
+        is_leaf=is_none,
     )

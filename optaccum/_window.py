@@ -17,6 +17,7 @@ import jax.numpy as jnp
 
 from optaccum._conditional import select
 from optaccum._mesh_axes import unreduced
+from optaccum._trees import is_none
 
 # The reciprocals of weights and totals in this range are normal in float32.
 SMALLEST, LARGEST = 2.0**-100, 2.0**126
@@ -106,6 +107,11 @@ def open_sums(params: Any, dtypes: Any = None) -> Any:
     return jax.tree.map(zeros, params, *(() if dtypes is None else (dtypes,)))
 
 
+def is_summed(s: jax.Array) -> bool:
+    """Returns whether gradients are added to a leaf of `open_sums`."""
+    return jnp.issubdtype(s.dtype, jnp.inexact)
+
+
 UNWEIGHTED = Microbatch()
 
 
@@ -135,11 +141,11 @@ def add(sums: Any, values: Any, microbatch: Microbatch = UNWEIGHTED) -> Any:
 
     def keep(s):
         """No gradient: keeps the sum, and zeroes it when a window opens."""
-        if not jnp.issubdtype(s.dtype, jnp.inexact):
+        if not is_summed(s):
             return s
         return select(counts, select(opens, jnp.zeros_like(s), s), s)
 
-    return jax.tree.map(leaf, values, sums, is_leaf=lambda x: x is None)
+    return jax.tree.map(leaf, values, sums, is_leaf=is_none)
 
 
 def mean(sums: Sums, like: Sums, *, of_grads: bool = True, cast: bool = True) -> tuple[Any, Any]:
@@ -149,27 +155,30 @@ def mean(sums: Sums, like: Sums, *, of_grads: bool = True, cast: bool = True) ->
 
     Args:
         sums: The sums of a window.
-        like: What a microbatch added to it. A None in it stays.
+        like: What a microbatch added to it. For a None, which others may have added to, the mean
+            has the dtype of the sum; it stays None if there is no sum.
         of_grads: Whether to average the gradients, too, or to return their sums.
         cast: Whether to cast to the dtypes of `like`, or to keep those of the sums.
     """
     values = sums.grads, sums.args
     # In double precision only if a sum is (it cannot be without `jax_enable_x64`).
-    inexact = [x for x in jax.tree.leaves(values) if jnp.issubdtype(x.dtype, jnp.inexact)]
-    wide = any(jnp.finfo(x.dtype).dtype == jnp.float64 for x in inexact)
+    summed = filter(is_summed, jax.tree.leaves(values))
+    wide = any(jnp.finfo(x.dtype).dtype == jnp.float64 for x in summed)
     divisor = lax.select(sums.weight > 0, sums.weight, jnp.ones_like(sums.weight))
     # XLA materialises a tree divided by a traced scalar, but fuses a product.
     reciprocal = 1 / divisor.astype(jnp.float64 if wide else jnp.float32)
 
     def tree(like, sums, averaged):
-        def leaf(x, s):
-            if x is None:
-                return None
+        def leaf(s, dtype):
             total = s.astype(at_least_float32(s.dtype))
-            result = times(total, reciprocal) if averaged else total
-            return result.astype(jnp.result_type(x if cast else s))
+            return (times(total, reciprocal) if averaged else total).astype(dtype)
 
-        return jax.tree.map(leaf, like, sums, is_leaf=lambda x: x is None)
+        def leaves(x, s):
+            if x is not None:
+                return leaf(s, jnp.result_type(x) if cast else s.dtype)
+            return jax.tree.map(lambda s: leaf(s, s.dtype) if is_summed(s) else None, s)
+
+        return jax.tree.map(leaves, like, sums, is_leaf=is_none)
 
     return tree(like.grads, sums.grads, of_grads), tree(like.args, sums.args, True)
 

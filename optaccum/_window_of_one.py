@@ -7,7 +7,7 @@ from optaccum import _window
 from optaccum._accumulator import Accumulator
 from optaccum._gradients import check_fits, dtypes_of_sums
 from optaccum._state import AccumulateState, has_sums
-from optaccum._trees import cast_like, fast
+from optaccum._trees import cast_like, fast, is_none
 from optaccum._window import Microbatch, Sums
 
 
@@ -42,6 +42,10 @@ class WindowOfOne(Accumulator):
         elif weight is not None and not self.summed and not self.use_grad_mean:
             weighted = _window.add(_window.open_sums(grads), grads, Microbatch(weight, opens=True))
             mean = jax.tree.map(lambda s, g: s.astype(jnp.result_type(g)), weighted, grads)
+        # No other microbatch has what this one lacks.
+        means = jax.tree.map(
+            lambda x, mean: None if x is None else mean, values.args, means, is_leaf=is_none
+        )
         return mean, means
 
     def _check_grads(self, call, devices, applied):

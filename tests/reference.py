@@ -40,7 +40,8 @@ class Record:
 
     Attributes:
         released: whether the call released a window.
-        gradient: leaves that the inner optimizer saw, or None on a hold.
+        gradient: leaves that the inner optimizer saw, None where no microbatch of the window had
+            one; or None on a hold.
         args: averaged extra arguments that it saw, or None on a hold.
         error_scale: leaves of sum |w_i g_i|, divided like `gradient`: rounding is relative to it.
         terms: microbatches in the window.
@@ -167,9 +168,10 @@ def _weighted_sum(window: Sequence[Microbatch], magnitude: bool = False) -> Leav
     for microbatch in window:
         for i, (g, total) in enumerate(zip(microbatch.gradient, sums, strict=True)):
             # A microbatch of weight zero adds nothing, even where its gradient is NaN.
-            if g is not None and total is not None and microbatch.weight > 0:
+            if g is not None and microbatch.weight > 0:
                 term = microbatch.weight * _wide(g)
-                sums[i] = total + (np.abs(term) if magnitude else term)
+                before = np.zeros_like(term) if total is None else total
+                sums[i] = before + (np.abs(term) if magnitude else term)
     return sums
 
 
