@@ -189,7 +189,8 @@ class Accumulator:
         unit = weight if self.summed and weight is not None else jnp.float32(1)
         values = Sums(unit, grads, averaged)
         sums = self._add(call, devices, values, microbatch)
-        total = devices.total(sums, closes, by_select=release is True)
+        with jax.named_scope("optaccum.reduce"):
+            total = devices.total(sums, closes, by_select=release is True)
         releases = closes if known_positive else both(closes, total > 0)
 
         # Step, or hold.
@@ -197,7 +198,8 @@ class Accumulator:
 
         def take_step(*start):
             _, grad_sum, arg_sums = devices.load(sums)
-            reduced = devices.reduce(grad_sum, arg_sums, trained)
+            with jax.named_scope("optaccum.reduce"):
+                reduced = devices.reduce(grad_sum, arg_sums, trained)
             mean, means = self._mean(Sums(total, *reduced), values, microbatch)
             result, new = step(*start, mean, self.extra_args.with_means(inner_args, means, mean))
             return result, cast_like(new, state.inner_state)
@@ -210,7 +212,7 @@ class Accumulator:
         with _reduce_axes.explain_varying(grads, trained):
             result, inner_state = branch(
                 releases,
-                take_step,
+                jax.named_scope("optaccum.release")(take_step),
                 (*carried, state.inner_state),
                 shapes=None if carried else shapes,
                 by_select=release is True,

@@ -95,7 +95,8 @@ class Loop:
             total = jnp.asarray(self.n, total.dtype)
         all_of_them = _window.Microbatch(each.weight, True, adds=each.counts, summed=self.summed)
         losses = _window.add(_window.open_sums(each.loss), each.loss, all_of_them)
-        sums, (total, loss) = self.devices.reduce(sums, (total, losses.sum()))
+        with jax.named_scope("optaccum.reduce"):
+            sums, (total, loss) = self.devices.reduce(sums, (total, losses.sum()))
         grads, loss = _window.mean(Sums(total, sums, loss), Sums(None, self.params, each.loss))
         return loss, each.aux, carry, grads
 

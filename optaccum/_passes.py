@@ -120,7 +120,8 @@ class Passes:
         dtypes = _gradients.dtypes_of_sums(zeros, self.accumulator_dtype)
         start = _window.open_sums(zeros, dtypes), joined, jnp.float32(0)
         (sums, joined, _), _ = lax.scan(body, start, jnp.arange(self.n, dtype=jnp.int32))
-        sums = {k: _devices.reduce_like(s, whole[k], self.devices) for k, s in sums.items()}
+        with jax.named_scope("optaccum.reduce"):
+            sums = {k: _devices.reduce_like(s, whole[k], self.devices) for k, s in sums.items()}
         sums = cast_like(sums, of_whole)
         return (
             [sums.get(k) for k in range(len(whole))],

@@ -145,7 +145,8 @@ def add(sums: Any, values: Any, microbatch: Microbatch = UNWEIGHTED) -> Any:
             return s
         return select(counts, select(opens, jnp.zeros_like(s), s), s)
 
-    return jax.tree.map(leaf, values, sums, is_leaf=is_none)
+    with jax.named_scope("optaccum.add"):
+        return jax.tree.map(leaf, values, sums, is_leaf=is_none)
 
 
 def mean(sums: Sums, like: Sums, *, of_grads: bool = True, cast: bool = True) -> tuple[Any, Any]:
