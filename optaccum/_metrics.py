@@ -81,8 +81,8 @@ def window_metrics(
     has_sums = jax.tree.structure(state.grad_sum) != jax.tree.structure(())
     if not has_sums and grads is None:
         raise ValueError(
-            "`opt_state` has no sums of gradients, since `every_k` is the constant 1; pass "
-            "`grads`, those of the update before it, with every k"
+            "`opt_state` has no sums of gradients, since `every_k` is the constant 1 or the "
+            "parameters are (); pass `grads`, those of the update before it, with every k"
         )
     weight, grad_sum, scalars = _devices.of_all(Sums(state.weight, state.grad_sum, scalars))
     known = weight > 0

@@ -150,7 +150,7 @@ def noise_scale(
             signal_sum = decay * signal_sum + (1 - decay) * (mean - trace / total)
             mass = decay * mass + (1 - decay)
     if not mass:
-        return np.nan, np.nan, np.nan
+        return 0.0, 0.0, np.inf
     ratio = trace_sum / signal_sum if signal_sum > 0 else np.inf
     return trace_sum / mass, signal_sum / mass, ratio
 

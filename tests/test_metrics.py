@@ -185,6 +185,9 @@ def test_what_cannot_be_read_is_refused():
         window_metrics(named)
     with pytest.raises(ValueError, match="pass `grads`, those of the update before it"):
         window_metrics(accumulate(1).init(PARAMS))
+    with pytest.raises(ValueError, match=r"`every_k` is the constant 1 or the parameters are \(\)"):
+        window_metrics(accumulate(2).init(()))
+    assert window_metrics(accumulate(2).init(()), ())["grad_norm"] == 0
     members = jax.vmap(accumulate(2).init)(jax.tree.map(lambda p: jnp.stack([p, p]), PARAMS))
     with pytest.raises(ValueError, match=r"`jax.vmap\(window_metrics\)\(...\)`"):
         window_metrics(members)
