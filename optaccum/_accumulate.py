@@ -29,7 +29,7 @@ def accumulate(
     accumulator_dtype: Any = None,
     cast_mean: bool = True,
     average_args: tuple[str, ...] | Mapping[str, Any] = (),
-    metrics: tuple[str, ...] = (),
+    metrics: tuple[str, ...] | Mapping[str, Any] = (),
     window_args: tuple[str, ...] = (),
     reduce_axes: str | tuple[str, ...] = (),
 ) -> optax.GradientTransformationExtraArgs:
@@ -104,7 +104,11 @@ def accumulate(
             like the parameters and costs one more accumulator; name it only if it is not what
             `update` is given, as behind a link that clips.
         metrics: Names of scalar extra arguments that are averaged in the same way for
-            :func:`optaccum.window_metrics` alone: `inner` does not get them.
+            :func:`optaccum.window_metrics` alone: `inner` does not get them. For another reduction
+            pass a dict, `{"loss": "mean", "tokens": "sum", "logit": "max", "accuracy": "ratio"}`.
+            Over the microbatches that count, "sum" and "max" do not weigh, and "ratio", which is
+            given (numerator, denominator), is sum / sum. For a tree pass a pair, `"load": ("sum",
+            jax.ShapeDtypeStruct((experts,), jnp.float32))`.
         window_args: Names of extra arguments that stand for the whole window as they are:
             `("value_fn",)` for a loss of its whole data, as a line search needs one.
         reduce_axes: Mesh axes over which gradients are not reduced yet. They are reduced once per

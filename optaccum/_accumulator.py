@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optaccum import _reduce_axes, _window
+from optaccum import _reduce_axes, _reductions, _window
 from optaccum._conditional import both, branch
 from optaccum._devices import Replicated
 from optaccum._extra_args import ExtraArgs, as_release, as_weight
@@ -197,15 +197,17 @@ class Accumulator:
         trained = None if params is None else fast(params)
 
         def take_step(*start):
-            _, grad_sum, arg_sums = devices.load(sums)
+            _, grad_sum, arg_sums = devices.load(self.extra_args.for_means(sums))
             with jax.named_scope("optaccum.reduce"):
                 reduced = devices.reduce(grad_sum, arg_sums, trained)
-            mean, means = self._mean(Sums(total, *reduced), values, microbatch)
+            like = self.extra_args.for_means(values)
+            mean, means = self._mean(Sums(total, *reduced), like, microbatch)
             result, new = step(*start, mean, self.extra_args.with_means(inner_args, means, mean))
             return result, cast_like(new, state.inner_state)
 
         def shapes():
-            mean, means = eval_shape(self._mean, sums, values, microbatch)
+            parts = map(self.extra_args.for_means, (sums, values))
+            mean, means = eval_shape(self._mean, *parts, microbatch)
             args = self.extra_args.with_means(inner_args, means, mean)
             return eval_shape(self.inner.update, mean, state.inner_state, params, **args)[:1]
 
@@ -240,13 +242,14 @@ class Accumulator:
     def _add(self, call: Call, devices: Replicated, values: Sums, microbatch: Microbatch) -> Sums:
         """Returns the sums with the microbatch."""
         state, added = call.state, call.grad_sum
-        if added is not None:
-            stored = devices.store(values._replace(grads=()))
-            sums = _window.add(Sums(state.weight, (), state.arg_sums), stored, microbatch)
-            return sums._replace(grads=added)
-        values = devices.store(values)
-        _reduce_axes.check_placed(values.grads, state.grad_sum)
-        return _window.add(Sums(state.weight, state.grad_sum, state.arg_sums), values, microbatch)
+        values = devices.store(values if added is None else values._replace(grads=()))
+        if added is None:
+            _reduce_axes.check_placed(values.grads, state.grad_sum)
+        microbatch = microbatch.decided()
+        sums = state.weight, state.grad_sum if added is None else ()
+        weight, grads = _window.add(sums, values[:2], microbatch)
+        args = _reductions.add(state.arg_sums, values.args, microbatch)
+        return Sums(weight, grads if added is None else added, args)
 
     def _mean(self, sums: Sums, values: Sums, microbatch: Microbatch) -> tuple[Any, Any]:
         """Returns G and the means of the arguments of the window that the microbatch closes."""

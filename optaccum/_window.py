@@ -47,6 +47,7 @@ class Microbatch(NamedTuple):
         counts: bool[], whether it is accepted. If not, the sums stay as they are.
         adds: bool[], whether it adds more than zeros; None if it does so by its weight alone.
         summed: Whether its values are multiplied by the weight already.
+        largest: Whether the largest value of the window is kept, and not the sum.
     """
 
     weight: jax.Array | None = None
@@ -54,6 +55,7 @@ class Microbatch(NamedTuple):
     counts: jax.Array | bool = True
     adds: Any = None
     summed: bool = False
+    largest: bool = False
 
     def decided(self) -> "Microbatch":
         """Returns it with `adds` as the weight says."""
@@ -67,7 +69,7 @@ class Microbatch(NamedTuple):
             return x
         # x + -0.0 is x for every x. With 0.0 XLA:GPU would share, and keep, one large array with
         # the loop of a gradient that is scanned over layers.
-        nothing = jnp.full_like(x, -0.0 if x.ndim else 0.0)
+        nothing = jnp.full_like(x, -jnp.inf if self.largest else -0.0 if x.ndim else 0.0)
         return lax.select(self.adds, x if self.summed else times(x, self.weight), nothing)
 
 
@@ -136,7 +138,8 @@ def add(sums: Any, values: Any, microbatch: Microbatch = UNWEIGHTED) -> Any:
         s = jnp.asarray(s)
         dtype = at_least_float32(s.dtype)
         old, term = s.astype(dtype), microbatch.term(jnp.asarray(x).astype(dtype))
-        new = select(counts, select(opens, term, old + term).astype(s.dtype), s)
+        joined = jnp.maximum(old, term) if microbatch.largest else old + term
+        new = select(counts, select(opens, term, joined).astype(s.dtype), s)
         return jnp.copy(new) if new is x and not isinstance(new, Tracer) else new
 
     def keep(s):

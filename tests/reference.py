@@ -163,6 +163,31 @@ def weighted_mean(values: Sequence[np.ndarray], weights: Sequence[float]) -> np.
     return total / sum(weights)
 
 
+def reduced_metric(
+    reduction: str, values: Sequence[np.ndarray], weights: Sequence[float]
+) -> np.ndarray:
+    """Returns the value of a metric after the accepted microbatches of a window.
+
+    Args:
+        reduction: "mean", "sum", "max", or "ratio" of values [2, ...].
+        values: one for each microbatch.
+        weights: how much each counts.
+    """
+    held = [(_wide(x), w) for x, w in zip(values, weights, strict=True) if w > 0]
+    if not held:
+        return np.zeros_like(_wide(values[0]))[0 if reduction == "ratio" else ...]
+    if reduction == "mean":
+        return weighted_mean([x for x, _ in held], [w for _, w in held])
+    if reduction == "max":
+        return np.max([x for x, _ in held], axis=0)
+    total = np.sum([x for x, _ in held], axis=0)
+    if reduction == "sum":
+        return total
+    above, below = total
+    ratios = [a / b if b else 0.0 for a, b in zip(above.flat, below.flat, strict=True)]
+    return np.array(ratios).reshape(above.shape)
+
+
 def _weighted_sum(window: Sequence[Microbatch], magnitude: bool = False) -> Leaves:
     sums = _zeros(window[0].gradient)
     for microbatch in window:
