@@ -38,6 +38,28 @@ class Microbatch(NamedTuple):
     counts: jax.Array | None  # bool[], whether the weight counts; None if all do
 
 
+class Settings(NamedTuple):
+    """The checked options of a loop; `summed` is whether the loss is a sum over the weight."""
+
+    n: int
+    has_aux: bool
+    summed: bool
+    accumulator_dtype: Any
+
+    @classmethod
+    def checked(
+        cls, fun: Any, weight_fn: Any, n: Any, has_aux: Any, loss_reduction: Any, dtype: Any
+    ) -> "Settings":
+        """Returns the options, or raises."""
+        _validate.check_function("`fun`", fun)
+        if weight_fn is not None:
+            _validate.check_function("`weight_fn`", weight_fn)
+        summed = _validate.check_loss_reduction(loss_reduction) == "sum"
+        _validate.check_denominator("`weight_fn`", summed and weight_fn is None)
+        n = _validate.check_count("`num_microbatches`", n)
+        return cls(n, has_aux, summed, _validate.check_accumulator_dtype(dtype))
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class Loop:
     """A call of a loss in microbatches.

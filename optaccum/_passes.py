@@ -91,13 +91,7 @@ class Passes:
 
     def forward(self, whole: list, rows: list, closed_over: list) -> tuple[Any, Any]:
         """Returns the outputs, and what `backward` needs."""
-        for x in closed_over:
-            if x.perturbed:
-                raise TypeError(
-                    f"`fun` closes over a value, {describe(x.value)}, that is being "
-                    "differentiated, but only its arguments have gradients here; pass it as an "
-                    "argument"
-                )
+        check_closed_over(closed_over)
         trained = [{k: x.value for k, x in enumerate(xs) if x.perturbed} for xs in (whole, rows)]
         _gradients.dtypes_of_sums(trained, self.accumulator_dtype)  # raises if it does not fit
         values = [[x.value for x in xs] for xs in (whole, rows, closed_over)]
@@ -145,6 +139,16 @@ class Passes:
         outputs, vjp = jax.vjp(fun, of_whole, {k: rows[k] for k in of_rows})
         of_whole, of_rows = vjp(jax.tree.map(functools.partial(_cotangent, i), outputs, cotangents))
         return of_rows, of_whole
+
+
+def check_closed_over(values: list) -> None:
+    """Raises if a value that `fun` closes over is differentiated."""
+    for x in values:
+        if x.perturbed:
+            raise TypeError(
+                f"`fun` closes over a value, {describe(x.value)}, that is being differentiated, "
+                "but only its arguments have gradients here; pass it as an argument"
+            )
 
 
 def _cotangent(i: jax.Array, y: jax.Array, cotangent: Any) -> Any:

@@ -8,7 +8,7 @@ import jax
 
 from optaccum import _call, _reduce_axes, _validate
 from optaccum._in_place import refuse_changes
-from optaccum._loop import Loop
+from optaccum._loop import Loop, Settings
 
 Params = TypeVar("Params")
 Rest = ParamSpec("Rest")
@@ -163,13 +163,10 @@ def value_and_grad(
 
     References: `optax.microbatch`; github.com/google-research/t5x `trainer.py`.
     """
-    _validate.check_function("`fun`", fun)
-    if weight_fn is not None:
-        _validate.check_function("`weight_fn`", weight_fn)
-    summed = _validate.check_loss_reduction(loss_reduction) == "sum"
-    _validate.check_denominator("`weight_fn`", summed and weight_fn is None)
-    n = _validate.check_count("`num_microbatches`", num_microbatches)
-    accumulator_dtype = _validate.check_accumulator_dtype(accumulator_dtype)
+    settings = Settings.checked(
+        fun, weight_fn, num_microbatches, has_aux, loss_reduction, accumulator_dtype
+    )
+    n = settings.n
     axes = _validate.check_axes(reduce_axes)
     options = {
         "`argnums`": argnums,
@@ -198,10 +195,7 @@ def value_and_grad(
             differentiate=jax.value_and_grad(loss_fn, at, has_aux),
             weight_fn=None if weight_fn is None else call.by_position(weight_fn),
             devices=devices,
-            n=n,
-            has_aux=has_aux,
-            summed=summed,
-            accumulator_dtype=accumulator_dtype,
+            **settings._asdict(),
         )
         loss, aux, new, grads = loop.once() if n == 1 and not axes else loop.scan()
         aux = (new, aux) if carry else aux
