@@ -64,7 +64,9 @@ class Rule:
                     "arguments have gradients; use jax.lax.stop_gradient"
                 )
         arrays, closed_over = jax.tree.map(
-            lambda x: x.value, (arrays, closed_over), is_leaf=_is_primal
+            lambda x: jnp.asarray(x.value),  # JAX 0.7.2 hands on numbers
+            (arrays, closed_over),
+            is_leaf=_is_primal,
         )
         *results, grads = self._loop(arrays, closed_over, trained)
         return tuple(results), grads
