@@ -9,6 +9,8 @@ from collections.abc import Iterator
 import dataclasses
 from typing import Any
 
+import jax
+
 from benchmarks import contenders, hlo, targets, transformer
 from benchmarks.collectives import traffic
 from benchmarks.compiled import EVERY_K, TITLES, model_task, sent
@@ -48,13 +50,19 @@ def row(model: str, target: str, devices: int, placed: str, name: str, tokens: i
     """Returns what a window needs and sends."""
     task = model_task(target, transformer.PRESETS[model], 1, tokens, devices)
     task = dataclasses.replace(task, optimized=False)
-    window = Window(contender(name, task.inner, devices, placed), task)
+    result: Result = {"model": model, "target": target, "devices": devices, "placed": placed}
+    result |= {"name": name, "parameter_bytes": task.size}
+    try:
+        window = Window(contender(name, task.inner, devices, placed), task)
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        return result | {"fits": False}
     texts = {program: program.as_text() for program in dict.fromkeys(window.programs)}
     moved = [hlo.moved(texts[program]) for program in window.programs]
     total = sum(one.hold for one in moved[:-1]) + moved[-1].release
-    return {
-        **{"model": model, "target": target, "devices": devices, "placed": placed, "name": name},
-        **{"parameter_bytes": task.size, "peak_bytes": window.peak_bytes},
+    return result | {
+        **{"fits": True, "peak_bytes": window.peak_bytes},
         **{"temporaries": window.temporary_bytes / task.size, "moved": total / task.size},
         "forgets": any(map(hlo.forgotten, texts.values())),
         **traffic(window.programs, EVERY_K),
@@ -80,13 +88,15 @@ def tables(result: Result) -> dict[str, str]:
         "model": lambda row: row["model"].upper(),
         "target": lambda row: f"{row['devices']} {TITLES[row['target']]}",
         "parameters": lambda row: row["placed"],
-        "contender": lambda row: row["name"] + (" ‡" if row["forgets"] else ""),
-        "peak, GB a device": ("peak_bytes", "{:.1f}", 1e9),
+        "contender": lambda row: row["name"] + (" ‡" if row.get("forgets") else ""),
+        "peak, GB a device": lambda row: (
+            f"{row['peak_bytes'] / 1e9:.1f}" if row["fits"] else "does not fit"
+        ),
         "temporaries, P": ("temporaries",),
         "moved, P": ("moved", "{:.0f}"),
-        "sent": lambda row: sent(row["window"], row) if row["devices"] > 1 else "-",
+        "sent": lambda row: sent(row["window"], row) if row["devices"] > 1 and row["fits"] else "-",
     }
-    wrong = any(row["forgets"] for row in result["rows"])
+    wrong = any(row.get("forgets") for row in result["rows"])
     notes = ["‡ Its gradient of the embedding is wrong (openxla/xla issue 49143)."] if wrong else []
     setting = f"A window of n = {result['every_k']} microbatches, AdamW. Compiled with "
     return {"large": table(rows_of(result["rows"], columns), *notes, setting + versions(result))}

@@ -7,6 +7,7 @@ from optaccum._accumulate import accumulate, apply_gradients
 from optaccum._fit import Fit, fit_num_microbatches
 from optaccum._metrics import window_metrics
 from optaccum._microbatched import microbatched
+from optaccum._microbatched_loss import microbatched_loss
 from optaccum._migrate import from_multi_steps, to_multi_steps
 from optaccum._noise import NoiseScale, init_noise_scale, update_noise_scale
 from optaccum._skip import skip_not_finite
@@ -30,6 +31,7 @@ __all__ = (
     "has_released",
     "init_noise_scale",
     "microbatched",
+    "microbatched_loss",
     "skip_not_finite",
     "state_shardings",
     "to_multi_steps",

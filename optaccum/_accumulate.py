@@ -26,9 +26,10 @@ def accumulate(
     use_grad_mean: bool = True,
     loss_reduction: str = "mean",
     should_skip_update_fn: Callable[[Any, jax.Array, Any], tuple[Any, Any]] | None = None,
-    accumulator_dtype: jax.typing.DTypeLike | None = None,
+    accumulator_dtype: Any = None,
+    cast_mean: bool = True,
     average_args: tuple[str, ...] | Mapping[str, Any] = (),
-    metrics: tuple[str, ...] = (),
+    metrics: tuple[str, ...] | Mapping[str, Any] = (),
     window_args: tuple[str, ...] = (),
     reduce_axes: str | tuple[str, ...] = (),
     reduce_dtype: jax.typing.DTypeLike | None = None,
@@ -91,14 +92,24 @@ def accumulate(
             protocol: `optax.skip_not_finite`, `functools.partial(optax.skip_large_updates,
             max_squared_norm=...)`. The report is kept in `skip_state`.
         accumulator_dtype: Dtype of the sums; None for the parameter's dtype promoted to at least
-            float32. A narrower one saves memory and loses bits.
+            float32. A narrower one saves memory and loses bits. To choose for each parameter, pass
+            a tree of dtypes and None, like the parameters or a prefix of them, or a function
+            `(path, parameter) -> dtype | None` with the key paths of `jax.tree_util`.
+        cast_mean: Whether G and the means of `average_args` are cast to the dtypes that the
+            microbatch brings. False leaves them in the dtypes of the sums, for an `inner` with
+            float32 masters of bfloat16 parameters. (At the constant `every_k` 1, which has no sums,
+            G gets the dtype that they would have.)
         average_args: Names of scalar extra arguments that `inner` should see as the window's
             weighted mean, not as the last microbatch's value: `("value",)` for a loss. For trees,
             pass a dict from each name to a tree of arrays or `jax.ShapeDtypeStruct`s. `"grad"` is
             like the parameters and costs one more accumulator; name it only if it is not what
             `update` is given, as behind a link that clips.
         metrics: Names of scalar extra arguments that are averaged in the same way for
-            :func:`optaccum.window_metrics` alone: `inner` does not get them.
+            :func:`optaccum.window_metrics` alone: `inner` does not get them. For another reduction
+            pass a dict, `{"loss": "mean", "tokens": "sum", "logit": "max", "accuracy": "ratio"}`.
+            Over the microbatches that count, "sum" and "max" do not weigh, and "ratio", which is
+            given (numerator, denominator), is sum / sum. For a tree pass a pair, `"load": ("sum",
+            jax.ShapeDtypeStruct((experts,), jnp.float32))`.
         window_args: Names of extra arguments that stand for the whole window as they are:
             `("value_fn",)` for a loss of its whole data, as a line search needs one.
         reduce_axes: Mesh axes over which gradients are not reduced yet. They are reduced once per
@@ -127,6 +138,7 @@ def accumulate(
     inner = optax.identity() if inner is None else inner
     _validate.check_transformation("`inner`", inner)
     _validate.check_flag("`use_grad_mean`", use_grad_mean)
+    _validate.check_flag("`cast_mean`", cast_mean)
     axes = _validate.check_axes(reduce_axes)
     single = isinstance(every_k, int) and every_k == 1 and not axes
     accumulator = (WindowOfOne if single else Accumulator)(
@@ -137,6 +149,7 @@ def accumulate(
         summed=_validate.check_loss_reduction(loss_reduction) == "sum",
         judge=_callbacks.as_judge(should_skip_update_fn),
         accumulator_dtype=_validate.check_accumulator_dtype(accumulator_dtype),
+        cast_mean=cast_mean,
         reduce_axes=axes,
         reduce_dtype=_validate.check_reduce_dtype(reduce_dtype, axes),
     )

@@ -8,12 +8,12 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optaccum import _reduce_axes, _window
+from optaccum import _reduce_axes, _reductions, _window
 from optaccum._backward import Gradient
 from optaccum._conditional import both, branch
 from optaccum._devices import Replicated
 from optaccum._extra_args import ExtraArgs, as_release, as_weight
-from optaccum._gradients import check_fits, check_parameters, check_trained
+from optaccum._gradients import check_fits, check_trained, dtypes_of_sums
 from optaccum._state import AccumulateState, check_state, has_sums
 from optaccum._trees import (
     apply_updates,
@@ -77,16 +77,17 @@ class Accumulator:
     summed: bool
     judge: Callable[..., tuple[jax.Array, Any]] | None
     accumulator_dtype: Any
+    cast_mean: bool
     reduce_axes: tuple[str, ...]
     reduce_dtype: Any
 
     def init(self, params: Any) -> Any:
         """Returns the state before the first microbatch."""
         trained, none = fast(params), jnp.zeros([], jnp.int32)
-        check_parameters(trained, self.accumulator_dtype)
+        dtypes = dtypes_of_sums(trained, self.accumulator_dtype)
         devices = _reduce_axes.check_sums(trained, self.reduce_axes)
-        arg_sums = self.extra_args.open_sums(trained, self.accumulator_dtype)
-        zeros = Sums(jnp.zeros([], jnp.float32), self._open_sums(trained), arg_sums)
+        arg_sums = self.extra_args.open_sums(trained, dtypes)
+        zeros = Sums(jnp.zeros([], jnp.float32), self._open_sums(trained, dtypes), arg_sums)
         sums = devices.store(zeros)
         report = () if self.judge is None else jax.eval_shape(self.judge, trained, none, params)[1]
         return AccumulateState(
@@ -170,26 +171,32 @@ class Accumulator:
         # Does it close the window?
         count = jnp.asarray(optax.safe_increment(state.mini_step))
         closes = both(counts, count >= length if release is None else release)
-        total = devices.total(sums, closes, by_select=release is True)
+        with jax.named_scope("optaccum.reduce"):
+            total = devices.total(sums, closes, by_select=release is True)
         releases = closes if known_positive else both(closes, total > 0)
 
         # Step, or hold.
         trained = None if params is None else fast(params)
 
         def take_step(*start):
-            grads = cast_floating(sums.grads, self.reduce_dtype)
-            reduced = devices.reduce_stored(sums._replace(grads=grads), trained)
-            mean, means = self._mean(reduced._replace(weight=total), values, microbatch)
+            kept, like = map(self.extra_args.for_means, (sums, values))
+            grads = cast_floating(kept.grads, self.reduce_dtype)
+            with jax.named_scope("optaccum.reduce"):
+                reduced = devices.reduce_stored(kept._replace(grads=grads), trained)
+            mean, means = self._mean(reduced._replace(weight=total), like, microbatch)
             result, new = step(*start, mean, self.extra_args.with_means(inner_args, means, mean))
             return result, cast_like(new, state.inner_state)
 
         def shapes():
-            return eval_shape(self.inner.update, grads, state.inner_state, params, **inner_args)[:1]
+            parts = map(self.extra_args.for_means, (sums, values))
+            mean, means = eval_shape(self._mean, *parts, microbatch)
+            args = self.extra_args.with_means(inner_args, means, mean)
+            return eval_shape(self.inner.update, mean, state.inner_state, params, **args)[:1]
 
         with _reduce_axes.explain_varying(grads, trained):
             result, inner_state = branch(
                 releases,
-                take_step,
+                jax.named_scope("optaccum.release")(take_step),
                 (*carried, state.inner_state),
                 shapes=None if carried else shapes,
                 by_select=release is True,
@@ -255,8 +262,8 @@ class Accumulator:
         weight = None if weight is None else jnp.asarray(weight, jnp.float32)
         return Microbatch(weight, opens, counts, summed=self.summed), known
 
-    def _open_sums(self, params: Any) -> Any:
-        return _window.open_sums(params, self.accumulator_dtype)
+    def _open_sums(self, params: Any, dtypes: Any) -> Any:
+        return _window.open_sums(params, dtypes)
 
     def _opens(self, state: AccumulateState) -> jax.Array | bool:
         return state.mini_step == 0
@@ -270,19 +277,19 @@ class Accumulator:
         total: Any,
     ) -> Sums:
         """Returns the sums with a microbatch; `total` are those of gradients, if they are known."""
-        sums = Sums(state.weight, state.grad_sum, state.arg_sums)
+        microbatch, sums = microbatch.decided(), (state.weight, state.grad_sum)
         if total is not None:
-            sums, values = sums._replace(grads=()), values._replace(grads=())
+            values, sums = values._replace(grads=()), (state.weight, ())
         values = devices.store(values)
-        _reduce_axes.check_placed(values.grads, sums.grads)
-        sums = _window.add(sums, values, microbatch)
-        return (
-            sums if total is None else sums._replace(grads=devices.store(Sums((), total, ())).grads)
-        )
+        _reduce_axes.check_placed(values.grads, sums[1])
+        weight, grads = _window.add(sums, values[:2], microbatch)
+        if total is not None:
+            grads = devices.store(Sums((), total, ())).grads
+        return Sums(weight, grads, _reductions.add(state.arg_sums, values.args, microbatch))
 
     def _mean(self, sums: Sums, values: Sums, microbatch: Microbatch) -> tuple[Any, Any]:
         """Returns G and the means of the arguments of the window that the microbatch closes."""
-        return _window.mean(sums, values, of_grads=self.use_grad_mean)
+        return _window.mean(sums, values, of_grads=self.use_grad_mean, cast=self.cast_mean)
 
     def _check(
         self, call: Call, applied: bool

@@ -5,7 +5,7 @@ import math
 from typing import Any
 
 import jax
-from jax import lax
+from jax import export, lax
 import jax.numpy as jnp
 import numpy as np
 
@@ -80,6 +80,11 @@ def check_batch(batch: dict[str, Any], n: int, remedy: str = PAD, devices: int =
                 f"devices of `reduce_axes`; {remedy}"
             )
         local = rows // max(devices, _devices_of_rows(leaf))
+        if local % n and export.is_symbolic_dim(local):
+            raise ValueError(
+                f"`num_microbatches` {n} does not divide the {local} rows in batch leaf {name}; "
+                f"export with a multiple, such as `{n}*b`"
+            )
         if local % n:
             divisors = [d for d in range(1, local + 1) if local % d == 0]
             near = [d for d in divisors if d < n][-1:] + [d for d in divisors if d > n][:1]

@@ -61,7 +61,7 @@ def branch(
         # A Python bool is known in a traced program, too: there zeros need the step's mesh axes.
         static = isinstance(predicate, bool)
         like = jax.eval_shape(step, *start)[: -len(start)] if static else shapes()
-        return *jax.tree.map(jnp.zeros_like, like), *start
+        return *_zeros(like), *start
 
     arrays, join = take_apart(start)
 
@@ -125,7 +125,12 @@ def conditional(
 
 
 def _hold(like: tuple, start: list) -> tuple:
-    return jax.tree.map(jnp.zeros_like, like), start
+    return _zeros(like), start
+
+
+def _zeros(like: tuple) -> tuple:
+    with jax.named_scope("optaccum.hold"):
+        return jax.tree.map(jnp.zeros_like, like)
 
 
 def hoisted(fun: Callable[..., Any], *example: jax.Array) -> tuple[Callable[..., Any], list, Any]:

@@ -203,6 +203,14 @@ def of_all(sums: Sums) -> Sums:
     return jax.tree.map(total, sums)
 
 
+def largest_of_all(tree: Any, weight: jax.Array) -> Any:
+    """Returns the elementwise largest over all devices of what a state with this weight keeps."""
+    if not jnp.ndim(weight):
+        return tree
+    axes = tuple(varying(weight))
+    return jax.tree.map(lambda x: lax.pmax(x.max(0), axes) if axes else x.max(0), tree)
+
+
 def squared_norm(tree: Any, per_device: tuple[str, ...] = ()) -> jax.Array:
     """Returns |tree|^2, f32[], psummed over the axes on which leaves vary, but for `per_device`.
 

@@ -15,14 +15,13 @@ from jax import export
 import jax.numpy as jnp
 import numpy as np
 
-from optaccum import _window
+from optaccum import _reductions, _window
 from optaccum._mesh_axes import unreduced
 from optaccum._metrics import check_own_names
 from optaccum._spelling import OURS, POSITIONAL, check_spelling
-from optaccum._state import key_of
 from optaccum._trees import ARRAYS
 from optaccum._validate import check_names, check_scalar, describe, leaf_name
-from optaccum._window import SMALLEST
+from optaccum._window import SMALLEST, Sums
 
 
 def as_weight(name: str, weight: Any, dtype: Any = jnp.float32) -> float | jax.Array:
@@ -62,13 +61,13 @@ class ExtraArgs:
     Attributes:
         averages: For each of `average_args` and `metrics` a tree like it; None for one like the
             parameters.
-        metrics: Names of averages that `inner` does not get.
+        metrics: Reductions of those that `inner` does not get, by name.
         window_args: Names of arguments that stand for the whole window.
         inner_args: Names in the signature of `inner`.
     """
 
     averages: dict[str, Any]
-    metrics: tuple[str, ...]
+    metrics: dict[str, str]
     window_args: tuple[str, ...]
     inner_args: frozenset[str]
 
@@ -78,9 +77,10 @@ class ExtraArgs:
     ) -> "ExtraArgs":
         """Returns the checked options of `accumulate`."""
         found: dict[str, tuple[str, ...]] = {}
+        reductions, likes = _reductions.check_metrics(metrics)
         options = {"average_args": average_args, "metrics": metrics, "window_args": window_args}
         for option, names in options.items():
-            if option == "average_args" and isinstance(names, Mapping):
+            if isinstance(names, Mapping):
                 names = tuple(names)
             names = check_names(f"`{option}`", names, "a tuple of names like ('value',)")
             if reserved := {*OURS, *POSITIONAL}.intersection(names):
@@ -97,17 +97,23 @@ class ExtraArgs:
                     )
             found[option] = names
         check_own_names(found["metrics"])
-        scalar = jax.ShapeDtypeStruct((), jnp.float32)
-        averages: dict[str, Any] = dict.fromkeys(
-            (*found["average_args"], *found["metrics"]), scalar
-        )
+        averages: dict[str, Any] = dict.fromkeys(found["average_args"], _reductions.SCALAR) | likes
         if isinstance(average_args, Mapping):
             averages |= average_args
             for name, like in average_args.items():
                 _check_floating(f"`average_args[{name!r}]`", like)
         elif "grad" in found["average_args"]:
             averages["grad"] = None
-        return cls(averages, found["metrics"], found["window_args"], inner_args)
+        return cls(averages, reductions, found["window_args"], inner_args)
+
+    @property
+    def keys(self) -> dict[str, str]:
+        """The keys in `arg_sums` of all that is averaged."""
+        average = _reductions.AVERAGE
+        return {
+            name: _reductions.key_of(name, self.metrics.get(name, average))
+            for name in self.averages
+        }
 
     @property
     def average_args(self) -> list[str]:
@@ -119,22 +125,22 @@ class ExtraArgs:
         asked = "value" in self.averages or "value" in self.inner_args
         return {"value": loss} | extra_args if asked else extra_args
 
-    def open_sums(self, params: Any, accumulator_dtype: Any) -> dict[str, Any]:
+    def open_sums(self, params: Any, dtypes: Any) -> dict[str, Any]:
         """Returns the `arg_sums` of a fresh state."""
         return {
-            key_of(name): _window.open_sums(params, accumulator_dtype)
-            if like is None
-            else _window.open_sums(like)
-            for name, like in self.averages.items()
+            key: _window.open_sums(params, dtypes)
+            if self.averages[name] is None
+            else _reductions.open_sums(_reductions.of_key(key)[0], self.averages[name])
+            for name, key in self.keys.items()
         }
 
     def check_state(self, arg_sums: Any) -> None:
         """Raises unless a state has the sums of these averages."""
-        names, wanted = tuple(arg_sums), tuple(self.averages)
-        if sorted(names) != sorted(map(key_of, wanted)):
+        names, wanted = tuple(arg_sums), self.keys
+        if sorted(names) != sorted(wanted.values()):
             raise ValueError(
                 f"the optimizer state has averages of {names}, but `average_args` and `metrics` "
-                f"name {wanted}; between two windows, go on with "
+                f"name {tuple(wanted)}; between two windows, go on with "
                 "`state._replace(arg_sums=tx.init(params).arg_sums)`"
             )
 
@@ -149,8 +155,10 @@ class ExtraArgs:
                     f"`{owner}` names {name!r}, but the update was called without it; pass "
                     f"`{name}=` with every microbatch"
                 )
-            key, value = key_of(name), extra_args[name]
+            key, value = self.keys[name], extra_args[name]
             title = f"`{name}` (one of `{owner}`)"
+            if owner == "metrics":
+                value = _reductions.as_floats(title, self.metrics[name], value)
             if getattr(sums[key], "shape", None) != ():
                 values[key] = _as_terms(title, value, sums[key])
                 continue
@@ -188,9 +196,14 @@ class ExtraArgs:
                 args[name] = _of_one_microbatch(name, args[name])
         return args
 
+    def for_means(self, sums: Sums) -> Sums:
+        """Returns the sums of which `inner` gets the means."""
+        keys = [self.keys[name] for name in self.average_args]
+        return sums._replace(args={key: sums.args[key] for key in keys})
+
     def with_means(self, args: dict[str, Any], means: dict[str, Any], mean: Any) -> dict[str, Any]:
         """Returns the arguments of `inner` with the means of a released window in them."""
-        args = args | {name: means[key_of(name)] for name in self.average_args}
+        args = args | {name: means[self.keys[name]] for name in self.average_args}
         return args | {"grad": mean} if self._is_gradient(args.get("grad")) else args
 
     def _is_gradient(self, grad: Any) -> bool:

@@ -5,22 +5,43 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from optaccum._validate import leaf_name
+from optaccum._validate import check_dtype, is_function, leaf_name
 
 _REMEDY = "pass the gradient of the same parameters that `init` was given"
 
 
-def check_parameters(params: Any, accumulator_dtype: Any) -> None:
-    """Raises if gradients of `params` cannot be summed."""
-    wanted = accumulator_dtype
-    real = wanted is not None and not jnp.issubdtype(wanted, jnp.complexfloating)
-    for path, p in jax.tree_util.tree_leaves_with_path(params):
+def dtypes_of_sums(params: Any, accumulator_dtype: Any) -> Any:
+    """Returns the dtype asked for each sum or None, a tree like `params`, or raises.
+
+    Args:
+        params: A pytree of parameters.
+        accumulator_dtype: What `check_accumulator_dtype` returned.
+    """
+    leaves, structure = jax.tree_util.tree_flatten_with_path(params)
+    if is_function(accumulator_dtype):
+        wanted = [check_dtype(accumulator_dtype(path, p), path) for path, p in leaves]
+    else:
+        wanted = structure.flatten_up_to(_broadcast(accumulator_dtype, params))
+    for (path, p), asked in zip(leaves, wanted, strict=True):
         dtype = _dtype("parameter", path, p)
+        real = asked is not None and not jnp.issubdtype(asked, jnp.complexfloating)
         if real and jnp.issubdtype(dtype, jnp.complexfloating):
             raise ValueError(
-                f"`accumulator_dtype` {wanted} would drop the imaginary part of the {dtype} leaf "
+                f"`accumulator_dtype` {asked} would drop the imaginary part of the {dtype} leaf "
                 f"{leaf_name(path)}; pass a complex dtype or leave it None"
             )
+    return structure.unflatten(wanted)
+
+
+def _broadcast(dtypes: Any, params: Any) -> Any:
+    """Returns a tree like `params` of a prefix of it."""
+    try:
+        return jax.tree.broadcast(dtypes, params, is_leaf=lambda dtype: dtype is None)
+    except ValueError as error:
+        raise ValueError(
+            "`accumulator_dtype` must be a tree like the parameters, or a prefix of it, got "
+            f"{jax.tree.structure(dtypes)} for {jax.tree.structure(params)}"
+        ) from error
 
 
 def check_fits(grads: Any, like: Any) -> None:

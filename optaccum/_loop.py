@@ -14,6 +14,7 @@ from optaccum._backward import add_gradients
 from optaccum._batch import named_leaves
 from optaccum._call import Roles
 from optaccum._cotangents import call_with_drops, drop_unless
+from optaccum._gradients import dtypes_of_sums
 from optaccum._keys import is_typed_key
 from optaccum._mesh_axes import vary, varying
 from optaccum._trees import ARRAYS, cast_floating, cast_like, strongly_typed, where
@@ -35,6 +36,30 @@ class Microbatch(NamedTuple):
     aux: Any  # what `fun` returned beside the loss, without the carry
     weight: jax.Array | None  # w_i, a scalar; None if all are equal
     counts: jax.Array | None  # bool[], whether the weight counts; None if all do
+
+
+class Settings(NamedTuple):
+    """The checked options of a loop; `summed` is whether the loss is a sum over the weight."""
+
+    n: int
+    has_aux: bool
+    summed: bool
+    accumulator_dtype: Any
+    reduce_dtype: Any = None
+    overlap_reduction: bool = False
+
+    @classmethod
+    def checked(
+        cls, fun: Any, weight_fn: Any, n: Any, has_aux: Any, loss_reduction: Any, dtype: Any
+    ) -> "Settings":
+        """Returns the options, or raises."""
+        _validate.check_function("`fun`", fun)
+        if weight_fn is not None:
+            _validate.check_function("`weight_fn`", weight_fn)
+        summed = _validate.check_loss_reduction(loss_reduction) == "sum"
+        _validate.check_denominator("`weight_fn`", summed and weight_fn is None)
+        n = _validate.check_count("`num_microbatches`", n)
+        return cls(n, has_aux, summed, _validate.check_accumulator_dtype(dtype))
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -85,7 +110,8 @@ class Loop:
         """Returns mean loss, stacked aux, last carry and mean gradients of all microbatches."""
         sums, each, carry = self.sums()
         grads = cast_floating(sums.grads, self.reduce_dtype)
-        grads, (total, loss) = self.devices.reduce(grads, (sums.weight, sums.args))
+        with jax.named_scope("optaccum.reduce"):
+            grads, (total, loss) = self.devices.reduce(grads, (sums.weight, sums.args))
         like = Sums(None, self.params, each.loss)
         grads, loss = _window.mean(Sums(total, grads, loss), like)
         return loss, each.aux, carry, grads
@@ -95,7 +121,8 @@ class Loop:
         carry = self._first_carry()
         # Zeros of the gradients' type: if it is `unreduced`, that of `params` is not.
         zeros = jax.grad(lambda _: 0.0)(self.params)
-        sums, total = _window.open_sums(zeros, self.accumulator_dtype), jnp.zeros([], _dtype())
+        dtypes = dtypes_of_sums(self.params, self.accumulator_dtype)
+        sums, total = _window.open_sums(zeros, dtypes), jnp.zeros([], _dtype())
         if self.weight_fn is not None:
             weight, _ = jax.eval_shape(lambda: self.weigh(self.arguments(0, carry), 0))
             total = vary(total, tuple(varying(weight)))

@@ -6,8 +6,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from optaccum import _devices
-from optaccum._state import by_name, read
+from optaccum import _devices, _reductions
+from optaccum._reductions import AVERAGE, of_key
+from optaccum._state import as_array, is_variable, read
 from optaccum._validate import check_loss_reduction
 from optaccum._window import Sums
 
@@ -45,11 +46,13 @@ def window_metrics(
     `weight`                                   f32[], sum of the window's weights
     `grad_norm`                                f32[], norm of the window's mean gradient, also
                                                with `use_grad_mean=False`
-    the names in `average_args` and `metrics`  f32[], the window's weighted means of scalars
+    the names in `metrics`                     the window's value of each, f32[] or a tree
+    the names of scalars in `average_args`     f32[], the window's weighted mean
     =========================================  ==================================================
 
     Guarantees:
-        * It adds no NaN. Means and norm are 0 before the first microbatch.
+        * It adds no NaN. Metrics and norm are 0 before the first microbatch that counts, and a
+          ratio is 0 if its denominator is.
         * At the constant `every_k` 1, which keeps no sums, the same program has the same numbers
           if it passes that call's `grads`. The norm is then 0 unless the call released.
         * With `reduce_axes` all numbers are over all devices. Whoever uses `grad_norm` reduces the
@@ -65,7 +68,7 @@ def window_metrics(
         loss_reduction: As :func:`optaccum.accumulate` was built. Read only with `grads`.
 
     Returns:
-        A dict of scalars.
+        A dict of scalars, and of trees for metrics that are trees.
 
     Raises:
         ValueError: if there are neither sums nor `grads`, if an average has the name of another
@@ -73,18 +76,21 @@ def window_metrics(
     """
     summed = check_loss_reduction(loss_reduction) == "sum"
     state = read(opt_state, "window_metrics")
-    sums = {name: jax.tree.leaves(x) for name, x in by_name(state.arg_sums).items()}
-    # Averaged trees are left out. With `reduce_axes` a scalar has an axis, as the weight does.
+    # Trees in `average_args` are left out. With `reduce_axes` a scalar has the weight's axis.
     ndims = [jnp.ndim(state.weight)]
-    scalars = {name: x[0] for name, x in sums.items() if [*map(jnp.ndim, x)] == ndims}
-    check_own_names(scalars)
+    sums = {
+        key: jax.tree.map(as_array, x, is_leaf=is_variable)
+        for key, x in state.arg_sums.items()
+        if of_key(key)[0] != AVERAGE or [*map(jnp.ndim, jax.tree.leaves(x))] == ndims
+    }
+    check_own_names(of_key(key)[1] for key in sums)
     has_sums = jax.tree.structure(state.grad_sum) != jax.tree.structure(())
     if not has_sums and grads is None:
         raise ValueError(
-            "`opt_state` has no sums of gradients, since `every_k` is the constant 1; pass "
-            "`grads`, those of the update before it, with every k"
+            "`opt_state` has no sums of gradients, since `every_k` is the constant 1 or the "
+            "parameters are (); pass `grads`, those of the update before it, with every k"
         )
-    weight, grad_sum, scalars = _devices.of_all(Sums(state.weight, state.grad_sum, scalars))
+    weight, grad_sum, sums = _reductions.of_all(Sums(state.weight, state.grad_sum, sums))
     known = weight > 0
     divisor = jnp.where(known, weight, 1)
 
@@ -97,8 +103,11 @@ def window_metrics(
     if not has_sums:
         norm = jnp.where(state.released, norm, 0)
     counters = {name: getattr(state, name) for name in KEYS[:4]}
-    means = {name: mean(x) for name, x in scalars.items()}
-    return {**counters, "weight": weight, "grad_norm": norm, **means}
+    metrics = {}
+    for key, x in sums.items():
+        reduction, name = of_key(key)
+        metrics[name] = _reductions.read(reduction, x, known, mean)
+    return {**counters, "weight": weight, "grad_norm": norm, **metrics}
 
 
 def check_own_names(averages: Iterable[str]) -> None:

@@ -10,7 +10,8 @@ import jax.numpy as jnp
 import optax
 
 from optaccum._mesh_axes import unreduce, unreduced
-from optaccum._state import AccumulateState, by_name
+from optaccum._reductions import names
+from optaccum._state import AccumulateState
 from optaccum._trees import cast_like
 from optaccum._validate import check_count, describe, leaf_name
 from optaccum._window import open_sums
@@ -118,7 +119,7 @@ def _from_multi_steps(old: Any, new: Any, *, params: Any, use_grad_mean: bool) -
     if n and new.arg_sums:
         raise ValueError(
             "optax.MultiSteps has not summed what `average_args` and `metrics` name, "
-            f"{tuple(by_name(new.arg_sums))}, of the {n} microbatches in the open window; "
+            f"{names(new.arg_sums)}, of the {n} microbatches in the open window; "
             "go on with it until `mini_step` is 0"
         )
     count = n if use_grad_mean else 1
@@ -166,8 +167,7 @@ def _inexpressible(
     if jnp.ndim(state.weight) or any(map(unreduced, sums)):
         return "each device has its own sums"
     if state.arg_sums:
-        names = tuple(by_name(state.arg_sums))
-        return f"it holds sums of what `average_args` and `metrics` name, {names}"
+        return f"it holds sums of what `average_args` and `metrics` name, {names(state.arg_sums)}"
     if use_grad_mean and state.weight != n:
         return f"its weights sum to {float(state.weight):g} and not to their number"
     if k is None:

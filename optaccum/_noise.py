@@ -25,7 +25,7 @@ LEAST_FREEDOM = 2.0**-10
 class NoiseScale(NamedTuple):
     """A running estimate of the gradient noise scale, by :func:`update_noise_scale`.
 
-    Three properties, f32[], are its results. They are NaN before the first estimate:
+    Three properties, f32[], are its results. Before the first estimate they are 0, 0 and inf:
 
     * `trace` estimates tr(Sigma), if a microbatch of weight w has a gradient of covariance
       Sigma / w. By chance it may be negative, and so may `signal`.
@@ -55,15 +55,16 @@ class NoiseScale(NamedTuple):
 
     @property
     def trace(self) -> jax.Array:
-        return jnp.divide(self.trace_sum, self.mass)
+        return self.trace_sum / jnp.where(self.mass > 0, self.mass, 1)
 
     @property
     def signal(self) -> jax.Array:
-        return jnp.divide(self.signal_sum, self.mass)
+        return self.signal_sum / jnp.where(self.mass > 0, self.mass, 1)
 
     @property
     def batch_size(self) -> jax.Array:
-        return jnp.where(self.signal <= 0, jnp.inf, self.trace / self.signal)
+        known = self.signal > 0
+        return jnp.where(known, self.trace / jnp.where(known, self.signal, 1), jnp.inf)
 
 
 def init_noise_scale() -> NoiseScale:

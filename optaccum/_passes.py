@@ -91,15 +91,9 @@ class Passes:
 
     def forward(self, whole: list, rows: list, closed_over: list) -> tuple[Any, Any]:
         """Returns the outputs, and what `backward` needs."""
-        for x in closed_over:
-            if x.perturbed:
-                raise TypeError(
-                    f"`fun` closes over a value, {describe(x.value)}, that is being "
-                    "differentiated, but only its arguments have gradients here; pass it as an "
-                    "argument"
-                )
+        check_closed_over(closed_over)
         trained = [{k: x.value for k, x in enumerate(xs) if x.perturbed} for xs in (whole, rows)]
-        _gradients.check_parameters(trained, self.accumulator_dtype)
+        _gradients.dtypes_of_sums(trained, self.accumulator_dtype)  # raises if it does not fit
         values = [[x.value for x in xs] for xs in (whole, rows, closed_over)]
         return self.run(*values), (trained, *values)
 
@@ -117,9 +111,11 @@ class Passes:
 
         # Zeros of the cotangents' type: if it is `unreduced`, the type of the arguments is not.
         zeros, joined = jax.grad(lambda _: 0.0)(trained)
-        start = _window.open_sums(zeros, self.accumulator_dtype), joined, jnp.float32(0)
+        dtypes = _gradients.dtypes_of_sums(zeros, self.accumulator_dtype)
+        start = _window.open_sums(zeros, dtypes), joined, jnp.float32(0)
         (sums, joined, _), _ = lax.scan(body, start, jnp.arange(self.n, dtype=jnp.int32))
-        sums = {k: _devices.reduce_like(s, whole[k], self.devices) for k, s in sums.items()}
+        with jax.named_scope("optaccum.reduce"):
+            sums = {k: _devices.reduce_like(s, whole[k], self.devices) for k, s in sums.items()}
         sums = cast_like(sums, of_whole)
         return (
             [sums.get(k) for k in range(len(whole))],
@@ -143,6 +139,16 @@ class Passes:
         outputs, vjp = jax.vjp(fun, of_whole, {k: rows[k] for k in of_rows})
         of_whole, of_rows = vjp(jax.tree.map(functools.partial(_cotangent, i), outputs, cotangents))
         return of_rows, of_whole
+
+
+def check_closed_over(values: list) -> None:
+    """Raises if a value that `fun` closes over is differentiated."""
+    for x in values:
+        if x.perturbed:
+            raise TypeError(
+                f"`fun` closes over a value, {describe(x.value)}, that is being differentiated, "
+                "but only its arguments have gradients here; pass it as an argument"
+            )
 
 
 def _cotangent(i: jax.Array, y: jax.Array, cotangent: Any) -> Any:

@@ -23,7 +23,9 @@ class AccumulateState(NamedTuple):
         grad_sum: Weighted sums of the window's gradients, a tree like the parameters in the
             accumulator dtype, or () if `every_k` is the constant 1.
         arg_sums: Weighted sums of the `average_args` and `metrics`, under `sum_of_value` for
-            `value`. They are f32[], or a tree if the argument is one.
+            `value`. They are f32[], or a tree if the argument is one. Metrics with another
+            reduction are under `mean_of_` (weighted sums of a tree), `total_of_`, `max_of_` and
+            `ratio_of_` (sums of numerator and denominator).
         skip_state: What `should_skip_update_fn` last reported, () without one.
         inner_state: State of the inner optimizer, which only a release changes.
     """
@@ -37,19 +39,6 @@ class AccumulateState(NamedTuple):
     arg_sums: dict[str, Any]
     skip_state: Any
     inner_state: Any
-
-
-def key_of(name: str) -> str:
-    """Returns the key in `arg_sums` of an argument.
-
-    Not its name, since `optax.value_and_grad_from_state` looks for the one "value" in a state.
-    """
-    return f"sum_of_{name}"
-
-
-def by_name(arg_sums: dict[str, Any]) -> dict[str, Any]:
-    """Returns `arg_sums` by the names of the arguments."""
-    return {key.removeprefix(key_of("")): x for key, x in arg_sums.items()}
 
 
 def accumulates(opt_state: Any) -> bool:
@@ -110,6 +99,16 @@ def has_released(opt_state: Any) -> jax.Array:
     """
     (released,) = jax.tree.leaves(get_state(opt_state).released)  # it may be a variable of flax.nnx
     return released
+
+
+def is_variable(x: Any) -> bool:
+    """Returns whether `x` is a variable of flax.nnx."""
+    return type(x).__module__.startswith("flax.nnx")
+
+
+def as_array(x: Any) -> Any:
+    """Returns the array of a variable."""
+    return jax.tree.leaves(x)[0] if is_variable(x) else x
 
 
 def has_sums(state: AccumulateState) -> bool:

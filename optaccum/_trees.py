@@ -62,13 +62,13 @@ def copy_shared(state: Any, params: Any) -> Any:
     return jax.tree.map(leaf, state)
 
 
-def take_apart(tree: Any) -> tuple[list, Callable[[Any], Any]]:
+def take_apart(tree: Any, kinds: tuple = ARRAYS) -> tuple[list, Callable[[Any], Any]]:
     """Returns the arrays of `tree`, and a function that puts arrays back between other leaves.
 
     A module of Equinox has functions among its leaves, which no branch can return.
     """
     leaves, structure = jax.tree.flatten(tree)
-    places = [i for i, x in enumerate(leaves) if isinstance(x, ARRAYS)]
+    places = [i for i, x in enumerate(leaves) if isinstance(x, kinds)]
 
     def join(arrays):
         whole = list(leaves)
@@ -81,7 +81,7 @@ def take_apart(tree: Any) -> tuple[list, Callable[[Any], Any]]:
 
 def eval_shape(fun: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
     """`jax.eval_shape`, which also takes non-array leaves."""
-    arrays, join = take_apart((args, kwargs))
+    arrays, join = take_apart((args, kwargs), (*ARRAYS, jax.ShapeDtypeStruct))
     if len(arrays) == len(jax.tree.leaves((args, kwargs))):
         return jax.jit(fun).eval_shape(*args, **kwargs)  # JAX caches this trace
 
@@ -98,15 +98,29 @@ def fast(params: Any) -> Any:
 
 
 def keep_untrained(params: Any, new: Any, grads: Any) -> Any:
-    """Returns `new`, and the leaves of `params` whose gradient is None.
+    """Returns `new`, and the leaves of `params` without a gradient that cannot have one.
 
     A branch would turn Python numbers, such as settings in a module, into arrays.
     """
     if isinstance(params, optax.LookaheadParams):
         return new
+
+    def keep(x, p):
+        array = isinstance(p, jax.Array | np.ndarray)
+        return x if array and jnp.issubdtype(p.dtype, jnp.inexact) else p
+
     return jax.tree.map(
-        lambda g, x, p: p if g is None else x, grads, new, params, is_leaf=lambda g: g is None
+        lambda g, x, p: jax.tree.map(keep, x, p) if g is None else x,
+        grads,
+        new,
+        params,
+        is_leaf=is_none,
     )
+
+
+def is_none(x: Any) -> bool:
+    """Returns whether `x` is None."""
+    return x is None
 
 
 def apply_updates(params: Any, updates: optax.Updates) -> Any:
@@ -115,5 +129,5 @@ def apply_updates(params: Any, updates: optax.Updates) -> Any:
         lambda u, p: p if u is None else optax.apply_updates(p, u),
         updates,
         params,
-        is_leaf=lambda u: u is None,
+        is_leaf=is_none,
     )

@@ -148,22 +148,36 @@ def check_transformation(name: str, tx: Any) -> None:
         )
 
 
-def check_accumulator_dtype(dtype: Any) -> jnp.dtype | None:
-    """Returns `dtype` as a floating or complex `jnp.dtype`, or None."""
+def is_function(value: Any) -> bool:
+    """Returns whether `value` is a function, and neither a type nor a module that is a tree."""
+    leaf = jax.tree_util.all_leaves([value])
+    return callable(value) and leaf and not isinstance(value, type)
+
+
+def check_accumulator_dtype(dtype: Any) -> Any:
+    """Returns one dtype or a tree of them, checked, or a function that returns one."""
+    if is_function(dtype):
+        return dtype
+    return jax.tree_util.tree_map_with_path(lambda path, x: check_dtype(x, path), dtype)
+
+
+def check_dtype(dtype: Any, path: Any = ()) -> jnp.dtype | None:
+    """Returns an `accumulator_dtype` as a floating or complex `jnp.dtype`, or None."""
     if dtype is None:
         return None
+    name = "`accumulator_dtype`" + (f" of leaf {leaf_name(path)}" if path else "")
     try:
         result = jnp.dtype(dtype)
-    except TypeError as error:
-        raise TypeError(f"`accumulator_dtype` {dtype!r} is not a dtype: {error}") from None
+    except (TypeError, ValueError) as error:
+        raise TypeError(f"{name} {dtype!r} is not a dtype: {error}") from None
     if not jnp.issubdtype(result, jnp.inexact):
         raise TypeError(
-            f"`accumulator_dtype` must be floating-point or complex, got {result}; leave it None "
+            f"{name} must be floating-point or complex, got {result}; leave it None "
             "for each gradient's own dtype promoted to at least float32"
         )
     if jax.dtypes.canonicalize_dtype(result) != result:
         raise ValueError(
-            f"`accumulator_dtype` {result} needs 64-bit types; enable them with "
+            f"{name} {result} needs 64-bit types; enable them with "
             "jax.config.update('jax_enable_x64', True)"
         )
     return result

@@ -10,7 +10,7 @@ from optaccum import _call, _reduce_axes, _validate, _window
 from optaccum._device_rows import on_each_device, stack
 from optaccum._devices import Stacked
 from optaccum._in_place import refuse_changes
-from optaccum._loop import Loop
+from optaccum._loop import Loop, Settings
 from optaccum._trees import cast_floating
 from optaccum._window import Sums
 
@@ -27,7 +27,7 @@ class Options(TypedDict, total=False):
     loss_reduction: str
     rng_argnums: int | Sequence[int]
     carry_argnum: int | None
-    accumulator_dtype: jax.typing.DTypeLike | None
+    accumulator_dtype: Any
     reduce_axes: str | tuple[str, ...]
     reduce_dtype: jax.typing.DTypeLike | None
     overlap_reduction: bool
@@ -67,7 +67,7 @@ def value_and_grad(
     loss_reduction: str = "mean",
     rng_argnums: int | Sequence[int] = (),
     carry_argnum: int | None = None,
-    accumulator_dtype: jax.typing.DTypeLike | None = None,
+    accumulator_dtype: Any = None,
     reduce_axes: str | tuple[str, ...] = (),
     reduce_dtype: jax.typing.DTypeLike | None = None,
     overlap_reduction: bool = False,
@@ -159,7 +159,8 @@ def value_and_grad(
             refused; raw ones (`jax.random.PRNGKey`) cannot be told from data.
         carry_argnum: Position of the carry, or None. It keeps its types. `fun` advances the keys
             in it, as `flax.nnx.Rngs` does by its counts.
-        accumulator_dtype: Dtype of the sums, as in :func:`optaccum.accumulate`.
+        accumulator_dtype: Dtype of the sums, as in :func:`optaccum.accumulate`. A tree, or the
+            paths for a function, are like the gradients.
         reduce_axes: Mesh axes over which to reduce once, as in :func:`optaccum.accumulate`. `aux`
             and the carry are not reduced: each device returns what it has. (A carry needs
             `jax.shard_map`.)
@@ -180,15 +181,13 @@ def value_and_grad(
 
     References: `optax.microbatch`; github.com/google-research/t5x `trainer.py`.
     """
-    _validate.check_function("`fun`", fun)
-    if weight_fn is not None:
-        _validate.check_function("`weight_fn`", weight_fn)
-    summed = _validate.check_loss_reduction(loss_reduction) == "sum"
-    _validate.check_denominator("`weight_fn`", summed and weight_fn is None)
-    n = _validate.check_count("`num_microbatches`", num_microbatches)
-    accumulator_dtype = _validate.check_accumulator_dtype(accumulator_dtype)
+    settings = Settings.checked(
+        fun, weight_fn, num_microbatches, has_aux, loss_reduction, accumulator_dtype
+    )
+    n = settings.n
     axes = _validate.check_axes(reduce_axes)
     reduce_dtype = _validate.check_reduce_dtype(reduce_dtype, axes)
+    settings = settings._replace(reduce_dtype=reduce_dtype, overlap_reduction=overlap_reduction)
     _validate.check_flag("`overlap_reduction`", overlap_reduction)
     if overlap_reduction and not axes:
         raise ValueError(
@@ -230,12 +229,7 @@ def value_and_grad(
             differentiate=jax.value_and_grad(loss_fn, at, has_aux),
             weight_fn=None if weight_fn is None else call.by_position(weight_fn),
             devices=devices,
-            n=n,
-            has_aux=has_aux,
-            summed=summed,
-            accumulator_dtype=accumulator_dtype,
-            reduce_dtype=reduce_dtype,
-            overlap_reduction=overlap_reduction,
+            **settings._asdict(),
         )
 
     def from_jit(call, devices):

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 
 from optaccum._conditional import select
 from optaccum._mesh_axes import unreduced
+from optaccum._trees import is_none
 
 # The reciprocals of weights and totals in this range are normal in float32.
 SMALLEST, LARGEST = 2.0**-100, 2.0**126
@@ -46,6 +47,7 @@ class Microbatch(NamedTuple):
         counts: bool[], whether it is accepted. If not, the sums stay as they are.
         adds: bool[], whether it adds more than zeros; None if it does so by its weight alone.
         summed: Whether its values are multiplied by the weight already.
+        largest: Whether the largest value of the window is kept, and not the sum.
     """
 
     weight: jax.Array | None = None
@@ -53,6 +55,7 @@ class Microbatch(NamedTuple):
     counts: jax.Array | bool = True
     adds: Any = None
     summed: bool = False
+    largest: bool = False
 
     def decided(self) -> "Microbatch":
         """Returns it with `adds` as the weight says."""
@@ -66,7 +69,7 @@ class Microbatch(NamedTuple):
             return x
         # x + -0.0 is x for every x. With 0.0 XLA:GPU would share, and keep, one large array with
         # the loop of a gradient that is scanned over layers.
-        nothing = jnp.full_like(x, -0.0 if x.ndim else 0.0)
+        nothing = jnp.full_like(x, -jnp.inf if self.largest else -0.0 if x.ndim else 0.0)
         return lax.select(self.adds, x if self.summed else times(x, self.weight), nothing)
 
 
@@ -85,25 +88,30 @@ def at_least_float32(dtype: Any) -> jnp.dtype:
     return jnp.dtype(jnp.float32) if jnp.finfo(dtype).bits < 32 else jnp.dtype(dtype)
 
 
-def open_sums(params: Any, accumulator_dtype: Any = None) -> Any:
+def open_sums(params: Any, dtypes: Any = None) -> Any:
     """Returns zeros in which gradients of `params` can be summed, with the same shardings.
 
     Args:
         params: A pytree of arrays, `jax.ShapeDtypeStruct`s or numbers. Integers and booleans, which
             have no gradient, keep their dtype and are never added to.
-        accumulator_dtype: Dtype of the sums, its real counterpart for real leaves; None for each
-            leaf's dtype promoted to at least float32.
+        dtypes: A tree like `params` with the dtype of each sum, its real counterpart for a real
+            leaf; None for the leaf's dtype promoted to at least float32. None for a tree of None.
     """
 
-    def zeros(p):
+    def zeros(p, asked=None):
         dtype = jnp.result_type(p)
         if jnp.issubdtype(dtype, jnp.complexfloating):
-            dtype = accumulator_dtype or dtype
+            dtype = asked or dtype
         elif jnp.issubdtype(dtype, jnp.floating):
-            dtype = jnp.finfo(accumulator_dtype or at_least_float32(dtype)).dtype
+            dtype = jnp.finfo(asked or at_least_float32(dtype)).dtype
         return jnp.zeros_like(p, dtype=dtype)
 
-    return jax.tree.map(zeros, params)
+    return jax.tree.map(zeros, params, *(() if dtypes is None else (dtypes,)))
+
+
+def is_summed(s: jax.Array) -> bool:
+    """Returns whether gradients are added to a leaf of `open_sums`."""
+    return jnp.issubdtype(s.dtype, jnp.inexact)
 
 
 UNWEIGHTED = Microbatch()
@@ -130,44 +138,51 @@ def add(sums: Any, values: Any, microbatch: Microbatch = UNWEIGHTED) -> Any:
         s = jnp.asarray(s)
         dtype = at_least_float32(s.dtype)
         old, term = s.astype(dtype), microbatch.term(jnp.asarray(x).astype(dtype))
-        new = select(counts, select(opens, term, old + term).astype(s.dtype), s)
+        joined = jnp.maximum(old, term) if microbatch.largest else old + term
+        new = select(counts, select(opens, term, joined).astype(s.dtype), s)
         return jnp.copy(new) if new is x and not isinstance(new, Tracer) else new
 
     def keep(s):
         """No gradient: keeps the sum, and zeroes it when a window opens."""
-        if not jnp.issubdtype(s.dtype, jnp.inexact):
+        if not is_summed(s):
             return s
         return select(counts, select(opens, jnp.zeros_like(s), s), s)
 
-    return jax.tree.map(leaf, values, sums, is_leaf=lambda x: x is None)
+    with jax.named_scope("optaccum.add"):
+        return jax.tree.map(leaf, values, sums, is_leaf=is_none)
 
 
-def mean(sums: Sums, like: Sums, *, of_grads: bool = True) -> tuple[Any, Any]:
+def mean(sums: Sums, like: Sums, *, of_grads: bool = True, cast: bool = True) -> tuple[Any, Any]:
     """Returns `sums / sums.weight`, gradients and arguments, in the dtypes of `like`.
 
     A weight of zero gives the sums and not a NaN; the caller drops such a window.
 
     Args:
         sums: The sums of a window.
-        like: What a microbatch added to it. A None in it stays.
+        like: What a microbatch added to it. For a None, which others may have added to, the mean
+            has the dtype of the sum; it stays None if there is no sum.
         of_grads: Whether to average the gradients, too, or to return their sums.
+        cast: Whether to cast to the dtypes of `like`, or to keep those of the sums.
     """
     values = sums.grads, sums.args
     # In double precision only if a sum is (it cannot be without `jax_enable_x64`).
-    inexact = [x for x in jax.tree.leaves(values) if jnp.issubdtype(x.dtype, jnp.inexact)]
-    wide = any(jnp.finfo(x.dtype).dtype == jnp.float64 for x in inexact)
+    summed = filter(is_summed, jax.tree.leaves(values))
+    wide = any(jnp.finfo(x.dtype).dtype == jnp.float64 for x in summed)
     divisor = lax.select(sums.weight > 0, sums.weight, jnp.ones_like(sums.weight))
     # XLA materialises a tree divided by a traced scalar, but fuses a product.
     reciprocal = 1 / divisor.astype(jnp.float64 if wide else jnp.float32)
 
     def tree(like, sums, averaged):
-        def leaf(x, s):
-            if x is None:
-                return None
+        def leaf(s, dtype):
             total = s.astype(at_least_float32(s.dtype))
-            return (times(total, reciprocal) if averaged else total).astype(jnp.result_type(x))
+            return (times(total, reciprocal) if averaged else total).astype(dtype)
 
-        return jax.tree.map(leaf, like, sums, is_leaf=lambda x: x is None)
+        def leaves(x, s):
+            if x is not None:
+                return leaf(s, jnp.result_type(x) if cast else s.dtype)
+            return jax.tree.map(lambda s: leaf(s, s.dtype) if is_summed(s) else None, s)
+
+        return jax.tree.map(leaves, like, sums, is_leaf=is_none)
 
     return tree(like.grads, sums.grads, of_grads), tree(like.args, sums.args, True)
 

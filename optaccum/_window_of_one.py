@@ -5,9 +5,9 @@ import jax.numpy as jnp
 
 from optaccum import _window
 from optaccum._accumulator import Accumulator
-from optaccum._gradients import check_fits
+from optaccum._gradients import check_fits, dtypes_of_sums
 from optaccum._state import AccumulateState, has_sums
-from optaccum._trees import fast
+from optaccum._trees import cast_like, fast, is_none
 from optaccum._window import Microbatch, Sums
 
 
@@ -21,7 +21,7 @@ class WindowOfOne(Accumulator):
         longer = isinstance(state, AccumulateState) and has_sums(state)
         return Accumulator(**vars(self)) if longer else self
 
-    def _open_sums(self, params):
+    def _open_sums(self, params, dtypes):
         return ()
 
     def _opens(self, state):
@@ -32,12 +32,20 @@ class WindowOfOne(Accumulator):
 
     def _mean(self, sums, values, microbatch):
         _, means = super()._mean(sums, values._replace(grads=()), microbatch)
-        grads, weight, mean = values.grads, microbatch.weight, values.grads
+        grads, weight = values.grads, microbatch.weight
+        if not self.cast_mean:
+            dtypes = dtypes_of_sums(grads, self.accumulator_dtype)
+            grads = cast_like(grads, jax.eval_shape(lambda: _window.open_sums(grads, dtypes)))
+        mean = grads
         if weight is not None and self.summed and self.use_grad_mean:
             mean, _ = _window.mean(Sums(weight, grads, ()), Sums(None, grads, ()))
         elif weight is not None and not self.summed and not self.use_grad_mean:
             weighted = _window.add(_window.open_sums(grads), grads, Microbatch(weight, opens=True))
             mean = jax.tree.map(lambda s, g: s.astype(jnp.result_type(g)), weighted, grads)
+        # No other microbatch has what this one lacks.
+        means = jax.tree.map(
+            lambda x, mean: None if x is None else mean, values.args, means, is_leaf=is_none
+        )
         return mean, means
 
     def _check_grads(self, call, devices, applied):

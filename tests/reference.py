@@ -40,7 +40,8 @@ class Record:
 
     Attributes:
         released: whether the call released a window.
-        gradient: leaves that the inner optimizer saw, or None on a hold.
+        gradient: leaves that the inner optimizer saw, None where no microbatch of the window had
+            one; or None on a hold.
         args: averaged extra arguments that it saw, or None on a hold.
         error_scale: leaves of sum |w_i g_i|, divided like `gradient`: rounding is relative to it.
         terms: microbatches in the window.
@@ -149,7 +150,7 @@ def noise_scale(
             signal_sum = decay * signal_sum + (1 - decay) * (mean - trace / total)
             mass = decay * mass + (1 - decay)
     if not mass:
-        return np.nan, np.nan, np.nan
+        return 0.0, 0.0, np.inf
     ratio = trace_sum / signal_sum if signal_sum > 0 else np.inf
     return trace_sum / mass, signal_sum / mass, ratio
 
@@ -162,14 +163,40 @@ def weighted_mean(values: Sequence[np.ndarray], weights: Sequence[float]) -> np.
     return total / sum(weights)
 
 
+def reduced_metric(
+    reduction: str, values: Sequence[np.ndarray], weights: Sequence[float]
+) -> np.ndarray:
+    """Returns the value of a metric after the accepted microbatches of a window.
+
+    Args:
+        reduction: "mean", "sum", "max", or "ratio" of values [2, ...].
+        values: one for each microbatch.
+        weights: how much each counts.
+    """
+    held = [(_wide(x), w) for x, w in zip(values, weights, strict=True) if w > 0]
+    if not held:
+        return np.zeros_like(_wide(values[0]))[0 if reduction == "ratio" else ...]
+    if reduction == "mean":
+        return weighted_mean([x for x, _ in held], [w for _, w in held])
+    if reduction == "max":
+        return np.max([x for x, _ in held], axis=0)
+    total = np.sum([x for x, _ in held], axis=0)
+    if reduction == "sum":
+        return total
+    above, below = total
+    ratios = [a / b if b else 0.0 for a, b in zip(above.flat, below.flat, strict=True)]
+    return np.array(ratios).reshape(above.shape)
+
+
 def _weighted_sum(window: Sequence[Microbatch], magnitude: bool = False) -> Leaves:
     sums = _zeros(window[0].gradient)
     for microbatch in window:
         for i, (g, total) in enumerate(zip(microbatch.gradient, sums, strict=True)):
             # A microbatch of weight zero adds nothing, even where its gradient is NaN.
-            if g is not None and total is not None and microbatch.weight > 0:
+            if g is not None and microbatch.weight > 0:
                 term = microbatch.weight * _wide(g)
-                sums[i] = total + (np.abs(term) if magnitude else term)
+                before = np.zeros_like(term) if total is None else total
+                sums[i] = before + (np.abs(term) if magnitude else term)
     return sums
 
 

@@ -765,7 +765,8 @@ def test_the_backward_pass_of_the_last_microbatch_hides_reductions():
             _place(batch, NamedSharding(mesh, P("data"))),
         )
         with jax.set_mesh(mesh):
-            lines = jax.jit(step).lower(*args).compile().as_text().splitlines()
+            compiled: Any = jax.jit(step).lower(*args).compile()
+        lines = compiled.as_text().splitlines()
         found = []
         for at, line in enumerate(lines):
             if made := re.match(r"\s*%?(\S+) = .*all-reduce-start\(", line):

@@ -87,16 +87,6 @@ def test_arguments_of_apply_gradients_may_be_named_as_ours_are():
     np.testing.assert_array_equal(params, np.full(2, 30.0))
 
 
-def test_a_leaf_that_is_none_in_the_microbatch_that_releases_stays():
-    tx = optaccum.accumulate(2, optax.sgd(1.0))
-    params, one = {"a": jnp.zeros(2), "b": jnp.zeros(2)}, jnp.ones(2)
-    state = tx.init(params)
-    for grads in ({"a": one, "b": None}, {"a": None, "b": one}):
-        params, state = optaccum.apply_gradients(tx, grads, state, params)
-    assert params["a"].tolist() == [0, 0]  # as docs/semantics.md says
-    assert params["b"].tolist() == [-0.5, -0.5]
-
-
 # A type checker shows users the type of their own parameters; the gate runs it on this file.
 
 

@@ -196,10 +196,14 @@ OPTIONS = {
 }
 
 
-def run(step, params, opt_state, batches=BATCHES, **kwargs):
+def run(step, params, opt_state, batches=BATCHES):
+    """Returns losses, parameters and state; waits for each step.
+
+    Several at once can wait for each other on a CPU: they share the threads of eight devices.
+    """
     losses = []
     for batch in batches:
-        loss, params, opt_state = step(params, opt_state, batch, **kwargs)
+        loss, params, opt_state = jax.block_until_ready(step(params, opt_state, batch))
         losses.append(loss)
     return losses, params, opt_state
 
@@ -305,7 +309,7 @@ def test_a_train_state_has_it_too():
         state = TrainState.create(apply_fn=loss_fn, params=place(mesh), tx=tx)
         step = jax.jit(lambda state, batch: state.value_and_apply(loss_fn, batch, weight_fn=tokens))
         for batch in BATCHES:
-            _, state = step(state, rows(mesh, batch))
+            _, state = jax.block_until_ready(step(state, rows(mesh, batch)))
         assert_close(state.params, expected)
 
 

@@ -53,7 +53,7 @@ def release(tx, params, *microbatches):
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_grad_is_the_gradient_of_the_window(k, options, weights, expected, dtype):
     tx = accumulate(k, takes("updates", "grad"), **options)
-    params = {"w": jnp.zeros(2), "frozen": jnp.zeros(3)}
+    params = {"w": jnp.zeros(2), "frozen": jnp.arange(3)}
     grads = [{"w": jnp.full(2, g, dtype), "frozen": None} for g in (1.0, 5.0)]
     calls = [
         (g, {"grad": g} | ({} if w is None else {"weight": w}))

@@ -2,15 +2,19 @@
 
 import functools
 import re
+from typing import Any
 
+from helpers import meshes, tokens
 from helpers.hlo import temporaries
 from helpers.steps import every_step, update_and_apply
 import jax
 import jax.numpy as jnp
+from jax.sharding import AxisType
 import optax
 import pytest
 
 from benchmarks import hlo
+import optaccum
 from optaccum import accumulate, apply_gradients, init_noise_scale, update_noise_scale
 
 LEAVES = 6
@@ -167,3 +171,63 @@ def test_measuring_the_noise_reads_gradients_and_sums_once_more():
         sizes = [x / PARAMETER_BYTES for x in (found.hold, found.release)]
         assert sizes == [pytest.approx(hold, abs=0.1), pytest.approx(release, abs=0.1)]
     assert temporaries(measured) <= SCALARS
+
+
+# What a profile shows.
+
+
+def _scopes(fun, *args):
+    """Returns the paths of our scopes in the metadata of a lowered program."""
+    module: Any = jax.jit(fun).lower(*args).compiler_ir("stablehlo")
+    text = module.operation.get_asm(enable_debug_info=True, large_elements_limit=8)
+    return {
+        "/".join(re.findall(r"optaccum\.\w+", path))
+        for path in re.findall(r'loc\("([^"]*optaccum\.[^"]*)"', text)
+    }
+
+
+def _layers_loss(params, x):
+    return jnp.mean(jax.lax.scan(lambda h, w: (jnp.tanh(h @ w), None), x, params)[0] ** 2)
+
+
+TX = accumulate(2, optax.adam(0.1))
+IN_TWO = {"num_microbatches": 2}
+
+
+def _of_rows(w, x):
+    return jnp.var(optaccum.microbatched(lambda w, x: x @ w, **IN_TWO)(w, x))
+
+
+ADDS, HOLDS, RELEASES = "optaccum.add", "optaccum.hold", "optaccum.release"
+
+
+@pytest.mark.parametrize(
+    ("fun", "expected"),
+    [
+        pytest.param(lambda p, s, x: TX.update(p, s, p), {ADDS, HOLDS, RELEASES}, id="update"),
+        pytest.param(lambda p, s, x: apply_gradients(TX, p, s, p), {ADDS, RELEASES}, id="apply"),
+        pytest.param(optaccum.value_and_apply(TX, _layers_loss), {ADDS, RELEASES}, id="loss"),
+        pytest.param(
+            lambda p, s, x: optaccum.value_and_grad(_layers_loss, **IN_TWO)(p, x),
+            {ADDS, "optaccum.reduce"},
+            id="value_and_grad",
+        ),
+        pytest.param(
+            lambda p, s, x: jax.grad(_of_rows)(p[0, 0], x),
+            {ADDS},
+            id="microbatched",
+        ),
+    ],
+)
+def test_a_profile_names_the_parts_of_a_call(fun, expected):
+    params = jnp.ones((3, 4, 4))
+    assert _scopes(fun, params, TX.init(params), jnp.ones((2, 4))) == expected
+
+
+def test_a_profile_names_the_reduction_inside_of_the_release():
+    mesh = meshes.make_mesh(AxisType.Auto)
+    tx = accumulate(tokens.K, tokens.INNER, reduce_axes="data", metrics=("value",))
+    with jax.set_mesh(mesh):
+        init, step = tokens.make_programs(tx, mesh)
+        found = _scopes(step, tokens.PARAMS, init(tokens.PARAMS), tokens.X[0], tokens.MASK[0])
+    assert {"optaccum.add", "optaccum.reduce", "optaccum.release/optaccum.reduce"} <= found

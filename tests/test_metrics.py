@@ -10,7 +10,9 @@ from jax.sharding import AxisType, PartitionSpec as P
 import numpy as np
 import optax
 import pytest
+import reference
 
+import optaccum
 from optaccum import accumulate, apply_gradients, skip_not_finite, window_metrics
 import optaccum.flax
 
@@ -185,6 +187,9 @@ def test_what_cannot_be_read_is_refused():
         window_metrics(named)
     with pytest.raises(ValueError, match="pass `grads`, those of the update before it"):
         window_metrics(accumulate(1).init(PARAMS))
+    with pytest.raises(ValueError, match=r"`every_k` is the constant 1 or the parameters are \(\)"):
+        window_metrics(accumulate(2).init(()))
+    assert window_metrics(accumulate(2).init(()), ())["grad_norm"] == 0
     members = jax.vmap(accumulate(2).init)(jax.tree.map(lambda p: jnp.stack([p, p]), PARAMS))
     with pytest.raises(ValueError, match=r"`jax.vmap\(window_metrics\)\(...\)`"):
         window_metrics(members)
@@ -278,3 +283,226 @@ def test_unreduced_sums_are_read_as_one():
     x, mask = tokens.X[:2].reshape(-1, 40), tokens.MASK[:2].reshape(-1)
     expected = optax.tree.norm(jax.grad(loss)(before, x, mask))
     np.testing.assert_allclose(metrics["grad_norm"], expected, rtol=1e-5)
+
+
+# Metrics with a reduction, and of trees.
+
+
+LOAD = jax.ShapeDtypeStruct((3,), jnp.float32)
+REDUCED = {
+    "loss": "mean",
+    "router": ("mean", LOAD),
+    "load": ("sum", {"experts": LOAD, "tokens": jax.ShapeDtypeStruct((), jnp.int32)}),
+    "logit": "max",
+    "peaks": ("max", LOAD),
+    "accuracy": "ratio",
+    "recall": ("ratio", LOAD),
+}
+
+
+def values_of(i, nan=False):
+    """Returns the metrics of microbatch i."""
+    rng = np.random.default_rng(i)
+    load = rng.integers(0, 9, size=3)
+    poison = np.float32(np.nan if nan else 0)
+    return {
+        "loss": np.float32(rng.normal()) + poison,
+        "router": rng.normal(size=3).astype(np.float32) + poison,
+        "load": {"experts": load.astype(np.float32) + poison, "tokens": np.int32(load.sum())},
+        "logit": np.float32(rng.normal() - 5) + poison,
+        "peaks": rng.normal(size=3).astype(np.float32) - 5 + poison,
+        "accuracy": (np.int32(load[0]), np.int32(load.sum())),
+        "recall": (load.astype(np.float32) * 0.5 + poison, np.array([0, 1, 2], np.float32)),
+    }
+
+
+def reduced(window):
+    """Returns what the window's accepted microbatches, (weight, values), add up to."""
+    weights = [weight for weight, _ in window]
+
+    def of(name, get):
+        spec = REDUCED[name]
+        reduction = spec if isinstance(spec, str) else spec[0]
+        values = [np.asarray(get(values[name])) for _, values in window]
+        return reference.reduced_metric(reduction, values, weights)
+
+    whole = {name: of(name, lambda x: x) for name in REDUCED if name != "load"}
+    load = {key: of("load", lambda x, key=key: x[key]) for key in ("experts", "tokens")}
+    return whole | {"load": load}
+
+
+@pytest.mark.parametrize("jitted", [False, True], ids=["eager", "jit"])
+@pytest.mark.parametrize(
+    "k", [1, 3, lambda step: 3, jnp.int32(3)], ids=["one", "constant", "function", "array"]
+)
+def test_metrics_are_reduced_over_the_microbatches_of_a_window_that_count(k, jitted):
+    tx = accumulate(k, optax.sgd(0.1), metrics=REDUCED, should_skip_update_fn=skip_not_finite)
+
+    def step(params, state, grads, weight, values):
+        params, state = apply_gradients(tx, grads, state, params, weight=weight, **values)
+        return params, state, window_metrics(state, grads)
+
+    run = jax.jit(step) if jitted else step
+    params, state, window = PARAMS, tx.init(PARAMS), []
+    length = 1 if k == 1 else 3
+    fresh = window_metrics(state, PARAMS)
+    assert all(not np.any(x) for name in REDUCED for x in jax.tree.leaves(fresh[name]))
+    # Of weight 0 with NaN, rejected with NaN; a window that opens with weight 0, and one of 0.
+    for i, weight in enumerate([2, 0, 1, 0, 3, -1, 2, 1, 0, 0, 0, 5]):
+        values = values_of(i, nan=weight <= 0)
+        grads = gradients(i)
+        if weight < 0:
+            grads, weight = jax.tree.map(lambda g: g * np.nan, grads), 1
+        elif len(window) == length:
+            window = [(weight, values)]
+        else:
+            window.append((weight, values))
+        params, state, found = run(params, state, grads, jnp.float32(weight), values)
+        for name, expected in reduced(window).items():
+            jax.tree.map(
+                # At most three products and additions of float32, and a quotient.
+                lambda a, e: np.testing.assert_allclose(a, e, rtol=5e-7, atol=5e-7),
+                found[name],
+                expected,
+            )
+
+
+def test_a_resumed_window_goes_on_with_its_metrics():
+    tx = accumulate(3, metrics=REDUCED)
+    state = tx.init(PARAMS)
+    for i in range(2):
+        _, state = tx.update(PARAMS, state, **values_of(i))
+    saved = [np.asarray(x) for x in jax.tree.leaves(state)]
+    state = jax.tree.unflatten(jax.tree.structure(tx.init(PARAMS)), map(jnp.asarray, saved))
+    _, state = tx.update(PARAMS, state, **values_of(2))
+    expected = reduced([(1.0, values_of(i)) for i in range(3)])
+    found = window_metrics(state)
+    for name in REDUCED:
+        jax.tree.map(
+            lambda a, e: np.testing.assert_allclose(a, e, rtol=5e-7), found[name], expected[name]
+        )
+
+
+def test_members_of_vmap_have_metrics_of_their_own():
+    tx = accumulate(2, metrics=REDUCED)
+    params = jax.tree.map(lambda p: jnp.stack([p, p]), PARAMS)
+    state = jax.vmap(tx.init)(params)
+    for i in range(2):
+        values = jax.tree.map(lambda *x: jnp.stack(x), values_of(i), values_of(10 + i))
+        _, state = jax.vmap(lambda g, s, v: tx.update(g, s, **v))(params, state, values)
+    found = jax.vmap(window_metrics)(state)
+    for member, first in enumerate((0, 10)):
+        expected = reduced([(1.0, values_of(first + i)) for i in range(2)])
+        for name in REDUCED:
+            jax.tree.map(
+                lambda a, e, m=member: np.testing.assert_allclose(a[m], e, rtol=5e-7),
+                found[name],
+                expected[name],
+            )
+
+
+def test_a_nan_in_the_largest_value_of_a_microbatch_that_counts_is_shown_and_goes_with_it():
+    tx = accumulate(2, metrics={"logit": "max"})
+    state = tx.init(PARAMS)
+    for logit in (np.nan, 1.0):
+        _, state = tx.update(PARAMS, state, logit=logit)
+    assert np.isnan(window_metrics(state)["logit"])
+    for logit in (-2.0, -1.0):
+        _, state = tx.update(PARAMS, state, logit=logit)
+    assert window_metrics(state)["logit"] == -1
+
+
+@pytest.mark.parametrize("inside", [True, False], ids=["inside", "outside"])
+def test_metrics_of_devices_are_reduced_as_one(inside):
+    mesh = meshes.make_mesh(AxisType.Auto)
+    tx = accumulate(2, optax.sgd(0.1), reduce_axes="data", metrics=REDUCED)
+    count = len(mesh.devices)
+    values = [
+        jax.tree.map(lambda *x: jnp.stack(x), *(values_of(i * count + d) for d in range(count)))
+        for i in range(2)
+    ]
+    weights = jnp.arange(2.0 * count).reshape(2, count) % 3
+
+    def step(state, weight, values):
+        grads = meshes.vary({"w": jnp.ones(2)})
+        values = jax.tree.map(lambda x: x[0], values)
+        return tx.update(grads, state, weight=weight[0], **values)[1]
+
+    with jax.set_mesh(mesh):
+        specs = optaccum.state_shardings(tx, {"w": jnp.ones(2)}, {"w": P()})
+        state = jax.jit(jax.shard_map(tx.init, in_specs=P(), out_specs=specs))({"w": jnp.ones(2)})
+        run = jax.jit(jax.shard_map(step, in_specs=(specs, P("data"), P("data")), out_specs=specs))
+        for weight, value in zip(weights, values, strict=True):
+            state = run(state, weight, value)
+        if inside:
+            found = jax.jit(jax.shard_map(window_metrics, in_specs=(specs,), out_specs=P()))(state)
+        else:
+            found = window_metrics(state)
+    window = [
+        (float(weights[i, d]), values_of(i * count + d)) for i in range(2) for d in range(count)
+    ]
+    for name, expected in reduced(window).items():
+        jax.tree.map(
+            lambda a, e: np.testing.assert_allclose(a, e, rtol=2e-6, atol=2e-6),
+            found[name],
+            expected,
+        )
+
+
+def test_metrics_of_an_nnx_optimizer_are_arrays():
+    tx = accumulate(2, optax.sgd(0.1), metrics=REDUCED)
+    model = nnx.Linear(2, 1, rngs=nnx.Rngs(0))
+    optimizer = optaccum.flax.Optimizer(model, tx, wrt=nnx.Param)
+    grads = nnx.grad(lambda model: model(jnp.ones((1, 2))).sum())(model)
+    for i in range(2):
+        optimizer.update(model, grads, **values_of(i))
+    found = window_metrics(optimizer.opt_state)
+    expected = reduced([(1.0, values_of(i)) for i in range(2)])
+    for name in REDUCED:
+        jax.tree.map(
+            lambda a, e: np.testing.assert_allclose(a, e, rtol=5e-7), found[name], expected[name]
+        )
+
+
+def test_a_mean_by_name_and_by_reduction_are_one_program():
+    def text(metrics):
+        tx = accumulate(2, optax.adam(0.1), metrics=metrics)
+
+        def step(grads, state, params, loss):
+            params, state = apply_gradients(tx, grads, state, params, loss=loss)
+            return params, state, window_metrics(state)
+
+        return jax.jit(step).lower(PARAMS, tx.init(PARAMS), PARAMS, 1.0).as_text()
+
+    assert text(("loss",)) == text({"loss": "mean"})
+
+
+@pytest.mark.parametrize(
+    ("metrics", "error", "text"),
+    [
+        ({"loss": "min"}, ValueError, r"`metrics\['loss'\]` must be 'mean', 'sum', 'max' or 'rat"),
+        ({"load": LOAD}, ValueError, r"`metrics\['load'\]` must be 'mean'"),
+        ({"load": (LOAD, "sum")}, ValueError, r"`metrics\['load'\]` must be 'mean'"),
+        ({"grad_norm": "max"}, ValueError, "which `window_metrics` returns itself"),
+        ({"weight": "sum"}, ValueError, "`metrics` cannot name 'weight'"),
+    ],
+)
+def test_reductions_that_cannot_be_are_refused(metrics, error, text):
+    with pytest.raises(error, match=text):
+        accumulate(2, metrics=metrics)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "error", "text"),
+    [
+        ("accuracy", 0.5, TypeError, r"`accuracy` .* is a ratio; pass a pair, \(numerator, denom"),
+        ("router", np.ones(4, np.float32), ValueError, r"must fit float32\[3\], got float32\[4\]"),
+        ("load", {"experts": np.ones(3)}, ValueError, r"`load` .* must have the tree structure"),
+        ("logit", np.ones(3), TypeError, r"`logit` .* must be a scalar"),
+        ("peaks", "high", ValueError, r"`peaks` .* must fit float32\[3\]"),
+    ],
+)
+def test_values_that_do_not_fit_their_metric_are_refused(name, value, error, text):
+    tx = accumulate(2, metrics=REDUCED)
+    with pytest.raises(error, match=text):
+        tx.update(PARAMS, tx.init(PARAMS), **(values_of(0) | {name: value}))

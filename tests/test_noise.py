@@ -20,10 +20,12 @@ from optaccum import (
     init_noise_scale,
     state_shardings,
     update_noise_scale,
+    window_metrics,
 )
 import optaccum.flax
 
 PARAMS = [jnp.zeros(4), jnp.zeros((2, 3))]
+NOTHING = (0, 0, np.inf)  # before the first estimate
 NAN = [np.full(p.shape, np.nan, np.float32) for p in PARAMS]
 TX = accumulate(9, optax.sgd(0.1))  # windows close by `release`, so that one program serves many
 
@@ -147,9 +149,9 @@ def test_as_plain_numpy_in_double_precision(x64):
 
 def test_nothing_is_known_before_a_window_of_two():
     carry = run([])
-    assert np.isnan(results(carry[2])).all()
+    np.testing.assert_array_equal(results(carry[2]), NOTHING)
     carry = run([window(0, 3), window(1, 0), window(2, 0, 5)], carry=carry)
-    assert np.isnan(results(carry[2])).all()
+    np.testing.assert_array_equal(results(carry[2]), NOTHING)
     carry = run([window(3, 1, 1)], carry=carry)
     assert np.isfinite(results(carry[2])).all()
 
@@ -213,7 +215,26 @@ def test_a_window_measured_in_part_follows_the_formula():
     # All but a thousandth of the weight in one microbatch: only rounding would be left.
     params, state, fresh = run([])
     _, state = TX.update(first.gradient, state, params, weight=1e-4)
-    assert np.isnan(results(run([measured[:1]], carry=(params, state, fresh))[2])).all()
+    noise = run([measured[:1]], carry=(params, state, fresh))[2]
+    np.testing.assert_array_equal(results(noise), NOTHING)
+
+
+@pytest.mark.parametrize("jitted_step", [False, True], ids=["eager", "jit"])
+def test_no_nan_arises_before_the_first_estimate(jitted_step):
+    """JAX would report one as an error."""
+
+    def step(params, state, noise, grads):
+        params, state = apply_gradients(TX, grads, state, params)
+        noise = update_noise_scale(noise, grads, state)
+        return params, state, noise, (noise.trace, noise.signal, noise.batch_size)
+
+    with jax.debug_nans(True):
+        run_step = jax.jit(step) if jitted_step else step
+        params, state, noise = PARAMS, TX.init(PARAMS), init_noise_scale()
+        np.testing.assert_array_equal(results(noise), NOTHING)
+        for m in WINDOWS[0]:
+            params, state, noise, _ = run_step(params, state, noise, m.gradient)
+        window_metrics(TX.init(PARAMS))
 
 
 def test_a_window_whose_release_was_not_measured_is_left_out():
@@ -233,7 +254,7 @@ def test_at_k_1_there_is_nothing_to_compare(k):
     carry = PARAMS, tx.init(PARAMS), init_noise_scale()
     for m in window(0, 1, 2):
         carry = jitted(tx)(*carry, m.gradient, m.weight)
-    assert np.isnan(results(carry[2])).all()
+    np.testing.assert_array_equal(results(carry[2]), NOTHING)
 
 
 def test_eager_is_jitted_is_a_static_release():

@@ -8,6 +8,7 @@ import numpy as np
 import optax
 import pytest
 
+import optaccum
 from optaccum import accumulate, apply_gradients, get_state, skip_not_finite
 
 INT32_MAX = np.iinfo(np.int32).max
@@ -242,3 +243,125 @@ def test_an_imaginary_part_is_judged_and_no_gradients_are_finite():
     leaf = jnp.array([1.0 + 1j * np.nan, 1.0])
     assert bool(skip_not_finite(leaf, 0, None)[0])
     assert not bool(skip_not_finite({"a": None}, 0, None)[0])
+
+
+# G in the dtype of the sums: `cast_mean=False`.
+
+
+def _seen_by_inner(calls, k, params, fused, **options):
+    """Returns what `inner` gets in the last of some calls, gradients and `value`."""
+    seen = []
+
+    def update(updates, state, params=None, *, value=None, **_):
+        seen.append((updates, value))
+        return updates, state
+
+    inner = optax.GradientTransformationExtraArgs(optax.init_empty_state, update)
+    tx = accumulate(k, inner, average_args=("value",), **options)
+    state = tx.init(params)
+    for g, value in calls:
+        if fused:
+            new, state = apply_gradients(tx, g, state, params, value=value)
+            assert jax.tree.map(jnp.result_type, new) == jax.tree.map(jnp.result_type, params)
+        else:
+            updates, state = tx.update(g, state, params, value=value)
+            types = jax.tree.map(lambda x: (x.shape, x.dtype), updates)
+            assert types == jax.tree.map(lambda x: (x.shape, x.dtype), seen[-1][0])
+    return seen[-1]
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_without_the_cast_inner_gets_the_mean_to_the_precision_of_its_sums(fused):
+    rng = np.random.default_rng(0)
+    grads = jnp.asarray(rng.normal(size=(8, 1000)), jnp.bfloat16)
+    exact = np.asarray(grads, np.float64).mean(0)
+    calls = [(g, jnp.bfloat16(0.1)) for g in grads]
+
+    def error(**options):
+        mean, value = _seen_by_inner(calls, 8, grads[0], fused, **options)
+        return np.linalg.norm(np.asarray(mean, np.float64) - exact) / np.linalg.norm(exact), value
+
+    cast, value = error()
+    kept, exact_value = error(cast_mean=False)
+    # Eight additions and a product of float32, whose rounding is 2**-24 of partial sums that are
+    # not much larger than the result; one rounding to bfloat16 is 2**-9 at most, and 2**-11 rarely.
+    assert kept < 9 * 2.0**-24
+    assert 2.0**-11 < cast < 2.0**-8
+    assert (value.dtype, exact_value.dtype) == (jnp.bfloat16, jnp.float32)
+
+
+def _narrow_experts(path, p):
+    wide = p.ndim > 1 and "experts" in jax.tree_util.keystr(path)
+    return jnp.bfloat16 if wide else None
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [
+        _narrow_experts,
+        {"router": None, "experts": {"w": "bfloat16", "b": None, "none": None}, "steps": None},
+        {"router": jnp.float32, "experts": {"w": jnp.bfloat16, "b": None, "none": None}}
+        | {"steps": jnp.float32},
+        {"router": None, "experts": jnp.bfloat16, "steps": None},
+    ],
+    ids=["function", "tree", "dtypes of all", "prefix"],
+)
+def test_each_parameter_has_the_accumulator_dtype_asked_for(asked):
+    params = {
+        "router": jnp.ones(2, jnp.bfloat16),
+        "experts": {"w": jnp.ones((2, 2)), "b": jnp.ones(2), "none": None},
+        "steps": jnp.arange(2),
+    }
+    prefix = isinstance(asked, dict) and not isinstance(asked["experts"], dict)
+    expected = {
+        "router": jnp.float32,
+        "experts": {"w": jnp.bfloat16, "b": jnp.bfloat16 if prefix else jnp.float32, "none": None},
+        "steps": jnp.int32,
+    }
+    tx = accumulate(2, accumulator_dtype=asked, average_args=("grad",))
+    state = tx.init(params)
+    for sums in (state.grad_sum, state.arg_sums["sum_of_grad"]):
+        assert jax.tree.map(lambda s: s.dtype, sums) == jax.tree.map(jnp.dtype, expected)
+
+    def loss(trained, x):
+        return sum(jnp.sum(p**2) * jnp.sum(x) for p in jax.tree.leaves(trained))
+
+    # 1 + 2**-9 is not a bfloat16: its first sum in bfloat16 rounds to 1.
+    trained = params | {"steps": None}
+    if isinstance(asked, dict):
+        asked = asked | {"steps": None}
+    in_two = optaccum.grad(loss, num_microbatches=2, accumulator_dtype=asked)
+    grads = jax.jit(in_two)(trained, jnp.full(2, (1 + 2.0**-9) / 2))
+    narrow = {"w": 1.0, "b": 1.0 if prefix else 1 + 2.0**-9}
+    for name, value in narrow.items():
+        np.testing.assert_array_equal(np.unique(grads["experts"][name]), value)
+
+
+@pytest.mark.parametrize("k", [1, 2])
+@pytest.mark.parametrize(
+    ("dtype", "wanted", "expected"),
+    [
+        (jnp.bfloat16, None, jnp.float32),
+        (jnp.float16, None, jnp.float32),
+        (jnp.complex64, None, jnp.complex64),
+        (jnp.float32, jnp.bfloat16, jnp.bfloat16),
+    ],
+)
+def test_without_the_cast_the_dtype_is_the_same_at_every_k(k, dtype, wanted, expected):
+    g = {"a": jnp.full(2, 3, dtype), "none": None}
+    options = {"accumulator_dtype": {"a": wanted, "none": None}, "cast_mean": False}
+    mean, _ = _seen_by_inner([(g, 1.0)] * 2, k, g, fused=False, **options)
+    assert mean["none"] is None
+    assert mean["a"].dtype == expected
+    np.testing.assert_array_equal(np.asarray(mean["a"], np.complex64), np.full(2, 3))
+
+
+def test_with_float32_parameters_the_cast_is_none():
+    params = jnp.ones(3)
+
+    def text(**options):
+        tx = accumulate(2, optax.adam(0.1), **options)
+        step = jax.jit(lambda g, s, p: apply_gradients(tx, g, s, p))
+        return step.lower(params, tx.init(params), params).as_text()
+
+    assert text() == text(cast_mean=True) == text(cast_mean=False)

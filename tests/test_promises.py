@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+import reference
 
 import optaccum
 from optaccum import accumulate, apply_gradients
@@ -293,26 +294,76 @@ def test_averaged_arguments_of_rejected_and_weightless_microbatches_do_not_count
     assert float(state.inner_state.value) == 3
 
 
-def test_a_none_gradient_is_given_to_inner():
+TASKS = {"trunk": jnp.zeros(2), "a": jnp.zeros(3), "b": {"w": jnp.zeros(2), "steps": None}}
+
+
+def of_task(name, value):
+    """Returns the gradient of one of two decoders that share a trunk."""
+    leaf = {"a": jnp.full(3, value), "b": {"w": jnp.full(2, value), "steps": None}}[name]
+    return {"trunk": jnp.full(2, value), "a": None, "b": None} | {name: leaf}
+
+
+@every_step
+@pytest.mark.parametrize("jitted", [False, True], ids=["eager", "jit"])
+@pytest.mark.parametrize("last", ["a", "b"])
+def test_what_others_added_to_a_leaf_that_is_none_when_the_window_closes_reaches_inner(
+    step, jitted, last
+):
+    calls = [(1.0, "a"), (2.0, "b"), (6.0, "b" if last == "b" else "a")]
+    tx = accumulate(3, optax.chain(optax.trace(0.5), SGD))
+    run = jax.jit(functools.partial(step, tx)) if jitted else functools.partial(step, tx)
+    params, state = TASKS, tx.init(TASKS)
+    for value, task in calls:
+        params, state = run(of_task(task, value), state, params)
+    microbatches = [
+        reference.Microbatch(
+            [
+                None if g is None else np.asarray(g)
+                for g in (grads["a"], (grads["b"] or {}).get("w"))
+            ]
+        )
+        for grads in (of_task(task, value) for value, task in calls)
+    ]
+    expected = reference.simulate(microbatches, 3)[-1].gradient
+    for found, g in zip((params["a"], params["b"]["w"]), expected, strict=True):
+        np.testing.assert_allclose(-found, g, rtol=1e-7)
+    np.testing.assert_allclose(params["trunk"], [-3, -3])
+
+
+@pytest.mark.parametrize("inner", [optax.adamw(0.1), optax.sgd(0.1)], ids=["adamw", "sgd"])
+def test_a_leaf_without_a_gradient_in_the_whole_window_has_a_mean_of_zeros(inner):
+    tx, found = accumulate(2, inner), []
+    for grads in ({"a": jnp.ones(2), "b": None}, {"a": jnp.ones(2), "b": jnp.zeros(2)}):
+        params = {"a": jnp.ones(2), "b": jnp.ones(2)}
+        state = tx.init(params)
+        for _ in range(2):
+            params, state = apply_gradients(tx, grads, state, params)
+        found.append((params, state))
+    jax.tree.map(np.testing.assert_array_equal, *found)
+
+
+def test_a_none_stays_without_a_sum_and_at_every_k_1():
     seen = []
 
-    def update(updates, state, params=None):
-        seen.append(updates)
+    def update(updates, state, params=None, *, grad, **_):
+        seen.append((updates, grad))
         return updates, state
 
-    tx = accumulate(2, optax.GradientTransformation(optax.init_empty_state, update))
-    params = {"a": jnp.ones(2), "frozen": jnp.ones(3), "steps": jnp.arange(2)}
-    state, new = tx.init(params), params
-    for _ in range(2):
-        new, state = apply_gradients(
-            tx, {"a": jnp.ones(2), "frozen": None, "steps": None}, state, new
-        )
-    assert (seen[-1]["frozen"], seen[-1]["steps"]) == (None, None)
-    np.testing.assert_array_equal(new["a"], [2.0, 2.0])
-    for name in ("frozen", "steps"):
-        np.testing.assert_array_equal(new[name], params[name])
-    np.testing.assert_array_equal(state.grad_sum["frozen"], np.zeros(3))
-    assert state.grad_sum["steps"].dtype == params["steps"].dtype
+    inner = optax.GradientTransformationExtraArgs(optax.init_empty_state, update)
+    params = {"a": jnp.ones(2), "frozen": None, "steps": jnp.arange(2), "number": 0.5}
+    none = {"a": jnp.ones(2), "frozen": None, "steps": None, "number": None}
+    for k in (2, 1):
+        tx = accumulate(k, inner, average_args=("grad",))
+        state, new = tx.init(params), params
+        for _ in range(k):
+            new, state = apply_gradients(tx, none, state, new, grad=none)
+        for given in seen[-1]:
+            assert (given["frozen"], given["steps"]) == (None, None)
+            assert (given["number"] is None) == (k == 1)
+        np.testing.assert_array_equal(new["a"], [2.0, 2.0])
+        assert new["frozen"] is None
+        assert new["number"] is params["number"]  # no array: it cannot be trained
+        np.testing.assert_array_equal(new["steps"], params["steps"])
 
 
 @pytest.mark.parametrize("before", [7.0, NAN])

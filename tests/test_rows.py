@@ -1,7 +1,10 @@
 """Rows, keys, carries and outputs that cannot be: what is wrong is named before anything runs."""
 
+import re
+
 import equinox as eqx
 import jax
+from jax import export
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -334,3 +337,28 @@ def test_a_second_batch_that_nobody_named_is_refused():
     assert [y.shape[0] for y in _in(4, fun=encode, batch_argnums=(1, 2))(W, X, X)] == [12, 12]
     whole = _in(4, fun=lambda w, x, bank: x @ w + bank.mean(), batch_argnums=1)(W, X, X)
     assert whole.shape[0] == 12
+
+
+# Rows of a size that only the exported program knows.
+
+
+@pytest.mark.parametrize("transform", ["value_and_grad", "microbatched"])
+def test_a_program_with_symbolic_rows_is_exported_if_n_divides_them(transform):
+    def loss(w, x):
+        if transform == "value_and_grad":
+            return optaccum.value_and_grad(lambda w, x: jnp.mean(x @ w), num_microbatches=4)(w, x)
+        rows = optaccum.microbatched(lambda w, x: x @ w, num_microbatches=4)
+        return jax.value_and_grad(lambda w: jnp.mean(rows(w, x)))(w)
+
+    def exported(rows):
+        x = jax.ShapeDtypeStruct(export.symbolic_shape(f"{rows}, 3"), jnp.float32)
+        return export.export(jax.jit(loss))(jnp.ones(3), x)
+
+    x = jnp.arange(24.0).reshape(8, 3)
+    value, grad = exported("4*b").call(jnp.ones(3), x)
+    np.testing.assert_allclose(value, x.sum(1).mean(), rtol=1e-6)
+    np.testing.assert_allclose(grad, x.mean(0), rtol=1e-6)
+    for rows in ("b", "2*b"):
+        text = rf"`num_microbatches` 4 does not divide the {re.escape(rows)} rows .* `4\*b`"
+        with pytest.raises(ValueError, match=text):
+            exported(rows)

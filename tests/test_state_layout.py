@@ -34,6 +34,14 @@ ADAM = """
 AVERAGED = """
 .arg_sums['sum_of_value'] float32[]
 """
+REDUCED = """
+.arg_sums['max_of_logit'] float32[]
+.arg_sums['mean_of_router'] float32[3]
+.arg_sums['ratio_of_accuracy'][0] float32[]
+.arg_sums['ratio_of_accuracy'][1] float32[]
+.arg_sums['sum_of_loss'] float32[]
+.arg_sums['total_of_load']['experts'] float32[3]
+"""
 REPORT = """
 .skip_state['num_not_finite'] int32[]
 .skip_state['should_skip'] bool[]
@@ -48,6 +56,16 @@ NOISE = """
 .gradient_step int32[]
 .skipped int32[]
 """
+
+THREE = jnp.ones(3)
+METRICS = {
+    "loss": "mean",
+    "router": ("mean", THREE),
+    "load": ("sum", {"experts": jnp.arange(3)}),
+    "logit": "max",
+    "accuracy": "ratio",
+}
+VALUES = {"loss": 1.0, "router": THREE, "load": {"experts": THREE}, "logit": 1, "accuracy": (1, 2)}
 
 
 def _layout(state):
@@ -74,14 +92,16 @@ def _layout(state):
             ),
             SCALARS + SUMS + AVERAGED + REPORT + ADAM,
         ),
+        (accumulate(4, metrics=METRICS), SCALARS + SUMS + REDUCED),
+        (accumulate(1, metrics=METRICS), SCALARS + REDUCED),
     ],
-    ids=["bare", "adam", "function", "array", "one", "all"],
+    ids=["bare", "adam", "function", "array", "one", "all", "metrics", "metrics of one"],
 )
 def test_the_state_has_these_leaves(tx, expected):
     lines = [line for line in expected.splitlines() if line]
     state = tx.init(PARAMS)
     assert _layout(state) == lines
-    _, state = jax.jit(tx.update)(PARAMS, state, PARAMS, value=1.0)
+    _, state = jax.jit(tx.update)(PARAMS, state, PARAMS, value=1.0, **VALUES)
     assert _layout(state) == lines
 
 

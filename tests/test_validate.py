@@ -79,6 +79,32 @@ def test_dtypes_that_cannot_be_are_refused(dtype, error, message):
         accumulate(4, optax.sgd(0.1), accumulator_dtype=dtype)
 
 
+@pytest.mark.parametrize(
+    ("dtypes", "error", "message"),
+    [
+        ({"w": jnp.int32}, TypeError, r"`accumulator_dtype` of leaf \['w'\] must be floating"),
+        ({"v": jnp.float32}, ValueError, r"must be a tree like the parameters, or a prefix of it"),
+        (lambda path, p: int, TypeError, r"`accumulator_dtype` of leaf \['\w'\] must be floating"),
+        (
+            lambda path, p: (),
+            TypeError,
+            r"`accumulator_dtype` of leaf \['\w'\] \(\) is not a dtype",
+        ),
+    ],
+)
+def test_dtypes_that_fit_no_parameter_are_refused(dtypes, error, message):
+    with pytest.raises(error, match=message):
+        accumulate(4, optax.sgd(0.1), accumulator_dtype=dtypes).init({"w": 1.0, "b": 2.0})
+    options = {"num_microbatches": 2, "accumulator_dtype": dtypes}
+    with pytest.raises(error, match=message):
+        optaccum.grad(lambda p, x: p["w"], **options)({"w": 1.0, "b": 2.0}, jnp.ones(2))
+
+
+def test_one_dtype_is_asked_of_microbatched():
+    with pytest.raises(TypeError, match=r"`accumulator_dtype` \{'w'.* is not a dtype"):
+        optaccum.microbatched(len, num_microbatches=2, accumulator_dtype={"w": jnp.float32})
+
+
 def test_a_real_accumulator_for_a_complex_leaf_is_refused():
     tx = accumulate(4, optax.sgd(0.1), accumulator_dtype=jnp.float32)
     with pytest.raises(ValueError, match=r"float32 would drop the imaginary part.*complex64.*'z'"):

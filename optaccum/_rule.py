@@ -1,0 +1,214 @@
+"""A loss and its rule of differentiation, which makes the gradients where the loss is made."""
+
+from collections.abc import Callable
+import dataclasses
+from typing import Any
+
+import jax
+from jax.custom_derivatives import SymbolicZero
+import jax.numpy as jnp
+
+from optaccum import _devices, _passes, _window
+from optaccum._call import Call, Roles
+from optaccum._conditional import hoisted
+from optaccum._loop import Loop, Settings, check_aux
+from optaccum._trees import strongly_typed
+
+Arrays = dict[int, jax.Array]  # by their place among the leaves of the arguments
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Rule:
+    """The loss of a batch as a function of arrays.
+
+    `primal`, `forward` and `backward` are what `jax.custom_vjp` wants. They keep no array: rules
+    of differentiation outlive the trace that arrays belong to. So they take what `fun` and
+    `weight_fn` close over, too.
+
+    Attributes:
+        fun: `(closed_over, *arrays)` returns what the loss returns for a microbatch.
+        weight_fn: The same for its weight, or None.
+        others: The leaves of all arguments, None for arrays.
+        owners: The argument that each leaf belongs to.
+        titles: What errors call the arguments.
+        structure: Of the arguments.
+        roles: Of the arguments.
+        devices: How they share what has no rows.
+        settings: Of the loop.
+    """
+
+    fun: Callable[..., Any]
+    weight_fn: Callable[..., Any] | None
+    others: list[Any]
+    owners: list[int]
+    titles: list[str]
+    structure: Any
+    roles: Roles
+    devices: _devices.Replicated
+    settings: Settings
+
+    def primal(self, arrays: Arrays, closed_over: tuple) -> tuple[Any, Any, Any]:
+        """Returns loss, aux and carry, by forward passes alone."""
+        return self._loop(arrays, closed_over, ())[:3]
+
+    def forward(self, arrays: Any, closed_over: Any) -> tuple[Any, Any]:
+        """Returns loss, aux and carry, and the gradients of what is differentiated."""
+        _passes.check_closed_over(jax.tree.leaves(closed_over, is_leaf=_is_primal))
+        trained = tuple(k for k, x in arrays.items() if x.perturbed)
+        for k in trained:
+            j = self.owners[k]
+            if j in (*self.roles.rows, *self.roles.carry):
+                role = "split into microbatches" if j in self.roles.rows else "the carry"
+                raise TypeError(
+                    f"{self.titles[j]} is differentiated, but it is {role}, and only the other "
+                    "arguments have gradients; use jax.lax.stop_gradient"
+                )
+        arrays, closed_over = jax.tree.map(
+            lambda x: jnp.asarray(x.value),  # JAX 0.7.2 hands on numbers
+            (arrays, closed_over),
+            is_leaf=_is_primal,
+        )
+        *results, grads = self._loop(arrays, closed_over, trained)
+        return tuple(results), grads
+
+    def backward(self, grads: Arrays, cotangents: Any) -> tuple[Any, Any]:
+        """Returns the cotangents of the arrays, and none of what the functions close over."""
+        of_loss, *others = cotangents
+        for x in jax.tree.leaves(others, is_leaf=lambda x: isinstance(x, SymbolicZero)):
+            if not isinstance(x, SymbolicZero) and x.dtype != jax.dtypes.float0:
+                raise TypeError(
+                    "`aux` of optaccum.microbatched_loss is differentiated, but only the loss has "
+                    "a derivative; add to the loss inside `fun` what you differentiate"
+                )
+        found: dict[int, Any] = dict.fromkeys(self.places)
+        if not isinstance(of_loss, SymbolicZero):
+            found |= {k: _scaled(g, of_loss) for k, g in grads.items()}
+        return found, None
+
+    @property
+    def places(self) -> list[int]:
+        """The leaves that are arrays."""
+        return [k for k, x in enumerate(self.others) if x is None]
+
+    def arguments(self, arrays: Arrays) -> list[Any]:
+        """Returns the arguments, whose arrays without rows vary over the devices."""
+        leaves = list(self.others)
+        for k, x in arrays.items():
+            inexact = jnp.issubdtype(x.dtype, jnp.inexact)
+            shares = inexact and self.owners[k] not in self.roles.rows
+            carried = self.owners[k] in self.roles.carry
+            leaves[k] = self.devices.share(x) if shares or carried else x
+        return self.structure.unflatten(leaves)
+
+    def arrays(self, args: list[Any]) -> Arrays:
+        """Returns the arrays of arguments, of the batch or of a microbatch."""
+        leaves = jax.tree.leaves(args)
+        return {k: leaves[k] for k in self.places}
+
+    def _loop(self, arrays: Arrays, closed_over: tuple, trained: tuple[int, ...]) -> tuple:
+        """Returns loss, aux, carry, and the gradients of leaves."""
+        args = self.arguments(arrays)
+        params = {k: x for k, x in self.arrays(args).items() if k in trained}
+        of_fun, of_weight = closed_over
+
+        def value(*args):
+            *args, params = args
+            return self.fun(of_fun, *(self.arrays(args) | params).values())
+
+        def forward_only(*args):
+            return value(*args), {}
+
+        def weight(*args):
+            assert self.weight_fn is not None
+            return self.weight_fn(of_weight, *self.arrays(list(args[:-1])).values())
+
+        differentiate = jax.value_and_grad(value, len(args), self.settings.has_aux)
+        loop = Loop(
+            args=[*args, params],
+            roles=self.roles._replace(trained=(len(args),)),
+            params=params,
+            differentiate=differentiate if trained else forward_only,
+            devices=self.devices,
+            weight_fn=None if self.weight_fn is None else weight,
+            **self.settings._asdict(),
+        )
+        return loop.once() if loop.n == 1 and not self.devices.axes else loop.scan()
+
+
+def run(
+    call: Call,
+    fun: Callable[..., Any],
+    weight_fn: Callable[..., Any] | None,
+    devices: _devices.Replicated,
+    settings: Settings,
+) -> tuple[Any, Any, Any]:
+    """Returns loss, aux and carry of a call. The functions are by position."""
+    n, roles = settings.n, call.roles
+    args = roles.split(call.args, n) if n > 1 else list(call.args)
+    for j in (*roles.keys, *roles.carry):  # raw keys may be NumPy's
+        args[j] = jax.tree.map(strongly_typed, args[j])
+    leaves, structure = jax.tree.flatten(args)
+    rule = Rule(
+        fun=fun,
+        weight_fn=weight_fn,
+        others=[None if isinstance(x, jax.Array) else x for x in leaves],
+        owners=[j for j, tree in enumerate(args) for _ in jax.tree.leaves(tree)],
+        titles=[call.title(j) for j in range(len(args))],
+        structure=structure,
+        roles=roles,
+        devices=devices,
+        settings=settings,
+    )
+    arrays = rule.arrays(args)
+    first = rule.arguments(arrays)
+    first = roles.microbatch(first, jnp.int32(0)) if n > 1 else first
+    of_fun, fun_closes_over = _of_arrays(rule, fun, first, settings.has_aux)
+    of_weight, weight_closes_over = None, []
+    if weight_fn is not None:
+        of_weight, weight_closes_over = _of_arrays(rule, weight_fn, first)
+    rule = dataclasses.replace(rule, fun=of_fun, weight_fn=of_weight)
+    call_rule = jax.custom_vjp(rule.primal)
+    call_rule.defvjp(rule.forward, rule.backward, symbolic_zeros=True)
+    return call_rule(arrays, (fun_closes_over, weight_closes_over))
+
+
+def _of_arrays(
+    rule: Rule, fun: Callable[..., Any], first: list[Any], has_aux: bool = False
+) -> tuple[Callable[..., Any], list]:
+    """Returns `fun` as `(closed_over, *arrays)`, and what it closes over.
+
+    A result that is known when `fun` is traced stays as it is.
+    """
+    places = rule.places
+    found = []
+
+    def flat(*arrays):
+        leaves = jax.tree.leaves(first)
+        for k, x in zip(places, arrays, strict=True):
+            leaves[k] = x
+        results = fun(*jax.tree.structure(first).unflatten(leaves))
+        if has_aux:
+            check_aux(results[1:])
+        leaves, structure = jax.tree.flatten(results)
+        found.append((leaves, structure))
+        return [x for x in leaves if isinstance(x, jax.Array)]
+
+    run, closed_over, _ = hoisted(flat, *rule.arrays(first).values())
+    leaves, structure = found[0]
+    known = [None if isinstance(x, jax.Array) else x for x in leaves]
+
+    def of_arrays(closed_over, *arrays):
+        traced = iter(run(closed_over, *arrays))
+        return structure.unflatten([next(traced) if x is None else x for x in known])
+
+    return of_arrays, closed_over
+
+
+def _scaled(g: jax.Array, cotangent: jax.Array) -> jax.Array:
+    """Returns a gradient times the cotangent of the loss, rounded once."""
+    wide = g.astype(_window.at_least_float32(g.dtype))
+    return _window.times(wide, cotangent).astype(g.dtype)
+
+
+def _is_primal(x: Any) -> bool:
+    return hasattr(x, "perturbed")
