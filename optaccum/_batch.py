@@ -24,9 +24,9 @@ def split(tree: Any, n: int) -> Any:
     return jax.tree.map(lambda x: jnp.reshape(x, (x.shape[0] // n, n, *x.shape[1:])), tree)
 
 
-def take(tree: Any, i: jax.Array) -> Any:
+def take(tree: Any, i: jax.Array, axis: int = 1) -> Any:
     """Returns microbatch i of the tree that :func:`split` returned."""
-    return jax.tree.map(lambda x: lax.dynamic_index_in_dim(x, i, 1, keepdims=False), tree)
+    return jax.tree.map(lambda x: lax.dynamic_index_in_dim(x, i, axis, keepdims=False), tree)
 
 
 def put(tree: Any, microbatch: Any, i: jax.Array) -> Any:
@@ -54,8 +54,23 @@ def named_leaves(
     ]
 
 
-def check_batch(batch: dict[str, Any], n: int, remedy: str = PAD) -> None:
-    """Raises unless all leaves have one number of rows, which `n` divides on every device."""
+def check_stack(batch: dict[str, Any], n: int) -> None:
+    """Raises unless all leaves are [n, m, ...]."""
+    for name, leaf in named_leaves(batch):
+        if jnp.ndim(leaf) < 2 or leaf.shape[0] != n:
+            raise ValueError(
+                f"batch leaf {name} must be [{n}, rows, ...] with `batch_layout` 'stacked', {n} "
+                f"microbatches, got {describe(leaf)}"
+            )
+
+
+def check_batch(
+    batch: dict[str, Any], n: int, remedy: str = PAD, *, uneven: bool | None = None
+) -> None:
+    """Raises unless all leaves have one number of rows, which `n` divides on every device.
+
+    `uneven` is whether they may have different numbers; None if no option says so.
+    """
     leaves = named_leaves(batch)
     if not leaves:
         raise ValueError(f"the arguments of the batch hold no array to split: {[*batch]}")
@@ -66,10 +81,11 @@ def check_batch(batch: dict[str, Any], n: int, remedy: str = PAD) -> None:
                 "an argument of its own"
             )
         (first, whole), rows = leaves[0], leaf.shape[0]
-        if rows != whole.shape[0]:
+        if rows != whole.shape[0] and not uneven:
+            split_each = "" if uneven is None else "; pass `batch_layout='uneven'` to split each"
             raise ValueError(
                 f"batch leaves must have one number of rows, but {first} has {whole.shape[0]} and "
-                f"{name} has {rows}"
+                f"{name} has {rows}{split_each}"
             )
         local = rows // _devices_of_rows(leaf)
         if local % n and export.is_symbolic_dim(local):
@@ -94,15 +110,13 @@ def _devices_of_rows(x: Any) -> int:
     return math.prod(sharding.mesh.shape[axis] for axis in axes)
 
 
-def check_objects(batch: dict[str, Any], n: int) -> None:
-    """Raises if an object in a batch cannot hold the rows of a microbatch."""
+def check_objects(batch: dict[str, Any], cut: Callable[[Any], Any]) -> None:
+    """Raises if an object in a batch cannot hold the rows of a microbatch, which `cut` returns."""
     remedy = "pass its arrays (`x.array` of haliax), and build the object inside `fun`"
-    if n == 1:
-        return
     for name, x in named_leaves(batch, is_object):
         name = f"{name}, an object of type {type(x).__name__},"
         try:
-            shape = stale_shape(x, lambda x: take(split(x, n), jnp.int32(0)))
+            shape = stale_shape(x, cut)
         except Exception as error:
             raise ValueError(
                 f"{name} cannot be rebuilt with the rows of a microbatch "

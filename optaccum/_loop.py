@@ -7,13 +7,14 @@ from typing import Any, NamedTuple
 
 import jax
 from jax import lax
+from jax.extend import core
 import jax.numpy as jnp
 
 from optaccum import _devices, _extra_args, _reduce_axes, _scatters, _validate, _window
 from optaccum._backward import add_gradients
 from optaccum._batch import named_leaves
-from optaccum._call import Roles
-from optaccum._cotangents import call_with_drops, drop_unless
+from optaccum._call import Call, Roles
+from optaccum._cotangents import call_with_drops, drop_unless, flat_jaxpr
 from optaccum._gradients import dtypes_of_sums
 from optaccum._keys import is_typed_key
 from optaccum._mesh_axes import vary, varying
@@ -41,7 +42,7 @@ class Microbatch(NamedTuple):
 class Settings(NamedTuple):
     """The checked options of a loop; `summed` is whether the loss is a sum over the weight."""
 
-    n: int
+    n: Any  # an int, or a function that counts the microbatches that are real
     has_aux: bool
     summed: bool
     accumulator_dtype: Any
@@ -56,8 +57,31 @@ class Settings(NamedTuple):
             _validate.check_function("`weight_fn`", weight_fn)
         summed = _validate.check_loss_reduction(loss_reduction) == "sum"
         _validate.check_denominator("`weight_fn`", summed and weight_fn is None)
-        n = _validate.check_count("`num_microbatches`", n)
+        if not callable(n):
+            n = _validate.check_count(
+                "`num_microbatches`", n, " or, of stacked microbatches, a function that counts them"
+            )
         return cls(n, has_aux, summed, _validate.check_accumulator_dtype(dtype))
+
+    def of_call(self, call: Call) -> tuple["Settings", jax.Array | None]:
+        """Checks a call; returns the options with an int, and how many microbatches are real.
+
+        None means that all are.
+        """
+        if not callable(self.n):
+            call.check(self.n)
+            return self, None
+        if not call.roles.stacked:
+            raise ValueError(
+                "`num_microbatches` is a function, so the number of microbatches is known only "
+                "when the program runs, and no rows can be split by it; stack microbatches, "
+                "[n, rows, ...], and pass `batch_layout='stacked'`"
+            )
+        n = max(call.nums_rows[:1], default=1)
+        call.check(n)
+        count = call.by_position(self.n)(*call.args)
+        _validate.check_scalar("`num_microbatches(...)`", count, jnp.integer)
+        return self._replace(n=n), jnp.clip(jnp.asarray(count), 0, n).astype(jnp.int32)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -70,6 +94,7 @@ class Loop:
         params: The arguments that are differentiated: one, or a tuple.
         differentiate: `jax.value_and_grad` of the loss, by position like `weight_fn`.
         devices: Where the sums are.
+        count: i32[], how many of the n microbatches are real, the first ones; None for all.
         summed: Whether the loss is a sum over what the weight counts.
         n, has_aux, weight_fn, accumulator_dtype: As in :func:`optaccum.value_and_grad`.
     """
@@ -79,11 +104,17 @@ class Loop:
     params: Any
     differentiate: Callable[..., Any]
     devices: _devices.Replicated
+    count: jax.Array | None
     summed: bool
     n: int
     has_aux: bool
     weight_fn: Callable[..., Any] | None
     accumulator_dtype: Any
+
+    def __call__(self) -> tuple[Any, Any, Any, Any]:
+        """Returns mean loss, stacked aux, last carry and mean gradients."""
+        alone = self.n == 1 and not self.roles.stacked and not self.devices.axes
+        return self.once() if alone else self.scan()
 
     def once(self) -> tuple[Any, Any, Any, Any]:
         """Returns loss, aux, carry and gradients of one microbatch, without a scan or sums."""
@@ -112,9 +143,12 @@ class Loop:
             weight, _ = jax.eval_shape(lambda: self.weigh(self.arguments(0, carry), 0))
             total = vary(total, tuple(varying(weight)))
         start = Carried(sums, total, carry)
-        (sums, total, carry), each = lax.scan(self.trip, start, jnp.arange(self.n))
+        if self.count is None:
+            (sums, total, carry), each = lax.scan(self.trip, start, jnp.arange(self.n))
+        else:
+            (sums, total, carry), each = self._real_trips(start)
         if each.weight is None and not self.summed:
-            total = jnp.asarray(self.n, total.dtype)
+            total = jnp.asarray(self.n if self.count is None else self.count, total.dtype)
         all_of_them = _window.Microbatch(each.weight, True, adds=each.counts, summed=self.summed)
         losses = _window.add(_window.open_sums(each.loss), each.loss, all_of_them)
         with jax.named_scope("optaccum.reduce"):
@@ -127,6 +161,10 @@ class Loop:
         sums, total, carry = carried
         args = self.arguments(i, carry)
         weight, counts = self.weigh(args, total)
+        if self.count is not None and varying(self.count):  # other devices may have more
+            real = i < self.count
+            weight = jnp.asarray(weight, _dtype())
+            counts = real if counts is None else real & counts
         unequal = None if counts is None else weight  # equal weights cancel
         microbatch = _window.Microbatch(unequal, adds=counts, summed=self.summed)
         run = functools.partial(self.run, args, weight, counts)
@@ -135,9 +173,34 @@ class Loop:
         total += weight if counts is None else jnp.where(counts, weight, 0)
         return Carried(sums, total, carry), Microbatch(loss, aux, unequal, counts)
 
+    def _real_trips(self, start: Carried) -> tuple[Carried, Microbatch]:
+        """Does what a scan does, in the time of the microbatches that are real on some device."""
+        trips = self.count
+        if axes := tuple(varying(trips)):  # `fun` may communicate, so devices run alike
+            trips = lax.pmax(trips, axes)
+            start = start._replace(total=vary(start.total, axes))
+        closed, structure = flat_jaxpr(self.trip, start, jnp.int32(0))
+        trip, first = core.jaxpr_as_fun(closed), jax.tree.leaves(start)
+
+        def body(i, state):
+            carried, stacks = state
+            results = trip(*carried, i)
+            each = results[len(first) :]
+            return results[: len(first)], [
+                xs.at[i].set(x) for xs, x in zip(stacks, each, strict=True)
+            ]
+
+        stacks = [
+            vary(jnp.zeros((self.n, *x.shape), x.dtype), tuple(varying(x)))
+            for x in jax.eval_shape(trip, *first, jnp.int32(0))[len(first) :]
+        ]
+        carried, stacks = lax.fori_loop(0, trips, body, (first, stacks))
+        return structure.unflatten([*carried, *stacks])
+
     def arguments(self, i: Any, carry: Any) -> list[Any]:
         """Returns the arguments of microbatch i, or all of them if it is the only one."""
-        args = list(self.args) if self.n == 1 else self.roles.microbatch(self.args, i)
+        whole = self.n == 1 and not self.roles.stacked
+        args = list(self.args) if whole else self.roles.microbatch(self.args, i)
         for j in self.roles.carry:
             args[j] = carry
         return args

@@ -109,7 +109,7 @@ class Rule:
         """Returns loss, aux, carry, and the gradients of leaves."""
         args = self.arguments(arrays)
         params = {k: x for k, x in self.arrays(args).items() if k in trained}
-        of_fun, of_weight = closed_over
+        of_fun, of_weight, count = closed_over
 
         def value(*args):
             *args, params = args
@@ -129,10 +129,11 @@ class Rule:
             params=params,
             differentiate=differentiate if trained else forward_only,
             devices=self.devices,
+            count=count,
             weight_fn=None if self.weight_fn is None else weight,
             **self.settings._asdict(),
         )
-        return loop.once() if loop.n == 1 and not self.devices.axes else loop.scan()
+        return loop()
 
 
 def run(
@@ -141,6 +142,7 @@ def run(
     weight_fn: Callable[..., Any] | None,
     devices: _devices.Replicated,
     settings: Settings,
+    count: jax.Array | None,
 ) -> tuple[Any, Any, Any]:
     """Returns loss, aux and carry of a call. The functions are by position."""
     n, roles = settings.n, call.roles
@@ -161,7 +163,7 @@ def run(
     )
     arrays = rule.arrays(args)
     first = rule.arguments(arrays)
-    first = roles.microbatch(first, jnp.int32(0)) if n > 1 else first
+    first = roles.microbatch(first, jnp.int32(0)) if n > 1 or roles.stacked else first
     of_fun, fun_closes_over = _of_arrays(rule, fun, first, settings.has_aux)
     of_weight, weight_closes_over = None, []
     if weight_fn is not None:
@@ -169,7 +171,7 @@ def run(
     rule = dataclasses.replace(rule, fun=of_fun, weight_fn=of_weight)
     call_rule = jax.custom_vjp(rule.primal)
     call_rule.defvjp(rule.forward, rule.backward, symbolic_zeros=True)
-    return call_rule(arrays, (fun_closes_over, weight_closes_over))
+    return call_rule(arrays, (fun_closes_over, weight_closes_over, count))
 
 
 def _of_arrays(
