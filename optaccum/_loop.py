@@ -12,13 +12,13 @@ import jax.numpy as jnp
 
 from optaccum import _devices, _extra_args, _reduce_axes, _scatters, _validate, _window
 from optaccum._backward import add_gradients
-from optaccum._batch import named_leaves
 from optaccum._call import Call, Roles
 from optaccum._cotangents import call_with_drops, drop_unless, flat_jaxpr
 from optaccum._gradients import dtypes_of_sums
-from optaccum._keys import is_typed_key
 from optaccum._mesh_axes import vary, varying
-from optaccum._trees import ARRAYS, cast_like, strongly_typed, where
+from optaccum._outputs import as_carry_and_aux, check_aux, check_carry
+from optaccum._overwritten import Overwritten
+from optaccum._trees import cast_like, strongly_typed, where
 from optaccum._window import Sums
 
 
@@ -37,6 +37,7 @@ class Microbatch(NamedTuple):
     aux: Any  # what `fun` returned beside the loss, without the carry
     weight: jax.Array | None  # w_i, a scalar; None if all are equal
     counts: jax.Array | None  # bool[], whether the weight counts; None if all do
+    new: list[jax.Array]  # what the gradients overwrite, f32[...]
 
 
 class Settings(NamedTuple):
@@ -94,6 +95,7 @@ class Loop:
         params: The arguments that are differentiated: one, or a tuple.
         differentiate: `jax.value_and_grad` of the loss, by position like `weight_fn`.
         devices: Where the sums are.
+        overwritten: Which parameters their gradients replace.
         count: i32[], how many of the n microbatches are real, the first ones; None for all.
         summed: Whether the loss is a sum over what the weight counts.
         n, has_aux, weight_fn, accumulator_dtype: As in :func:`optaccum.value_and_grad`.
@@ -104,6 +106,7 @@ class Loop:
     params: Any
     differentiate: Callable[..., Any]
     devices: _devices.Replicated
+    overwritten: Overwritten
     count: jax.Array | None
     summed: bool
     n: int
@@ -121,7 +124,7 @@ class Loop:
         args = self.arguments(0, self._first_carry())
         weight, counts = self.weigh(args, 0)
         run = functools.partial(self.run, args, weight, counts)
-        ((loss, aux), grads), holds = _scatters.trace(run)
+        ((loss, aux, new), grads), holds = _scatters.trace(run)
         grads = _scatters.apart(grads, holds, 0) if counts is None else grads
         carry, aux = self.carry_on(args, counts, aux)
         if self.summed:
@@ -130,14 +133,16 @@ class Loop:
         if counts is not None:
             zeros = jax.tree.map(jnp.zeros_like, (loss, grads))
             loss, grads = where(counts, (loss, grads), zeros)
-        return loss, jax.tree.map(lambda x: jnp.asarray(x)[None], aux), carry, grads
+        aux, new, counts = jax.tree.map(lambda x: jnp.asarray(x)[None], (aux, new, counts))
+        return loss, aux, carry, self._with_new(grads, new, counts)
 
     def scan(self) -> tuple[Any, Any, Any, Any]:
         """Returns mean loss, stacked aux, last carry and mean gradients of all microbatches."""
         carry = self._first_carry()
         # Zeros of the gradients' type: if it is `unreduced`, that of `params` is not.
-        zeros = jax.grad(lambda _: 0.0)(self.params)
-        dtypes = dtypes_of_sums(self.params, self.accumulator_dtype)
+        params, _ = self.overwritten.split(self.params)
+        zeros = jax.grad(lambda _: 0.0)(params)
+        dtypes = dtypes_of_sums(params, self.accumulator_dtype)
         sums, total = _window.open_sums(zeros, dtypes), jnp.zeros([], _dtype())
         if self.weight_fn is not None:
             weight, _ = jax.eval_shape(lambda: self.weigh(self.arguments(0, carry), 0))
@@ -153,8 +158,8 @@ class Loop:
         losses = _window.add(_window.open_sums(each.loss), each.loss, all_of_them)
         with jax.named_scope("optaccum.reduce"):
             sums, (total, loss) = self.devices.reduce(sums, (total, losses.sum()))
-        grads, loss = _window.mean(Sums(total, sums, loss), Sums(None, self.params, each.loss))
-        return loss, each.aux, carry, grads
+        grads, loss = _window.mean(Sums(total, sums, loss), Sums(None, params, each.loss))
+        return loss, each.aux, carry, self._with_new(grads, each.new, each.counts)
 
     def trip(self, carried: Carried, i: jax.Array) -> tuple[Carried, Microbatch]:
         """Runs microbatch i and adds it to the sums."""
@@ -168,10 +173,10 @@ class Loop:
         unequal = None if counts is None else weight  # equal weights cancel
         microbatch = _window.Microbatch(unequal, adds=counts, summed=self.summed)
         run = functools.partial(self.run, args, weight, counts)
-        (loss, aux), sums = add_gradients(run, sums, microbatch, total)
+        (loss, aux, new), sums = add_gradients(run, sums, microbatch, total)
         carry, aux = self.carry_on(args, counts, aux)
         total += weight if counts is None else jnp.where(counts, weight, 0)
-        return Carried(sums, total, carry), Microbatch(loss, aux, unequal, counts)
+        return Carried(sums, total, carry), Microbatch(loss, aux, unequal, counts, new)
 
     def _real_trips(self, start: Carried) -> tuple[Carried, Microbatch]:
         """Does what a scan does, in the time of the microbatches that are real on some device."""
@@ -220,7 +225,7 @@ class Loop:
         return drop_unless(counts, weight), counts
 
     def run(self, args: list[Any], weight: Any, counts: jax.Array | None) -> tuple[Any, Any]:
-        """Returns `(loss, aux)` and the gradients of a microbatch.
+        """Returns `(loss, aux, new)` and the gradients of a microbatch.
 
         Args:
             args: Its arguments.
@@ -231,7 +236,16 @@ class Loop:
         loss, aux = value if self.has_aux else (value, None)
         check_aux(aux)
         _reduce_axes.check_gradients(loss, grads, weight, self.devices)
-        return (loss, aux), grads
+        grads, new = self.overwritten.split(grads)
+        return (loss, aux, new), grads
+
+    def _with_new(self, grads: Any, new: list[jax.Array], counts: jax.Array | None) -> Any:
+        """Returns the gradients with what overwrites parameters, of the microbatches that count."""
+        if not self.overwritten.places:
+            return grads
+        real = jnp.arange(self.n) < (self.n if self.count is None else self.count)
+        counts = real if counts is None else real & counts
+        return self.overwritten.join(grads, new, counts, self.params)
 
     def carry_on(self, args: list[Any], counts: jax.Array | None, aux: Any) -> tuple[Any, Any]:
         """Returns the carry of the next microbatch, and what is left of `aux`."""
@@ -251,49 +265,3 @@ class Loop:
 
 def _dtype() -> jnp.dtype:
     return jax.dtypes.canonicalize_dtype(float)  # float64 with `jax_enable_x64`
-
-
-def check_aux(aux: Any) -> None:
-    """Raises unless what `fun` returned beside its loss can be stacked."""
-    for name, x in named_leaves({"": aux}):
-        if not isinstance(x, ARRAYS):
-            raise TypeError(
-                f"`fun` returned {_validate.describe(x)} as aux leaf {name or '(the only leaf)'}; "
-                "return arrays or numbers, which are stacked over the microbatches"
-            )
-
-
-def as_carry_and_aux(aux: Any) -> tuple[Any, Any]:
-    """Returns what `fun` returned beside its loss, if it hands on a carry, as a pair."""
-    if not isinstance(aux, tuple) or len(aux) != 2:
-        raise TypeError(
-            "`fun` must return `(loss, (carry, aux))` with `carry_argnum`, where aux may be (), "
-            f"got {_validate.describe(aux)} for `(carry, aux)`"
-        )
-    return aux
-
-
-def check_carry(new: Any, carry: Any) -> None:
-    """Raises unless `fun` returned a carry of the structure, shapes and dtypes that it got."""
-    if jax.tree.structure(new) != jax.tree.structure(carry):
-        raise TypeError(
-            f"`fun` returned a carry of the tree structure {jax.tree.structure(new)}, but it "
-            f"began as {jax.tree.structure(carry)}"
-        )
-    for (name, x), old in zip(named_leaves({"": new}), jax.tree.leaves(carry), strict=True):
-        if is_typed_key(x) and is_typed_key(old) and x.shape == old.shape:
-            continue
-        keys = is_typed_key(x) or is_typed_key(old)
-        if jnp.shape(x) != jnp.shape(old) or keys or _widens(x, old):
-            raise TypeError(
-                f"`fun` returned a carry whose leaf {name or '(the only leaf)'} is "
-                f"{_validate.describe(x)}, but it began as {_validate.describe(old)}; begin "
-                "with the shape and dtype that it will have"
-            )
-
-
-def _widens(x: Any, old: Any) -> bool:
-    """Returns whether `x` would lose bits in the dtype of `old`."""
-    with jax.numpy_dtype_promotion("standard"):
-        wider = _validate.kind(x) > _validate.kind(old)
-        return wider or jnp.result_type(x, old) != jnp.result_type(old)

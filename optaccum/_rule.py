@@ -11,7 +11,9 @@ import jax.numpy as jnp
 from optaccum import _devices, _passes, _window
 from optaccum._call import Call, Roles
 from optaccum._conditional import hoisted
-from optaccum._loop import Loop, Settings, check_aux
+from optaccum._loop import Loop, Settings
+from optaccum._outputs import check_aux
+from optaccum._overwritten import Overwritten, overwritten
 from optaccum._trees import strongly_typed
 
 Arrays = dict[int, jax.Array]  # by their place among the leaves of the arguments
@@ -31,6 +33,7 @@ class Rule:
         others: The leaves of all arguments, None for arrays.
         owners: The argument that each leaf belongs to.
         titles: What errors call the arguments.
+        overwrites: Which leaves their gradients replace.
         structure: Of the arguments.
         roles: Of the arguments.
         devices: How they share what has no rows.
@@ -42,6 +45,7 @@ class Rule:
     others: list[Any]
     owners: list[int]
     titles: list[str]
+    overwrites: list[bool]
     structure: Any
     roles: Roles
     devices: _devices.Replicated
@@ -82,7 +86,7 @@ class Rule:
                 )
         found: dict[int, Any] = dict.fromkeys(self.places)
         if not isinstance(of_loss, SymbolicZero):
-            found |= {k: _scaled(g, of_loss) for k, g in grads.items()}
+            found |= {k: g if self.overwrites[k] else _scaled(g, of_loss) for k, g in grads.items()}
         return found, None
 
     @property
@@ -129,6 +133,7 @@ class Rule:
             params=params,
             differentiate=differentiate if trained else forward_only,
             devices=self.devices,
+            overwritten=Overwritten.among((self.overwrites[k] for k in params), self.devices),
             count=count,
             weight_fn=None if self.weight_fn is None else weight,
             **self.settings._asdict(),
@@ -156,6 +161,7 @@ def run(
         others=[None if isinstance(x, jax.Array) else x for x in leaves],
         owners=[j for j, tree in enumerate(args) for _ in jax.tree.leaves(tree)],
         titles=[call.title(j) for j in range(len(args))],
+        overwrites=overwritten(args),
         structure=structure,
         roles=roles,
         devices=devices,

@@ -9,6 +9,7 @@ import jax
 from optaccum import _call, _reduce_axes, _validate
 from optaccum._in_place import refuse_changes
 from optaccum._loop import Loop, Settings
+from optaccum._overwritten import Overwritten, overwritten
 
 Params = TypeVar("Params")
 Rest = ParamSpec("Rest")
@@ -101,9 +102,11 @@ def value_and_grad(
         * Layers in a `lax.scan` need no stack of gradients beside the sums: the backward scan adds
           each layer's gradient to them. A weighted lookup needs no second table.
         * `fun` is traced once. Keys do not depend on data.
-        * Derivatives of any order, in any mode (not in reverse mode if `num_microbatches` is a
-          function, as JAX does not know how often the loop runs). A microbatch without weight has none, whatever its
-          rows are: its `aux`, which is kept, is a constant in reverse mode.
+        * Derivatives of any order, in any mode (but not in reverse mode if `num_microbatches` is a
+          function). A microbatch without weight has none, whatever its rows are: its `aux`, which
+          is kept, is a constant in reverse mode.
+        * Gradients of Flax's FP8 collection, which are its new values, are the elementwise largest
+          of the microbatches that count: one entry in the histories per step, as for one batch.
 
     Documentation: "Semantics" has a table of all cases.
 
@@ -195,13 +198,15 @@ def value_and_grad(
         ]
         at = trained if isinstance(argnums, tuple | list) else trained[0]
         loss_fn = refuse_changes(call.by_position(fun), call.title, carry)
+        params = shared[at] if isinstance(at, int) else tuple(shared[j] for j in at)
         loop = Loop(
             args=call.roles.split(shared, of_call.n) if of_call.n > 1 else shared,
             roles=call.roles,
-            params=shared[at] if isinstance(at, int) else tuple(shared[j] for j in at),
+            params=params,
             differentiate=jax.value_and_grad(loss_fn, at, has_aux),
             weight_fn=None if weight_fn is None else call.by_position(weight_fn),
             devices=devices,
+            overwritten=Overwritten.among(overwritten(params), devices),
             count=count,
             **of_call._asdict(),
         )
