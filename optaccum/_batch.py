@@ -24,9 +24,9 @@ def split(tree: Any, n: int) -> Any:
     return jax.tree.map(lambda x: jnp.reshape(x, (x.shape[0] // n, n, *x.shape[1:])), tree)
 
 
-def take(tree: Any, i: jax.Array) -> Any:
+def take(tree: Any, i: jax.Array, axis: int = 1) -> Any:
     """Returns microbatch i of the tree that :func:`split` returned."""
-    return jax.tree.map(lambda x: lax.dynamic_index_in_dim(x, i, 1, keepdims=False), tree)
+    return jax.tree.map(lambda x: lax.dynamic_index_in_dim(x, i, axis, keepdims=False), tree)
 
 
 def put(tree: Any, microbatch: Any, i: jax.Array) -> Any:
@@ -54,10 +54,38 @@ def named_leaves(
     ]
 
 
-def check_batch(batch: dict[str, Any], n: int, remedy: str = PAD, devices: int = 1) -> None:
+def check_stack(batch: dict[str, Any], n: int, devices: int = 1) -> None:
+    """Raises unless all leaves are [n, m, ...], and the devices can share m rows."""
+    for name, leaf in named_leaves(batch):
+        if jnp.ndim(leaf) < 2 or leaf.shape[0] != n:
+            raise ValueError(
+                f"batch leaf {name} must be [{n}, rows, ...] with `batch_layout` 'stacked', {n} "
+                f"microbatches, got {describe(leaf)}"
+            )
+        check_shared(name, leaf.shape[1], devices)
+
+
+def check_shared(name: str, rows: int, devices: int, remedy: str = PAD) -> None:
+    """Raises unless the devices can share so many rows."""
+    if rows % devices:
+        raise ValueError(
+            f"the {rows} rows of batch leaf {name} cannot be divided among the {devices} devices "
+            f"of `reduce_axes`; {remedy}"
+        )
+
+
+def check_batch(
+    batch: dict[str, Any],
+    n: int,
+    remedy: str = PAD,
+    *,
+    uneven: bool | None = None,
+    devices: int = 1,
+) -> None:
     """Raises unless all leaves have one number of rows, which `n` divides on every device.
 
-    `devices` share the rows, or as many as the types say.
+    `uneven` is whether they may have different numbers; None if no option says so. `devices` share
+    the rows, or as many as the types say.
     """
     leaves = named_leaves(batch)
     if not leaves:
@@ -69,16 +97,13 @@ def check_batch(batch: dict[str, Any], n: int, remedy: str = PAD, devices: int =
                 "an argument of its own"
             )
         (first, whole), rows = leaves[0], leaf.shape[0]
-        if rows != whole.shape[0]:
+        if rows != whole.shape[0] and not uneven:
+            split_each = "" if uneven is None else "; pass `batch_layout='uneven'` to split each"
             raise ValueError(
                 f"batch leaves must have one number of rows, but {first} has {whole.shape[0]} and "
-                f"{name} has {rows}"
+                f"{name} has {rows}{split_each}"
             )
-        if rows % devices:
-            raise ValueError(
-                f"the {rows} rows of batch leaf {name} cannot be divided among the {devices} "
-                f"devices of `reduce_axes`; {remedy}"
-            )
+        check_shared(name, rows, devices, remedy)
         local = rows // max(devices, _devices_of_rows(leaf))
         if local % n and export.is_symbolic_dim(local):
             raise ValueError(
@@ -102,15 +127,13 @@ def _devices_of_rows(x: Any) -> int:
     return math.prod(sharding.mesh.shape[axis] for axis in axes)
 
 
-def check_objects(batch: dict[str, Any], n: int) -> None:
-    """Raises if an object in a batch cannot hold the rows of a microbatch."""
+def check_objects(batch: dict[str, Any], cut: Callable[[Any], Any]) -> None:
+    """Raises if an object in a batch cannot hold the rows of a microbatch, which `cut` returns."""
     remedy = "pass its arrays (`x.array` of haliax), and build the object inside `fun`"
-    if n == 1:
-        return
     for name, x in named_leaves(batch, is_object):
         name = f"{name}, an object of type {type(x).__name__},"
         try:
-            shape = stale_shape(x, lambda x: take(split(x, n), jnp.int32(0)))
+            shape = stale_shape(x, cut)
         except Exception as error:
             raise ValueError(
                 f"{name} cannot be rebuilt with the rows of a microbatch "

@@ -6,6 +6,7 @@ import inspect
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 
 from optaccum import _batch, _keys
 from optaccum._batch import named_leaves
@@ -23,15 +24,21 @@ class Argnums(NamedTuple):
         positions: {option: positions}, counted from the end if they are negative.
         names: The keyword arguments to split; None if `batch_argnames` was left out.
         by_default: Whether `batch_argnums` was left out.
+        layout: `batch_layout`, or None for a function without that option.
     """
 
     positions: dict[str, tuple[int, ...]]
     names: tuple[str, ...] | None
     by_default: bool
+    layout: str | None
 
 
-def check_roles(options: dict[str, Any], batch_argnames: Any, has_aux: bool = False) -> Argnums:
+def check_roles(
+    options: dict[str, Any], batch_argnames: Any, has_aux: bool = False, layout: Any = None
+) -> Argnums:
     """Returns the options `{option: argnums}`, checked; None is the default of the batch."""
+    if layout not in (None, "rows", "uneven", "stacked"):
+        raise ValueError(f"`batch_layout` must be 'rows', 'uneven' or 'stacked', got {layout!r}")
     names = (batch_argnames,) if isinstance(batch_argnames, str) else batch_argnames
     if names is not None:
         names = check_names(NAMES, names, "a name or a tuple of names")
@@ -48,7 +55,7 @@ def check_roles(options: dict[str, Any], batch_argnames: Any, has_aux: bool = Fa
         raise ValueError(
             f"{CARRY} needs `has_aux=True`: `fun` returns `(loss, (carry, aux))` with it"
         )
-    return Argnums(positions, names, by_default)
+    return Argnums(positions, names, by_default, layout)
 
 
 class Roles(NamedTuple):
@@ -61,16 +68,19 @@ class Roles(NamedTuple):
     rows: tuple[int, ...]
     keys: tuple[int, ...]
     carry: tuple[int, ...]
+    stacked: bool = False  # rows come as [n, m, ...]
 
     def split(self, args: Iterable[Any], n: int) -> list[Any]:
-        """Returns arguments with their rows as [rows / n, n, ...]."""
+        """Returns arguments with their rows as `microbatch` wants them, [rows / n, n, ...]."""
+        if self.stacked:
+            return list(args)
         return [_batch.split(x, n) if j in self.rows else x for j, x in enumerate(args)]
 
     def microbatch(self, args: Iterable[Any], i: jax.Array) -> list[Any]:
         """Returns the arguments of microbatch i: its rows, its keys and the others whole."""
         args = list(args)
         for j in self.rows:
-            args[j] = _batch.take(args[j], i)
+            args[j] = _batch.take(args[j], i, 0 if self.stacked else 1)
         for j in self.keys:
             args[j] = _keys.fold_in(args[j], i)
         return args
@@ -98,12 +108,19 @@ class Call:
                 raise ValueError(f"{NAMES} names {name!r}, {wrong}")
         if not positions[ROWS]:
             raise ValueError(f"{NAMES} names {argnums.names}, {_not_among(self.names)}")
-        self.roles = Roles(*(positions.get(option, ()) for option in (TRAINED, ROWS, KEYS, CARRY)))
+        by_role = (positions.get(option, ()) for option in (TRAINED, ROWS, KEYS, CARRY))
+        self.roles = Roles(*by_role, stacked=argnums.layout == "stacked")
+
+    @property
+    def nums_rows(self) -> list[int]:
+        """The number of rows of each leaf of the batch; of microbatches, if they are stacked."""
+        leaves = jax.tree.leaves([self.args[j] for j in self.roles.rows])
+        return [x.shape[0] for x in leaves if getattr(x, "shape", ())]
 
     @property
     def num_rows(self) -> int:
         """The number of rows of the batch."""
-        return jax.tree.leaves([self.args[j] for j in self.roles.rows])[0].shape[0]
+        return self.nums_rows[0]
 
     def title(self, j: int) -> str:
         """Returns what an error calls an argument."""
@@ -132,7 +149,7 @@ class Call:
 
         `remedy` says how to make a batch that `n` divides on each of `devices`.
         """
-        trained, rows, keys, carry = self.roles
+        trained, rows, keys, carry, stacked = self.roles
         for name, leaf in named_leaves(self.titled(trained)):
             if not isinstance(leaf, ARRAYS):
                 raise TypeError(
@@ -141,8 +158,17 @@ class Call:
                     "equinox.is_inexact_array)`, and let `fun` begin with "
                     "`model = equinox.combine(params, static)`"
                 )
-        _batch.check_batch(self.titled(rows), n, remedy, devices)
-        _batch.check_objects(self.titled(rows), n)
+        layout = self.argnums.layout
+        if stacked:
+            _batch.check_stack(self.titled(rows), n, devices)
+        else:
+            uneven = None if layout is None else layout == "uneven"
+            _batch.check_batch(self.titled(rows), n, remedy, uneven=uneven, devices=devices)
+        if n > 1 or stacked:
+            each = Roles((), (0,), (), (), stacked)
+            _batch.check_objects(
+                self.titled(rows), lambda x: each.microbatch(each.split([x], n), jnp.int32(0))[0]
+            )
         others = self.titled(self.others((*rows, *keys, *carry)))
         _keys.check_keys(self.titled(keys), others, may_carry=CARRY in self.argnums.positions)
         check_no_other_rows(self, self.argnums)
@@ -202,18 +228,18 @@ def check_no_other_rows(call: Call, argnums: Argnums) -> None:
     Who names the batch says that the others are whole: `batch_argnums` says so of arguments by
     position, `batch_argnames` of keyword arguments.
     """
-    rows, taken = call.num_rows, {j for positions in call.roles for j in positions}
+    nums_rows, taken = call.nums_rows, {j for positions in call.roles[:4] for j in positions}
     if TRAINED not in argnums.positions:
         taken.add(0)  # the parameters, as far as anyone knows
-    found: dict[int, str] = {}
+    found: dict[int, tuple[str, int]] = {}
     for j in call.others(taken):
         if argnums.by_default if j < call.count else argnums.names is None:
             for name, leaf in named_leaves(call.titled([j])):
-                if getattr(leaf, "shape", None) and leaf.shape[0] == rows:
-                    found.setdefault(j, name)
+                if getattr(leaf, "shape", None) and leaf.shape[0] in nums_rows:
+                    found.setdefault(j, (name, leaf.shape[0]))
     if not found:
         return
-    j, name = next(iter(found.items()))
+    j, (name, rows) = next(iter(found.items()))
     if j < call.count:
         whole = tuple(j for j in call.roles.rows if j < call.count)
         option, split = "batch_argnums", str((*whole, j))

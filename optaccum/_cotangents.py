@@ -41,19 +41,19 @@ def call_with_drops(counts: jax.Array | None, fun: Callable[[], Any]) -> Any:
     return structure.unflatten(core.jaxpr_as_fun(core.ClosedJaxpr(closed.jaxpr, consts))())
 
 
-def flat_jaxpr(fun: Callable[[], Any]) -> tuple[core.ClosedJaxpr, Any]:
-    """Returns the jaxpr of `fun()`, and the tree structure of what it returns.
+def flat_jaxpr(fun: Callable[..., Any], *args: Any) -> tuple[core.ClosedJaxpr, Any]:
+    """Returns the jaxpr of `fun(*args)`, and the tree structure of what it returns.
 
     The structure is taken of the results: not every class can be rebuilt from shapes.
     """
     structures = []
 
-    def flat():
-        leaves, structure = jax.tree.flatten(fun())
+    def flat(*args):
+        leaves, structure = jax.tree.flatten(fun(*args))
         structures.append(structure)
         return leaves
 
-    return jax.make_jaxpr(flat)(), structures[0]
+    return jax.make_jaxpr(flat)(*args), structures[0]
 
 
 def _transpose(cotangent: Any, counts: Any, _: Any) -> Any:

@@ -55,9 +55,10 @@ def on_each_device(
             raise
 
     along, everywhere = PartitionSpec(devices.axes), PartitionSpec()
+    of_rows = PartitionSpec(None, devices.axes) if roles.stacked else along
     mapped = jax.shard_map(
         body,
-        in_specs=(along, everywhere, along, specs),
+        in_specs=(along, everywhere, of_rows, specs),
         out_specs=out_specs,
         axis_names={*devices.axes},
     )

@@ -7,17 +7,18 @@ from typing import Any, NamedTuple
 
 import jax
 from jax import lax
+from jax.extend import core
 import jax.numpy as jnp
 
 from optaccum import _devices, _extra_args, _reduce_axes, _scatters, _validate, _window
 from optaccum._backward import add_gradients
-from optaccum._batch import named_leaves
-from optaccum._call import Roles
-from optaccum._cotangents import call_with_drops, drop_unless
+from optaccum._call import Call, Roles
+from optaccum._cotangents import call_with_drops, drop_unless, flat_jaxpr
 from optaccum._gradients import dtypes_of_sums
-from optaccum._keys import is_typed_key
 from optaccum._mesh_axes import vary, varying
-from optaccum._trees import ARRAYS, cast_floating, cast_like, strongly_typed, where
+from optaccum._outputs import as_carry_and_aux, check_aux, check_carry
+from optaccum._overwritten import Overwritten
+from optaccum._trees import cast_floating, cast_like, strongly_typed, where
 from optaccum._window import Sums
 
 
@@ -36,12 +37,13 @@ class Microbatch(NamedTuple):
     aux: Any  # what `fun` returned beside the loss, without the carry
     weight: jax.Array | None  # w_i, a scalar; None if all are equal
     counts: jax.Array | None  # bool[], whether the weight counts; None if all do
+    new: list[jax.Array]  # what the gradients overwrite, f32[...]
 
 
 class Settings(NamedTuple):
     """The checked options of a loop; `summed` is whether the loss is a sum over the weight."""
 
-    n: int
+    n: Any  # an int, or a function that counts the microbatches that are real
     has_aux: bool
     summed: bool
     accumulator_dtype: Any
@@ -58,8 +60,31 @@ class Settings(NamedTuple):
             _validate.check_function("`weight_fn`", weight_fn)
         summed = _validate.check_loss_reduction(loss_reduction) == "sum"
         _validate.check_denominator("`weight_fn`", summed and weight_fn is None)
-        n = _validate.check_count("`num_microbatches`", n)
+        if not callable(n):
+            n = _validate.check_count(
+                "`num_microbatches`", n, " or, of stacked microbatches, a function that counts them"
+            )
         return cls(n, has_aux, summed, _validate.check_accumulator_dtype(dtype))
+
+    def of_call(self, call: Call, devices: int = 1) -> tuple["Settings", jax.Array | None]:
+        """Checks a call; returns the options with an int, and how many microbatches are real.
+
+        None means that all are. `devices` share the rows.
+        """
+        if not callable(self.n):
+            call.check(self.n, devices=devices)
+            return self, None
+        if not call.roles.stacked:
+            raise ValueError(
+                "`num_microbatches` is a function, so the number of microbatches is known only "
+                "when the program runs, and no rows can be split by it; stack microbatches, "
+                "[n, rows, ...], and pass `batch_layout='stacked'`"
+            )
+        n = max(call.nums_rows[:1], default=1)
+        call.check(n, devices=devices)
+        count = call.by_position(self.n)(*call.args)
+        _validate.check_scalar("`num_microbatches(...)`", count, jnp.integer)
+        return self._replace(n=n), jnp.clip(jnp.asarray(count), 0, n).astype(jnp.int32)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -72,6 +97,8 @@ class Loop:
         params: The arguments that are differentiated: one, or a tuple.
         differentiate: `jax.value_and_grad` of the loss, by position like `weight_fn`.
         devices: Where the sums are.
+        overwritten: Which parameters their gradients replace.
+        count: i32[], how many of the n microbatches are real, the first ones; None for all.
         summed: Whether the loss is a sum over what the weight counts.
         n: The number of microbatches.
         (others): As in :func:`optaccum.value_and_grad`.
@@ -82,6 +109,8 @@ class Loop:
     params: Any
     differentiate: Callable[..., Any]
     devices: _devices.Replicated
+    overwritten: Overwritten
+    count: jax.Array | None
     summed: bool
     n: int
     has_aux: bool
@@ -90,12 +119,17 @@ class Loop:
     reduce_dtype: Any
     overlap_reduction: bool
 
+    def __call__(self) -> tuple[Any, Any, Any, Any]:
+        """Returns mean loss, stacked aux, last carry and mean gradients."""
+        alone = self.n == 1 and not self.roles.stacked and not self.devices.axes
+        return self.once() if alone else self.scan()
+
     def once(self) -> tuple[Any, Any, Any, Any]:
         """Returns loss, aux, carry and gradients of one microbatch, without a scan or sums."""
         args = self.arguments(0, self._first_carry())
         weight, counts = self.weigh(args, 0)
         run = functools.partial(self.run, args, weight, counts)
-        ((loss, aux), grads), holds = _scatters.trace(run)
+        ((loss, aux, new), grads), holds = _scatters.trace(run)
         grads = _scatters.apart(grads, holds, 0) if counts is None else grads
         carry, aux = self.carry_on(args, counts, aux)
         if self.summed:
@@ -104,7 +138,8 @@ class Loop:
         if counts is not None:
             zeros = jax.tree.map(jnp.zeros_like, (loss, grads))
             loss, grads = where(counts, (loss, grads), zeros)
-        return loss, jax.tree.map(lambda x: jnp.asarray(x)[None], aux), carry, grads
+        aux, new, counts = jax.tree.map(lambda x: jnp.asarray(x)[None], (aux, new, counts))
+        return loss, aux, carry, self._with_new(grads, new, counts)
 
     def scan(self) -> tuple[Any, Any, Any, Any]:
         """Returns mean loss, stacked aux, last carry and mean gradients of all microbatches."""
@@ -112,22 +147,26 @@ class Loop:
         grads = cast_floating(sums.grads, self.reduce_dtype)
         with jax.named_scope("optaccum.reduce"):
             grads, (total, loss) = self.devices.reduce(grads, (sums.weight, sums.args))
-        like = Sums(None, self.params, each.loss)
+        like = Sums(None, self.overwritten.split(self.params)[0], each.loss)
         grads, loss = _window.mean(Sums(total, grads, loss), like)
-        return loss, each.aux, carry, grads
+        return loss, each.aux, carry, self._with_new(grads, each.new, each.counts)
 
     def sums(self) -> tuple[Sums, Microbatch, Any]:
         """Returns sums over all microbatches on this device, what each returned, and the carry."""
         carry = self._first_carry()
         # Zeros of the gradients' type: if it is `unreduced`, that of `params` is not.
-        zeros = jax.grad(lambda _: 0.0)(self.params)
-        dtypes = dtypes_of_sums(self.params, self.accumulator_dtype)
+        params, _ = self.overwritten.split(self.params)
+        zeros = jax.grad(lambda _: 0.0)(params)
+        dtypes = dtypes_of_sums(params, self.accumulator_dtype)
         sums, total = _window.open_sums(zeros, dtypes), jnp.zeros([], _dtype())
         if self.weight_fn is not None:
             weight, _ = jax.eval_shape(lambda: self.weigh(self.arguments(0, carry), 0))
             total = vary(total, tuple(varying(weight)))
         carried, trips = Carried(sums, total, carry), self.n - self.overlap_reduction
-        carried, each = lax.scan(self.trip, carried, jnp.arange(trips))
+        if self.count is None:
+            carried, each = lax.scan(self.trip, carried, jnp.arange(trips))
+        else:
+            carried, each = self._real_trips(carried)
         if self.overlap_reduction:
             carried, last = self.trip(carried, jnp.asarray(trips))
             each = jax.tree.map(
@@ -135,7 +174,7 @@ class Loop:
             )
         sums, total, carry = carried
         if each.weight is None and not self.summed:
-            total = jnp.asarray(self.n, total.dtype)
+            total = jnp.asarray(self.n if self.count is None else self.count, total.dtype)
         all_of_them = _window.Microbatch(each.weight, True, adds=each.counts, summed=self.summed)
         losses = _window.add(_window.open_sums(each.loss), each.loss, all_of_them)
         return Sums(total, sums, losses.sum()), each, carry
@@ -145,17 +184,46 @@ class Loop:
         sums, total, carry = carried
         args = self.arguments(i, carry)
         weight, counts = self.weigh(args, total)
+        if self.count is not None and varying(self.count):  # other devices may have more
+            real = i < self.count
+            weight = jnp.asarray(weight, _dtype())
+            counts = real if counts is None else real & counts
         unequal = None if counts is None else weight  # equal weights cancel
         microbatch = _window.Microbatch(unequal, adds=counts, summed=self.summed)
         run = functools.partial(self.run, args, weight, counts)
-        (loss, aux), sums = add_gradients(run, sums, microbatch, total)
+        (loss, aux, new), sums = add_gradients(run, sums, microbatch, total)
         carry, aux = self.carry_on(args, counts, aux)
         total += weight if counts is None else jnp.where(counts, weight, 0)
-        return Carried(sums, total, carry), Microbatch(loss, aux, unequal, counts)
+        return Carried(sums, total, carry), Microbatch(loss, aux, unequal, counts, new)
+
+    def _real_trips(self, start: Carried) -> tuple[Carried, Microbatch]:
+        """Does what a scan does, in the time of the microbatches that are real on some device."""
+        trips = self.count
+        if axes := tuple(varying(trips)):  # `fun` may communicate, so devices run alike
+            trips = lax.pmax(trips, axes)
+            start = start._replace(total=vary(start.total, axes))
+        closed, structure = flat_jaxpr(self.trip, start, jnp.int32(0))
+        trip, first = core.jaxpr_as_fun(closed), jax.tree.leaves(start)
+
+        def body(i, state):
+            carried, stacks = state
+            results = trip(*carried, i)
+            each = results[len(first) :]
+            return results[: len(first)], [
+                xs.at[i].set(x) for xs, x in zip(stacks, each, strict=True)
+            ]
+
+        stacks = [
+            vary(jnp.zeros((self.n, *x.shape), x.dtype), tuple(varying(x)))
+            for x in jax.eval_shape(trip, *first, jnp.int32(0))[len(first) :]
+        ]
+        carried, stacks = lax.fori_loop(0, trips, body, (first, stacks))
+        return structure.unflatten([*carried, *stacks])
 
     def arguments(self, i: Any, carry: Any) -> list[Any]:
         """Returns the arguments of microbatch i, or all of them if it is the only one."""
-        args = list(self.args) if self.n == 1 else self.roles.microbatch(self.args, i)
+        whole = self.n == 1 and not self.roles.stacked
+        args = list(self.args) if whole else self.roles.microbatch(self.args, i)
         for j in self.roles.carry:
             args[j] = carry
         return args
@@ -175,7 +243,7 @@ class Loop:
         return drop_unless(counts, weight), counts
 
     def run(self, args: list[Any], weight: Any, counts: jax.Array | None) -> tuple[Any, Any]:
-        """Returns `(loss, aux)` and the gradients of a microbatch.
+        """Returns `(loss, aux, new)` and the gradients of a microbatch.
 
         Args:
             args: Its arguments.
@@ -186,7 +254,16 @@ class Loop:
         loss, aux = value if self.has_aux else (value, None)
         check_aux(aux)
         _reduce_axes.check_gradients(loss, grads, weight, self.devices)
-        return (loss, aux), grads
+        grads, new = self.overwritten.split(grads)
+        return (loss, aux, new), grads
+
+    def _with_new(self, grads: Any, new: list[jax.Array], counts: jax.Array | None) -> Any:
+        """Returns the gradients with what overwrites parameters, of the microbatches that count."""
+        if not self.overwritten.places:
+            return grads
+        real = jnp.arange(self.n) < (self.n if self.count is None else self.count)
+        counts = real if counts is None else real & counts
+        return self.overwritten.join(grads, new, counts, self.params)
 
     def carry_on(self, args: list[Any], counts: jax.Array | None, aux: Any) -> tuple[Any, Any]:
         """Returns the carry of the next microbatch, and what is left of `aux`."""
@@ -206,49 +283,3 @@ class Loop:
 
 def _dtype() -> jnp.dtype:
     return jax.dtypes.canonicalize_dtype(float)  # float64 with `jax_enable_x64`
-
-
-def check_aux(aux: Any) -> None:
-    """Raises unless what `fun` returned beside its loss can be stacked."""
-    for name, x in named_leaves({"": aux}):
-        if not isinstance(x, ARRAYS):
-            raise TypeError(
-                f"`fun` returned {_validate.describe(x)} as aux leaf {name or '(the only leaf)'}; "
-                "return arrays or numbers, which are stacked over the microbatches"
-            )
-
-
-def as_carry_and_aux(aux: Any) -> tuple[Any, Any]:
-    """Returns what `fun` returned beside its loss, if it hands on a carry, as a pair."""
-    if not isinstance(aux, tuple) or len(aux) != 2:
-        raise TypeError(
-            "`fun` must return `(loss, (carry, aux))` with `carry_argnum`, where aux may be (), "
-            f"got {_validate.describe(aux)} for `(carry, aux)`"
-        )
-    return aux
-
-
-def check_carry(new: Any, carry: Any) -> None:
-    """Raises unless `fun` returned a carry of the structure, shapes and dtypes that it got."""
-    if jax.tree.structure(new) != jax.tree.structure(carry):
-        raise TypeError(
-            f"`fun` returned a carry of the tree structure {jax.tree.structure(new)}, but it "
-            f"began as {jax.tree.structure(carry)}"
-        )
-    for (name, x), old in zip(named_leaves({"": new}), jax.tree.leaves(carry), strict=True):
-        if is_typed_key(x) and is_typed_key(old) and x.shape == old.shape:
-            continue
-        keys = is_typed_key(x) or is_typed_key(old)
-        if jnp.shape(x) != jnp.shape(old) or keys or _widens(x, old):
-            raise TypeError(
-                f"`fun` returned a carry whose leaf {name or '(the only leaf)'} is "
-                f"{_validate.describe(x)}, but it began as {_validate.describe(old)}; begin "
-                "with the shape and dtype that it will have"
-            )
-
-
-def _widens(x: Any, old: Any) -> bool:
-    """Returns whether `x` would lose bits in the dtype of `old`."""
-    with jax.numpy_dtype_promotion("standard"):
-        wider = _validate.kind(x) > _validate.kind(old)
-        return wider or jnp.result_type(x, old) != jnp.result_type(old)

@@ -15,9 +15,10 @@ def microbatched_loss(
     fun: Callable[..., Any],
     has_aux: bool = False,
     *,
-    num_microbatches: int,
+    num_microbatches: int | Callable[..., Any],
     batch_argnums: int | Sequence[int] | None = None,
     batch_argnames: str | Sequence[str] | None = None,
+    batch_layout: str = "rows",
     weight_fn: Callable[..., Any] | None = None,
     loss_reduction: str = "mean",
     rng_argnums: int | Sequence[int] = (),
@@ -60,9 +61,10 @@ def microbatched_loss(
         fun: A function that returns a real scalar, or with `has_aux` `(scalar, aux)`.
         has_aux: Whether `fun` returns `(scalar, aux)`; so does the result, with `aux` stacked, and
             with `carry_argnum` `(scalar, (carry, aux))`.
-        num_microbatches: N, an integer >= 1.
-        batch_argnums: As in :func:`optaccum.value_and_grad`, and so are the next five.
+        num_microbatches: As in :func:`optaccum.value_and_grad`, and so are the next seven.
+        batch_argnums: Positions of the pytrees to split.
         batch_argnames: Names of the keyword arguments to split.
+        batch_layout: "rows", "uneven" or "stacked".
         weight_fn: Returns how much a microbatch counts.
         loss_reduction: "mean" or "sum".
         rng_argnums: Positions of keys.
@@ -90,16 +92,16 @@ def microbatched_loss(
         "`rng_argnums`": rng_argnums,
         "`carry_argnum`": () if carry_argnum is None else (carry_argnum,),
     }
-    positions = _call.check_roles(options, batch_argnames, has_aux)
+    positions = _call.check_roles(options, batch_argnames, has_aux, batch_layout)
 
     @functools.wraps(fun)
     def loss_fn(*args, **kwargs):
         call = _call.Call(fun, positions, args, kwargs)
-        call.check(settings.n)
+        of_call, count = settings.of_call(call)
         of_args = refuse_changes(call.by_position(fun), call.title, call.roles.carry)
         of_weight = None if weight_fn is None else call.by_position(weight_fn)
         devices = _reduce_axes.check_shares(axes)
-        loss, aux, carry = _rule.run(call, of_args, of_weight, devices, settings)
+        loss, aux, carry = _rule.run(call, of_args, of_weight, devices, of_call, count)
         aux = (carry, aux) if call.roles.carry else aux
         return (loss, aux) if has_aux else loss
 

@@ -11,7 +11,9 @@ import jax.numpy as jnp
 from optaccum import _devices, _passes, _window
 from optaccum._call import Call, Roles
 from optaccum._conditional import hoisted
-from optaccum._loop import Loop, Settings, check_aux
+from optaccum._loop import Loop, Settings
+from optaccum._outputs import check_aux
+from optaccum._overwritten import Overwritten, overwritten
 from optaccum._trees import strongly_typed
 
 Arrays = dict[int, jax.Array]  # by their place among the leaves of the arguments
@@ -31,6 +33,7 @@ class Rule:
         others: The leaves of all arguments, None for arrays.
         owners: The argument that each leaf belongs to.
         titles: What errors call the arguments.
+        overwrites: Which leaves their gradients replace.
         structure: Of the arguments.
         roles: Of the arguments.
         devices: How they share what has no rows.
@@ -42,6 +45,7 @@ class Rule:
     others: list[Any]
     owners: list[int]
     titles: list[str]
+    overwrites: list[bool]
     structure: Any
     roles: Roles
     devices: _devices.Replicated
@@ -82,7 +86,7 @@ class Rule:
                 )
         found: dict[int, Any] = dict.fromkeys(self.places)
         if not isinstance(of_loss, SymbolicZero):
-            found |= {k: _scaled(g, of_loss) for k, g in grads.items()}
+            found |= {k: g if self.overwrites[k] else _scaled(g, of_loss) for k, g in grads.items()}
         return found, None
 
     @property
@@ -109,7 +113,7 @@ class Rule:
         """Returns loss, aux, carry, and the gradients of leaves."""
         args = self.arguments(arrays)
         params = {k: x for k, x in self.arrays(args).items() if k in trained}
-        of_fun, of_weight = closed_over
+        of_fun, of_weight, count = closed_over
 
         def value(*args):
             *args, params = args
@@ -129,10 +133,12 @@ class Rule:
             params=params,
             differentiate=differentiate if trained else forward_only,
             devices=self.devices,
+            overwritten=Overwritten.among((self.overwrites[k] for k in params), self.devices),
+            count=count,
             weight_fn=None if self.weight_fn is None else weight,
             **self.settings._asdict(),
         )
-        return loop.once() if loop.n == 1 and not self.devices.axes else loop.scan()
+        return loop()
 
 
 def run(
@@ -141,6 +147,7 @@ def run(
     weight_fn: Callable[..., Any] | None,
     devices: _devices.Replicated,
     settings: Settings,
+    count: jax.Array | None,
 ) -> tuple[Any, Any, Any]:
     """Returns loss, aux and carry of a call. The functions are by position."""
     n, roles = settings.n, call.roles
@@ -154,6 +161,7 @@ def run(
         others=[None if isinstance(x, jax.Array) else x for x in leaves],
         owners=[j for j, tree in enumerate(args) for _ in jax.tree.leaves(tree)],
         titles=[call.title(j) for j in range(len(args))],
+        overwrites=overwritten(args),
         structure=structure,
         roles=roles,
         devices=devices,
@@ -161,7 +169,7 @@ def run(
     )
     arrays = rule.arrays(args)
     first = rule.arguments(arrays)
-    first = roles.microbatch(first, jnp.int32(0)) if n > 1 else first
+    first = roles.microbatch(first, jnp.int32(0)) if n > 1 or roles.stacked else first
     of_fun, fun_closes_over = _of_arrays(rule, fun, first, settings.has_aux)
     of_weight, weight_closes_over = None, []
     if weight_fn is not None:
@@ -169,7 +177,7 @@ def run(
     rule = dataclasses.replace(rule, fun=of_fun, weight_fn=of_weight)
     call_rule = jax.custom_vjp(rule.primal)
     call_rule.defvjp(rule.forward, rule.backward, symbolic_zeros=True)
-    return call_rule(arrays, (fun_closes_over, weight_closes_over))
+    return call_rule(arrays, (fun_closes_over, weight_closes_over, count))
 
 
 def _of_arrays(

@@ -11,6 +11,7 @@ from optaccum._device_rows import on_each_device, stack
 from optaccum._devices import Stacked
 from optaccum._in_place import refuse_changes
 from optaccum._loop import Loop, Settings
+from optaccum._overwritten import Overwritten, overwritten
 from optaccum._trees import cast_floating
 from optaccum._window import Sums
 
@@ -23,6 +24,7 @@ class Options(TypedDict, total=False):
 
     batch_argnums: int | Sequence[int] | None
     batch_argnames: str | Sequence[str] | None
+    batch_layout: str
     weight_fn: Callable[..., Any] | None
     loss_reduction: str
     rng_argnums: int | Sequence[int]
@@ -39,7 +41,7 @@ def value_and_grad(
     argnums: Literal[0] = 0,
     has_aux: bool = False,
     *,
-    num_microbatches: int,
+    num_microbatches: int | Callable[..., Any],
     **options: Unpack[Options],
 ) -> Callable[Concatenate[Params, Rest], tuple[Any, Params]]: ...
 
@@ -50,7 +52,7 @@ def value_and_grad(
     argnums: int | Sequence[int],
     has_aux: bool = False,
     *,
-    num_microbatches: int,
+    num_microbatches: int | Callable[..., Any],
     **options: Unpack[Options],
 ) -> Callable[..., Any]: ...
 
@@ -60,9 +62,10 @@ def value_and_grad(
     argnums: int | Sequence[int] = 0,
     has_aux: bool = False,
     *,
-    num_microbatches: int,
+    num_microbatches: int | Callable[..., Any],
     batch_argnums: int | Sequence[int] | None = None,
     batch_argnames: str | Sequence[str] | None = None,
+    batch_layout: str = "rows",
     weight_fn: Callable[..., Any] | None = None,
     loss_reduction: str = "mean",
     rng_argnums: int | Sequence[int] = (),
@@ -111,8 +114,11 @@ def value_and_grad(
         * Layers in a `lax.scan` need no stack of gradients beside the sums: the backward scan adds
           each layer's gradient to them. A weighted lookup needs no second table.
         * `fun` is traced once (twice with `overlap_reduction`). Keys do not depend on data.
-        * Derivatives of any order, in any mode. A microbatch without weight has none, whatever its
-          rows are: its `aux`, which is kept, is a constant in reverse mode.
+        * Derivatives of any order, in any mode (but not in reverse mode if `num_microbatches` is a
+          function). A microbatch without weight has none, whatever its rows are: its `aux`, which
+          is kept, is a constant in reverse mode.
+        * Gradients of Flax's FP8 collection, which are its new values, are the elementwise largest
+          of the microbatches that count: one entry in the histories per step, as for one batch.
 
     Documentation: "Semantics" has a table of all cases.
 
@@ -140,7 +146,9 @@ def value_and_grad(
         fun: A function that returns a real scalar, or with `has_aux` `(scalar, aux)`.
         argnums: What to differentiate: a position or several, as in `jax.value_and_grad`.
         has_aux: Whether `fun` returns `(scalar, aux)`.
-        num_microbatches: N, an integer >= 1.
+        num_microbatches: N, an integer >= 1. If microbatches are stacked, it may be a function,
+            called as `fun` is with all arguments, that returns how many of them are real: an
+            integer[], which may be traced and is clipped to 0..n. The others are not run.
         batch_argnums: Positions of the pytrees to split. All their leaves have the same leading
             axis, which n divides. None for the argument 1, and then no other positional argument
             may have as many rows: pass 1 to give it to every microbatch whole. (None for no
@@ -148,6 +156,9 @@ def value_and_grad(
         batch_argnames: Names of the keyword arguments to split; one that a call leaves out has
             its default. None for none of them, and then none may have as many rows: pass () to
             give it to every microbatch whole.
+        batch_layout: "rows" if all leaves of the batch have the same number of rows. "uneven" if
+            some have more: n divides the rows of each, and microbatch i holds the rows i, i + n,
+            ... of each. "stacked" if they come in microbatches, [n, m, ...] with any m.
         weight_fn: Called as `fun` is, with the arguments of each microbatch; returns how much it
             counts, a scalar >= 0 such as its unpadded tokens. None for 1 each. Weights are summed
             in float32, token counts up to 2**24 exactly, or in float64 with `jax_enable_x64`. Sum
@@ -184,7 +195,6 @@ def value_and_grad(
     settings = Settings.checked(
         fun, weight_fn, num_microbatches, has_aux, loss_reduction, accumulator_dtype
     )
-    n = settings.n
     axes = _validate.check_axes(reduce_axes)
     reduce_dtype = _validate.check_reduce_dtype(reduce_dtype, axes)
     settings = settings._replace(reduce_dtype=reduce_dtype, overlap_reduction=overlap_reduction)
@@ -193,43 +203,48 @@ def value_and_grad(
         raise ValueError(
             "`overlap_reduction` needs `reduce_axes`: nothing is reduced after the scan"
         )
+    if overlap_reduction and callable(num_microbatches):
+        raise ValueError(
+            "`overlap_reduction` runs the last microbatch apart, but `num_microbatches` is a "
+            "function, so which one is last is not known; leave one of them out"
+        )
     options = {
         "`argnums`": argnums,
         "`batch_argnums`": batch_argnums,
         "`rng_argnums`": rng_argnums,
         "`carry_argnum`": () if carry_argnum is None else (carry_argnum,),
     }
-    positions = _call.check_roles(options, batch_argnames, has_aux)
+    positions = _call.check_roles(options, batch_argnames, has_aux, batch_layout)
 
     @functools.wraps(fun)
     def value_and_grad_fn(*args, **kwargs):
         call = _call.Call(fun, positions, args, kwargs)
         devices = _reduce_axes.check_mesh(axes)
         if isinstance(devices, Stacked):
-            call.check(n, devices=devices.count)
             loss, aux, grads = from_jit(call, devices)
         else:
-            call.check(n)
-            loop = make_loop(call, call.args)
-            loss, aux, new, grads = loop.once() if n == 1 and not axes else loop.scan()
+            loss, aux, new, grads = make_loop(call, call.args, *settings.of_call(call))()
             aux = (new, aux) if call.roles.carry else aux
         return ((loss, aux) if has_aux else loss), grads
 
-    def make_loop(call, args):
+    def make_loop(call, args, of_call, count):
         trained, carry = call.roles.trained, call.roles.carry
         devices, *_ = [_reduce_axes.check_sums(args[j], axes) for j in trained]
         # Of parameters that all devices share JAX would sum the gradients, each time.
         shared = [devices.share(x) if j in (*trained, *carry) else x for j, x in enumerate(args)]
         at = trained if isinstance(argnums, tuple | list) else trained[0]
         loss_fn = refuse_changes(call.by_position(fun), call.title, carry)
+        params = shared[at] if isinstance(at, int) else tuple(shared[j] for j in at)
         return Loop(
-            args=call.roles.split(shared, n) if n > 1 else shared,
+            args=call.roles.split(shared, of_call.n) if of_call.n > 1 else shared,
             roles=call.roles,
-            params=shared[at] if isinstance(at, int) else tuple(shared[j] for j in at),
+            params=params,
             differentiate=jax.value_and_grad(loss_fn, at, has_aux),
             weight_fn=None if weight_fn is None else call.by_position(weight_fn),
             devices=devices,
-            **settings._asdict(),
+            overwritten=Overwritten.among(overwritten(params), devices),
+            count=count,
+            **of_call._asdict(),
         )
 
     def from_jit(call, devices):
@@ -240,9 +255,10 @@ def value_and_grad(
                 "each device has a carry of its rows; use jax.shard_map and reduce the carry "
                 "(jax.lax.pmean), or leave `reduce_axes` out"
             )
+        of_call = settings.of_call(call, devices.count)
 
         def on_device(args):
-            loop = make_loop(call, args)
+            loop = make_loop(call, args, *of_call)
             sums, each, _ = loop.sums()
             like = Sums(None, (), each.loss)
             _, (total, loss) = loop.devices.reduce((), (sums.weight, sums.args))

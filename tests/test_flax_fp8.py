@@ -2,9 +2,11 @@
 
 from flax.linen import fp8_ops
 from flax.training import train_state
+from helpers import meshes
 from helpers.fp8 import OWG, Fp8, input_history
 import jax
 import jax.numpy as jnp
+from jax.sharding import AxisType, PartitionSpec as P
 import numpy as np
 import optax
 import pytest
@@ -147,3 +149,101 @@ def test_collections_beside_several_windows_are_refused():
     )
     with pytest.raises(ValueError, match="holds 2 AccumulateStates"):
         fp8_state(optaccum.flax.TrainState, tx)
+
+
+# A window inside one step.
+
+
+ROWS = jax.random.normal(jax.random.key(3), (12, 16))
+VARIABLES = Fp8().init(jax.random.key(0), ROWS)
+
+
+def mean_square(params, x, *_):
+    return jnp.mean(Fp8().apply(params, x) ** 2)
+
+
+def in_one_step(**options):
+    return optaccum.grad(mean_square, **options)
+
+
+def wrapped(**options):
+    return jax.grad(optaccum.microbatched_loss(mean_square, **options))
+
+
+def largest_of(microbatches):
+    """Returns the new collection, by one call of JAX for each microbatch."""
+    new = [jax.grad(mean_square)(VARIABLES, x)[OWG] for x in microbatches]
+    return jax.tree.map(lambda *xs: np.max(np.stack(xs), axis=0), *new)
+
+
+both_ways = pytest.mark.parametrize("way", [in_one_step, wrapped])
+
+
+@both_ways
+@pytest.mark.parametrize("n", [1, 3])
+def test_in_one_step_collections_are_the_largest_and_gradients_the_mean(way, n):
+    found = jax.jit(way(num_microbatches=n))(VARIABLES, ROWS)
+    microbatches = [ROWS[i::n] for i in range(n)]
+    assert_same(found[OWG], largest_of(microbatches))
+    expected = np.mean(
+        [jax.grad(mean_square)(VARIABLES, x)["params"]["kernel"] for x in microbatches], 0
+    )
+    np.testing.assert_allclose(found["params"]["kernel"], expected, rtol=1e-6, atol=1e-7)
+
+
+@both_ways
+@pytest.mark.parametrize("n", [1, 3])
+def test_in_one_step_microbatches_without_weight_leave_no_trace(way, n):
+    rows = ROWS.at[0::n].set(jnp.nan)
+    weights = jnp.ones(12).at[0::n].set(0.0)
+    step = jax.jit(
+        way(
+            num_microbatches=n,
+            batch_argnums=(1, 2),
+            weight_fn=lambda params, x, weights: weights.sum(),
+        )
+    )
+    found = step(VARIABLES, rows, weights)
+    assert_same(
+        found[OWG], largest_of([ROWS[i::n] for i in range(1, n)]) if n > 1 else VARIABLES[OWG]
+    )
+    nothing = step(VARIABLES, rows, jnp.zeros(12))
+    assert_same(nothing[OWG], VARIABLES[OWG])
+    np.testing.assert_array_equal(nothing["params"]["kernel"], 0.0)
+
+
+@both_ways
+def test_in_one_step_only_real_microbatches_are_seen(way):
+    step = jax.jit(
+        way(
+            num_microbatches=lambda params, x, count: count,
+            batch_argnums=1,
+            batch_layout="stacked",
+        )
+    )
+    stacked = ROWS.reshape(3, 4, 16).at[2].set(100.0)
+    assert_same(step(VARIABLES, stacked, 2)[OWG], largest_of(stacked[:2]))
+    assert_same(step(VARIABLES, stacked, 0)[OWG], VARIABLES[OWG])
+
+
+@both_ways
+def test_a_window_in_one_step_is_one_across_calls(way):
+    """The collections of three steps, and the parameters up to the order of a sum."""
+    state, step = fp8_state(optaccum.flax.TrainState, accumulate(3, optax.sgd(0.1)))
+    plain, _ = fp8_state(train_state.TrainState, optax.sgd(0.1))
+    grad = jax.jit(way(num_microbatches=3))
+    for scale in (1.0, 3.0, 2.0):
+        for i in range(3):
+            state, _ = step(state, scale * ROWS[i::3])
+        plain = plain.apply_gradients(grads=grad(plain.params, scale * ROWS))
+    for a, b in zip(jax.tree.leaves(plain.params), jax.tree.leaves(state.params), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
+    assert np.count_nonzero(input_history(state)) == 3
+
+
+def test_in_one_step_devices_that_would_overwrite_it_are_refused():
+    step = in_one_step(num_microbatches=2, reduce_axes="data")
+    mesh = meshes.make_mesh(AxisType.Auto)
+    mapped = jax.shard_map(step, mesh=mesh, in_specs=(P(), P("data")), out_specs=P())
+    with pytest.raises(ValueError, match=r"'_overwrite_with_gradient' cannot .* `reduce_axes`"):
+        mapped(VARIABLES, jnp.ones((16, 16)))

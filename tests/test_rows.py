@@ -91,7 +91,9 @@ def test_a_configuration_is_no_key():
 
 
 def test_a_traced_number_of_microbatches_is_refused():
-    with pytest.raises(TypeError, match=r"`num_microbatches` must be an integer >= 1, got"):
+    with pytest.raises(
+        TypeError, match=r"`num_microbatches` must be an integer >= 1 or, of stacked.* got"
+    ):
         jax.jit(lambda n: optaccum.grad(_loss, num_microbatches=n))(2)
 
 

@@ -101,7 +101,7 @@ def _make_loss(fun: Callable[..., Any], args: tuple, options: Options) -> Loss:
     }
     roles = _call.check_roles(given, options.batch_argnames, options.has_aux)
     call = _call.Call(fun, roles, args, kwargs)
-    trained, rows, keys, _ = call.roles
+    trained, rows, keys, *_ = call.roles
     of_batch = jax.tree.map(
         lambda x: x if hasattr(x, "shape") else np.asarray(x), call.titled(rows)
     )
