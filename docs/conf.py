@@ -80,7 +80,9 @@ TYPES = {
     ARRAY: "jax.Array",
     "~optax._src.base.": "optax.",
     "~flax.core.frozen_dict.FrozenDict[str, ~typing.Any]": "~typing.Any",
+    "~optaccum._accumulate.Accumulate": "optax.GradientTransformationExtraArgs",
     "~optaccum._accumulate.Params": "Params",
+    "~optaccum._accumulate.State": "State",
     "[[...], ": "[..., ",
 }
 
@@ -94,9 +96,10 @@ def name_types(app, what, name, obj, options, signature, returned):
 
 
 def mark_up(app, what, name, obj, options, lines):
-    """Let code end inside a word, as in `str`s: docstrings are also read as they are, by help."""
+    """Link pages, and let code end inside a word, as in `str`s."""
     code = r"(:\w+:)?(`+)([^`]+)\2(?=(\w?))"
     text = re.sub(code, lambda m: m[0] + ("\\ " if m[4] else ""), "\n".join(lines))
+    text = re.sub(r"`docs/([\w/]+)\.md`", r":doc:`/\1`", text)
     lines[:] = text.split("\n")
 
 

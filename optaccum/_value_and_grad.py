@@ -11,6 +11,7 @@ from optaccum._in_place import refuse_changes
 from optaccum._loop import Loop
 
 Params = TypeVar("Params")
+Value = TypeVar("Value")  # the loss, or with `has_aux` `(loss, aux)`
 Rest = ParamSpec("Rest")
 
 
@@ -20,7 +21,7 @@ class Options(TypedDict, total=False):
     batch_argnums: int | Sequence[int] | None
     batch_argnames: str | Sequence[str] | None
     weight_fn: Callable[..., Any] | None
-    loss_reduction: str
+    loss_reduction: Literal["mean", "sum"]
     rng_argnums: int | Sequence[int]
     carry_argnum: int | None
     accumulator_dtype: jax.typing.DTypeLike | None
@@ -29,24 +30,24 @@ class Options(TypedDict, total=False):
 
 @overload
 def value_and_grad(
-    fun: Callable[Concatenate[Params, Rest], Any],
+    fun: Callable[Concatenate[Params, Rest], Value],
     argnums: Literal[0] = 0,
     has_aux: bool = False,
     *,
     num_microbatches: int,
     **options: Unpack[Options],
-) -> Callable[Concatenate[Params, Rest], tuple[Any, Params]]: ...
+) -> Callable[Concatenate[Params, Rest], tuple[Value, Params]]: ...
 
 
 @overload
 def value_and_grad(
-    fun: Callable[..., Any],
+    fun: Callable[Rest, Value],
     argnums: int | Sequence[int],
     has_aux: bool = False,
     *,
     num_microbatches: int,
     **options: Unpack[Options],
-) -> Callable[..., Any]: ...
+) -> Callable[Rest, tuple[Value, Any]]: ...
 
 
 def value_and_grad(
@@ -58,7 +59,7 @@ def value_and_grad(
     batch_argnums: int | Sequence[int] | None = None,
     batch_argnames: str | Sequence[str] | None = None,
     weight_fn: Callable[..., Any] | None = None,
-    loss_reduction: str = "mean",
+    loss_reduction: Literal["mean", "sum"] = "mean",
     rng_argnums: int | Sequence[int] = (),
     carry_argnum: int | None = None,
     accumulator_dtype: jax.typing.DTypeLike | None = None,
@@ -102,7 +103,7 @@ def value_and_grad(
         * Derivatives of any order, in any mode. A microbatch without weight has none, whatever its
           rows are: its `aux`, which is kept, is a constant in reverse mode.
 
-    Documentation: "Semantics" has a table of all cases.
+    `docs/semantics.md` has a table of all cases.
 
     `aux` is stacked, never reduced: its leaves, arrays or numbers, get a leading axis of length n,
     at n = 1 too. Means over equal microbatches are `jnp.mean(a, 0)`, counts `jnp.sum(a, 0)`.
