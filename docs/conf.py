@@ -108,11 +108,17 @@ def drop_folders(app, relative_path, parent, content):
     content[0] = content[0].replace("[results](results)", "`benchmarks/results`")
 
 
+def link_benchmarks(app, page, source):
+    """Link the page of the site that includes the benchmarks' README, which a repository shows."""
+    source[0] = re.sub(r"\]\((\.\./)+benchmarks/README\.md", "](/benchmarks.md", source[0])
+
+
 def setup(app):
     """Let the hooks in, and show one signature where overloads serve type checkers."""
     analyzer = ModuleAnalyzer.for_module("optaccum._value_and_grad")
     analyzer.analyze()
     analyzer.overloads.clear()
     app.connect("include-read", drop_folders)
+    app.connect("source-read", link_benchmarks)
     app.connect("autodoc-process-signature", name_types)
     app.connect("autodoc-process-docstring", mark_up)
