@@ -97,7 +97,7 @@ def fill(text: str, tables: Mapping[str, str]) -> str:
 
 def draw_headline(result: Result) -> Figure:
     of, gigabytes = result["memory"], headline.gigabytes(result)
-    figure = Figure((9, 3.4), layout=ConstrainedLayoutEngine(wspace=0.08))
+    figure = Figure((7.4, 3.3), layout=ConstrainedLayoutEngine(wspace=0.08))  # read on phones, too
     left, right = figure.subplots(1, 2, width_ratios=(3, 2))
     whole, ours = (result["losses"][name] for name in (FULL_BATCH, APPLY_GRADIENTS))
     left.plot(whole, color="#F2B48C", linewidth=8, label="full batch")

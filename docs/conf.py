@@ -48,6 +48,7 @@ napoleon_numpy_docstring = False
 napoleon_use_rtype = False
 napoleon_custom_sections = ["Guarantees"]
 python_maximum_signature_line_length = 88
+toc_object_entries_show_parents = "hide"
 
 copybutton_exclude = ".linenos, .gp, .go"
 copybutton_prompt_text = ">>> "
