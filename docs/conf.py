@@ -36,6 +36,7 @@ nb_execution_mode = "cache"
 nb_execution_raise_on_error = True
 nb_execution_timeout = 300  # a machine may be busy
 nb_merge_streams = True
+nb_output_stderr = "remove"  # XLA greets there, on machines with compilers for GPUs
 
 default_role = "code"
 autosummary_generate = False
