@@ -21,7 +21,7 @@ from benchmarks import report, targets
 from benchmarks.tables import Result
 
 RESULTS = pathlib.Path(__file__).parent / "results"
-COMPILED = "compiled", "headline"  # for chips that are not here
+COMPILED = "compiled", "headline", "large"  # for chips that are not here
 PACKAGES = "jax", "jaxlib", "optax", "flax", "keras", "libtpu", "jax-cuda12-plugin"
 
 
@@ -42,7 +42,7 @@ def main(argv: list[str] | None = None) -> None:
         return
     if names[0] in COMPILED:
         targets.prepare()
-    if names[0] in ("compiled", "collectives"):
+    if names[0] in ("compiled", "large", "collectives"):
         jax.config.update("jax_num_cpu_devices", 8)
     jax.config.update("jax_enable_compilation_cache", False)
     backend = jax.default_backend()

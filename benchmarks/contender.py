@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax.sharding import AxisType
 import optax
 
-AXIS = "data"
+AXIS, INSIDE = "data", "fsdp"
 RATES: Any = {"learning_rate": 1e-2, "weight_decay": 1e-2}
 ADAM_EPS, MUON_EPS = 0.1, 10.0  # to be compared to an element, and to the norm of a leaf
 B2, MUON_RMS = 0.999, 0.2
@@ -82,6 +82,8 @@ class Contender:
     # How it uses several devices that share the rows of each batch: Auto for `jax.jit`, Explicit
     # for that under explicit sharding, Manual in `jax.shard_map`.
     axis_type: AxisType = AxisType.Auto
+    # How many devices a replica is divided over, along a second axis of the mesh, `INSIDE`.
+    inside: int = 1
     # `params -> {name: spec}`, of entries of the carry that are not replicated: each a prefix of
     # its tree, or None to leave it to `init`. Called under `jax.set_mesh`.
     specs: Callable[[Any], Carry] = lambda params: {}

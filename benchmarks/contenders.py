@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jax.sharding import AxisType, PartitionSpec as P
 import optax
 
-from benchmarks.contender import AXIS, Contender, Inner, Step, of, update
+from benchmarks.contender import AXIS, INSIDE, Contender, Inner, Step, of, update
 import optaccum
 import optaccum.flax
 
@@ -31,6 +31,8 @@ VALUE_AND_GRAD, MICROBATCH = "optaccum.value_and_grad", "optax.microbatch"
 SCAN, BY_HAND = "hand-written scan", "hand-written, shard_map"
 CALLS_DEFERRED, CALLS_EXPLICIT = f"{APPLY_GRADIENTS}, shard_map", f"{APPLY_GRADIENTS}, explicit"
 IN_STEP_DEFERRED, IN_STEP_EXPLICIT = f"{VALUE_AND_GRAD}, shard_map", f"{VALUE_AND_GRAD}, explicit"
+VALUE_AND_APPLY, REDUCED_ONCE = "optaccum.value_and_apply", f"{VALUE_AND_GRAD}, reduce_axes"
+MAXTEXT = "MaxText's form"
 FSDP, ZERO_2 = f"{APPLY_GRADIENTS}, FSDP", f"{APPLY_GRADIENTS}, ZeRO-2"
 
 
@@ -231,6 +233,66 @@ def manual(make: Callable[..., Contender], inner: Inner, every_k: int) -> Conten
     return dataclasses.replace(made, axis_type=AxisType.Manual, prepare=prepare)
 
 
+def divided(params: Any, axis: str = AXIS) -> Any:
+    """Returns specs that divide each leaf along its longest axis, if the devices can."""
+    count = jax.sharding.get_abstract_mesh().shape[axis]
+
+    def spec(leaf):
+        axes = [i for i, size in enumerate(leaf.shape) if size % count == 0]
+        longest = max(axes, key=lambda i: leaf.shape[i], default=None)
+        return P() if longest is None else P(*[None] * longest, axis)
+
+    return jax.tree.map(spec, params)
+
+
+def fully_sharded(made: Contender, inner: Inner, inside: int = 1) -> Contender:
+    """Divides parameters and moments among all devices, or among those of a replica."""
+
+    def specs(params):
+        shardings = divided(params, AXIS if inside == 1 else INSIDE)
+        state = optaccum.state_shardings(inner.transformation, params, shardings)
+        return {"params": shardings, "state": state}
+
+    return dataclasses.replace(made, specs=specs, inside=inside)
+
+
+def maxtext(inner: Inner, every_k: int) -> Contender:
+    """Parameters are cast and gathered once, and sums are divided like the parameters."""
+
+    def differentiate(loss_fn, weight_fn, params, batch):
+        place = functools.partial(jax.tree.map, lax.with_sharding_constraint)
+        whole = jax.tree.map(
+            lambda p: lax.with_sharding_constraint(p.astype("bfloat16"), P()), params
+        )
+        specs = divided(params)
+
+        def body(sums, rows):
+            loss, grads = jax.value_and_grad(loss_fn)(whole, rows)
+            return (sums[0] + loss, place(optax.tree.add(sums[1], grads), specs)), None
+
+        split = jax.tree.map(lambda x: x.reshape(-1, every_k, *x.shape[1:]).swapaxes(0, 1), batch)
+        zeros = place(optax.tree.zeros_like(params), specs)
+        sums, _ = lax.scan(body, (jnp.zeros([]), zeros), split)
+        return optax.tree.scale(1 / every_k, sums)
+
+    return fully_sharded(of(inner.transformation, 1, differentiate=differentiate), inner)
+
+
+def value_and_apply(inner: Inner, every_k: int) -> Contender:
+    """The step gets the loss in place of its gradients."""
+    tx = optaccum.accumulate(every_k, inner.transformation)
+
+    def apply(tx, given, state, params, weight):
+        loss_fn, weight_fn, batch = given
+        step = optaccum.value_and_apply(tx, loss_fn, weight_fn=weight_fn)
+        return step(params, state, batch)[1:]
+
+    def differentiate(loss_fn, weight_fn, params, batch):
+        return jnp.zeros([]), (loss_fn, weight_fn, batch)
+
+    return of(tx, every_k, apply, differentiate=differentiate)
+
+
 def sharded(name: str, inner: Inner, every_k: int) -> Contender:
     """`apply_gradients` with moments and sums divided among the devices.
 
@@ -242,13 +304,8 @@ def sharded(name: str, inner: Inner, every_k: int) -> Contender:
         inner_tx = optax.chain(inner_tx, gather)
     tx = optaccum.accumulate(every_k, inner_tx)
 
-    def divided(leaf):  # along its first axis that the devices divide, if it has one
-        count = jax.sharding.get_abstract_mesh().size
-        axes = [i for i, size in enumerate(leaf.shape) if size % count == 0]
-        return P(*[None] * axes[0], AXIS) if axes else P()
-
     def specs(params):
-        shardings = jax.tree.map(divided, params)
+        shardings = divided(params)
         state = {"state": optaccum.state_shardings(tx, params, shardings)}
         return state if name == ZERO_2 else state | {"params": shardings}
 
@@ -279,6 +336,9 @@ ADAPTERS: dict[str, Callable[[Inner, int], Contender]] = {
     CALLS_EXPLICIT: functools.partial(explicit, apply_gradients),
     FSDP: functools.partial(sharded, FSDP),
     ZERO_2: functools.partial(sharded, ZERO_2),
+    VALUE_AND_APPLY: value_and_apply,
+    REDUCED_ONCE: functools.partial(in_step, reduce_axes=AXIS),
+    MAXTEXT: maxtext,
     IN_STEP_DEFERRED: functools.partial(manual, in_step),
     IN_STEP_EXPLICIT: functools.partial(explicit, in_step),
     BY_HAND: functools.partial(hand_written, zeroing=False, axis=AXIS),

@@ -14,7 +14,7 @@ import numpy as np
 from rich.console import Console
 from rich.progress import track
 
-from benchmarks.contender import AXIS, INNERS, Carry, Contender, Inner, Step, of
+from benchmarks.contender import AXIS, INNERS, INSIDE, Carry, Contender, Inner, Step, of
 from benchmarks.contenders import FULL_BATCH
 
 WINDOWS = 2  # that a contender runs before it is checked
@@ -82,13 +82,16 @@ class Window:
         devices = task.devices or jax.devices()[:1]
         self.manual = contender.axis_type is AxisType.Manual
         kinds = (AxisType.Auto if self.manual else contender.axis_type,)
-        self.mesh = Mesh(np.array(devices), (AXIS,), axis_types=kinds)
+        axes = (AXIS,) if contender.inside == 1 else (AXIS, INSIDE)
+        shape = (-1, contender.inside)[: len(axes)]
+        self.mesh = Mesh(np.array(devices).reshape(shape), axes, axis_types=kinds * len(axes))
+        self.rows = P(axes)
         self.trace_s = self.compile_s = 0.0
         cheap = {"xla_backend_optimization_level": "0"} if devices[0].platform == "cpu" else {}
         with jax.set_mesh(self.mesh):
             shapes = self._carry_shapes()
             calls = len(contender.steps)
-            batch = self._shapes(task.shapes(calls, rows), self._named(P(AXIS)))
+            batch = self._shapes(task.shapes(calls, rows), self._named(self.rows))
             compiled = {}
             for step in dict.fromkeys(contender.steps):
                 start = time.perf_counter()
@@ -104,7 +107,7 @@ class Window:
 
     def start(self) -> None:
         """Makes the carry for a copy of the parameters, and puts the batches on the devices."""
-        sharding = NamedSharding(self.mesh, P(AXIS))
+        sharding = NamedSharding(self.mesh, self.rows)
         with jax.set_mesh(self.mesh):
             self.carry = self._init(jax.tree.map(jnp.array, self.task.params))
         self.batches = jax.device_put(self.task.batches(len(self.programs)), sharding)

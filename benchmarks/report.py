@@ -19,7 +19,7 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.ticker import NullFormatter, NullLocator
 
-from benchmarks import collectives, compiled, coupled, headline, overhead, scaling, training
+from benchmarks import collectives, compiled, coupled, headline, large, overhead, scaling, training
 from benchmarks.contenders import ALONE, APPLY_GRADIENTS, FULL_BATCH, MULTI_STEPS, UPDATE
 from benchmarks.tables import Result, middle, name_of
 
@@ -32,6 +32,7 @@ class Benchmark(NamedTuple):
 BENCHMARKS = {
     "headline": Benchmark(headline.measure, headline.tables),
     "compiled": Benchmark(compiled.measure, compiled.tables),
+    "large": Benchmark(large.measure, large.tables),
     "overhead": Benchmark(overhead.measure, overhead.tables),
     "train_step": Benchmark(training.train_step, training.train_step_tables),
     "in_step": Benchmark(training.in_step, training.in_step_tables),

@@ -86,6 +86,10 @@ PRESETS = {
     "10m": Model(vocabulary=8192, width=320, layers=6, heads=5),
     "110m": Model(vocabulary=16384, width=768, layers=12, heads=12),
     "350m": Model(vocabulary=32768, width=1024, layers=24, heads=16, remat=True),
+    **{
+        name: Model(32768, width, layers, heads, jnp.bfloat16, remat=True, tied=False, scanned=True)
+        for name, width, layers, heads in (("1b", 2048, 16, 16), ("7b", 4096, 32, 32))
+    },
 }
 
 

@@ -49,6 +49,7 @@ def accumulate(
     metrics: tuple[str, ...] = (),
     window_args: tuple[str, ...] = (),
     reduce_axes: str | tuple[str, ...] = (),
+    reduce_dtype: jax.typing.DTypeLike | None = None,
 ) -> Accumulate:
     """Accumulate the gradients of a window of microbatches, then step `inner` once.
 
@@ -119,7 +120,9 @@ def accumulate(
         window_args: Names of extra arguments that stand for the whole window as they are:
             `("value_fn",)` for a loss of its whole data, as a line search needs one.
         reduce_axes: Mesh axes over which gradients are not reduced yet. They are reduced once per
-            window.
+            window. Under automatic sharding :func:`optaccum.value_and_apply` makes the gradients.
+        reduce_dtype: Dtype in which sums are sent; None for their own. With bfloat16 devices send
+            half as much, and G has a relative error of 2**-8 for each of the additions.
 
     Returns:
         An `optax.GradientTransformationExtraArgs` with state :class:`AccumulateState`. Its `update`
@@ -153,6 +156,7 @@ def accumulate(
         judge=_callbacks.as_judge(should_skip_update_fn),
         accumulator_dtype=_validate.check_accumulator_dtype(accumulator_dtype),
         reduce_axes=axes,
+        reduce_dtype=_validate.check_reduce_dtype(reduce_dtype, axes),
     )
     return Accumulate(accumulator.init, accumulator.update)
 

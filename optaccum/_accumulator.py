@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import optax
 
 from optaccum import _reduce_axes, _window
+from optaccum._backward import Gradient
 from optaccum._conditional import both, branch
 from optaccum._devices import Replicated
 from optaccum._extra_args import ExtraArgs, as_release, as_weight
@@ -16,6 +17,7 @@ from optaccum._gradients import check_fits, check_parameters, check_trained
 from optaccum._state import AccumulateState, check_state, has_sums
 from optaccum._trees import (
     apply_updates,
+    cast_floating,
     cast_like,
     copy_shared,
     eval_shape,
@@ -35,27 +37,26 @@ class Call(NamedTuple):
     weight: Any
     release: Any
     extra_args: dict[str, Any]
-    grad_sum: Any = None  # sums to which the gradients were added already; these are shapes then
 
 
-class Checked(NamedTuple):
-    """What was not refused of them.
+class Added(NamedTuple):
+    """What a window is after a microbatch was added to it.
 
     Attributes:
-        devices: Where sums are kept.
-        weight: None for 1, a float if it is known and >= 0, or an f32[].
-        length: i32[], microbatches per window.
-        release: None to count, or whether the window closes: a Python bool, or a bool[].
-        averaged: The extra arguments to average, by the keys of their sums.
-        inner_args: The extra arguments of `inner`, but for the means of the window.
+        sums: As a state keeps them.
+        values: What the microbatch added, or its shapes and dtypes.
+        microbatch: How it was added.
+        known_positive: Whether its weight is known to be positive.
+        skip_state: Of the state.
+        value: `(loss, aux)`, if they were computed here.
     """
 
-    devices: Replicated
-    weight: float | jax.Array | None
-    length: jax.Array
-    release: bool | jax.Array | None
-    averaged: dict[str, Any]
-    inner_args: dict[str, Any]
+    sums: Sums
+    values: Sums
+    microbatch: Microbatch
+    known_positive: bool
+    skip_state: Any
+    value: Any = None
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -77,6 +78,7 @@ class Accumulator:
     judge: Callable[..., tuple[jax.Array, Any]] | None
     accumulator_dtype: Any
     reduce_axes: tuple[str, ...]
+    reduce_dtype: Any
 
     def init(self, params: Any) -> Any:
         """Returns the state before the first microbatch."""
@@ -132,62 +134,42 @@ class Accumulator:
         call = Call(grads, state, params, weight, release, extra_args)
         return self.for_state(state).apply_call(call)
 
-    def apply_call(self, call: Call) -> tuple[Any, Any]:
-        """Returns what `apply` does, for a call that may bring its gradients in a sum."""
+    def apply_call(self, call: Call, added: Added | None = None) -> tuple[Any, Any]:
+        """Returns what `apply` does; `added` if the microbatch is in the sums already."""
 
         def step(params, inner_state, mean, args):
             updates, inner_state = self.inner.update(mean, inner_state, params, **args)
             return apply_updates(params, updates), inner_state
 
-        new, state = self.take_in(call, step, (call.params,))
+        new, state = self.take_in(call, step, (call.params,), added)
         return keep_untrained(call.params, new, call.grads), state
 
     def for_state(self, state: Any) -> "Accumulator":
         """Returns the accumulator that takes in the next microbatch of this state."""
         return self
 
-    def microbatch(
-        self, state: AccumulateState, weight: Any, devices: Replicated, counts: Any
-    ) -> tuple[Microbatch, bool]:
-        """Returns how a microbatch is added, and whether its weight is known to be positive."""
-        opens = self._opens(state)
-        if isinstance(weight, jax.Array):
-            total = devices.load(jnp.asarray(state.weight))
-            before = 0.0 if opens is True else jnp.where(opens, 0, total)
-            accepted, weight = devices.weigh(weight, before)
-            counts = both(counts, accepted)
-        known = weight is None or (isinstance(weight, float) and weight > 0)
-        weight = None if weight is None else jnp.asarray(weight, jnp.float32)
-        return Microbatch(weight, opens, counts, summed=self.summed), known
-
-    def take_in(self, call: Call, step: Callable[..., tuple], carried: tuple) -> tuple:
+    def take_in(
+        self, call: Call, step: Callable[..., tuple], carried: tuple, added: Added | None = None
+    ) -> tuple:
         """Adds a microbatch to its window and, if that closes it, takes the step.
 
         Args:
             call: The arguments of `update`.
             step: `(*carried, inner_state, mean, args) -> (result, inner_state)`.
             carried: What the result replaces: `(params,)`, or () for updates.
+            added: The window with the microbatch, if it is in it already.
         """
         grads, state, params, *_ = call
-        devices, weight, length, release, averaged, inner_args = self._check(call, bool(carried))
-
-        # Is it accepted?
-        counts, skip_state = True, state.skip_state
-        if self.judge is not None:
-            verdict = self.judge(grads, state.gradient_step, params, skip_state)
-            skip, report = devices.agree(*verdict)
-            counts, skip_state = ~skip, cast_like(report, skip_state)
-        microbatch, known_positive = self.microbatch(state, weight, devices, counts)
-        weight, counts = microbatch.weight, microbatch.counts
+        devices, length, release, inner_args = self._check(call, bool(carried))
+        if added is None:
+            _reduce_axes.check_not_reduced(devices)
+            added = self.add(call, devices)
+        sums, values, microbatch, known_positive, skip_state, _ = added
+        counts = microbatch.counts
 
         # Does it close the window?
         count = jnp.asarray(optax.safe_increment(state.mini_step))
         closes = both(counts, count >= length if release is None else release)
-
-        # Add it.
-        unit = weight if self.summed and weight is not None else jnp.float32(1)
-        values = Sums(unit, grads, averaged)
-        sums = self._add(call, devices, values, microbatch)
         total = devices.total(sums, closes, by_select=release is True)
         releases = closes if known_positive else both(closes, total > 0)
 
@@ -195,9 +177,9 @@ class Accumulator:
         trained = None if params is None else fast(params)
 
         def take_step(*start):
-            _, grad_sum, arg_sums = devices.load(sums)
-            reduced = devices.reduce(grad_sum, arg_sums, trained)
-            mean, means = self._mean(Sums(total, *reduced), values, microbatch)
+            grads = cast_floating(sums.grads, self.reduce_dtype)
+            reduced = devices.reduce_stored(sums._replace(grads=grads), trained)
+            mean, means = self._mean(reduced._replace(weight=total), values, microbatch)
             result, new = step(*start, mean, self.extra_args.with_means(inner_args, means, mean))
             return result, cast_like(new, state.inner_state)
 
@@ -226,40 +208,96 @@ class Accumulator:
             inner_state=inner_state,
         )
 
+    def add(self, call: Call, devices: Replicated, gradient: Gradient | None = None) -> Added:
+        """Returns the window with a microbatch.
+
+        Args:
+            call: Its arguments, which `check_sums` let pass.
+            devices: Where sums are kept.
+            gradient: The program of its gradients, of which `call` has the shapes. None if `call`
+                has the gradients.
+        """
+        grads, state, params, weight, _, extra_args = call
+        check_denominator("`weight`", self.summed and self.use_grad_mean and weight is None)
+        weight = None if weight is None else as_weight("`weight`", weight)
+
+        # Is it accepted?
+        counts, skip_state = True, state.skip_state
+        if self.judge is not None:
+            verdict = self.judge(grads, state.gradient_step, params, skip_state)
+            skip, report = devices.agree(*verdict)
+            counts, skip_state = ~skip, cast_like(report, skip_state)
+        microbatch, known_positive = self._microbatch(state, weight, devices, counts)
+
+        value, total = None, None
+        if gradient is not None:
+            seen = jnp.asarray(state.mini_step, jnp.float32)
+            value, total = gradient.add_to(devices.load(state.grad_sum), microbatch, seen)
+            extra_args = self.extra_args.with_value(extra_args, value[0])
+        arg_sums = jax.eval_shape(devices.load, state.arg_sums)
+        averaged = self.extra_args.averaged(extra_args, arg_sums)
+        weighed = self.summed and microbatch.weight is not None
+        values = Sums(microbatch.weight if weighed else jnp.float32(1), grads, averaged)
+        sums = self._add(state, devices, values, microbatch, total)
+        return Added(sums, values, microbatch, known_positive, skip_state, value)
+
+    def _microbatch(
+        self, state: AccumulateState, weight: Any, devices: Replicated, counts: Any
+    ) -> tuple[Microbatch, bool]:
+        """Returns how a microbatch is added, and whether its weight is known to be positive."""
+        opens = self._opens(state)
+        if isinstance(weight, jax.Array):
+            total = devices.load(jnp.asarray(state.weight))
+            before = 0.0 if opens is True else jnp.where(opens, 0, total)
+            accepted, weight = devices.weigh(weight, before)
+            counts = both(counts, accepted)
+        known = weight is None or (isinstance(weight, float) and weight > 0)
+        weight = None if weight is None else jnp.asarray(weight, jnp.float32)
+        return Microbatch(weight, opens, counts, summed=self.summed), known
+
     def _open_sums(self, params: Any) -> Any:
         return _window.open_sums(params, self.accumulator_dtype)
 
     def _opens(self, state: AccumulateState) -> jax.Array | bool:
         return state.mini_step == 0
 
-    def _add(self, call: Call, devices: Replicated, values: Sums, microbatch: Microbatch) -> Sums:
-        """Returns the sums with the microbatch."""
-        state, added = call.state, call.grad_sum
-        if added is not None:
-            stored = devices.store(values._replace(grads=()))
-            sums = _window.add(Sums(state.weight, (), state.arg_sums), stored, microbatch)
-            return sums._replace(grads=added)
+    def _add(
+        self,
+        state: AccumulateState,
+        devices: Replicated,
+        values: Sums,
+        microbatch: Microbatch,
+        total: Any,
+    ) -> Sums:
+        """Returns the sums with a microbatch; `total` are those of gradients, if they are known."""
+        sums = Sums(state.weight, state.grad_sum, state.arg_sums)
+        if total is not None:
+            sums, values = sums._replace(grads=()), values._replace(grads=())
         values = devices.store(values)
-        _reduce_axes.check_placed(values.grads, state.grad_sum)
-        return _window.add(Sums(state.weight, state.grad_sum, state.arg_sums), values, microbatch)
+        _reduce_axes.check_placed(values.grads, sums.grads)
+        sums = _window.add(sums, values, microbatch)
+        return (
+            sums if total is None else sums._replace(grads=devices.store(Sums((), total, ())).grads)
+        )
 
     def _mean(self, sums: Sums, values: Sums, microbatch: Microbatch) -> tuple[Any, Any]:
         """Returns G and the means of the arguments of the window that the microbatch closes."""
         return _window.mean(sums, values, of_grads=self.use_grad_mean)
 
-    def _check(self, call: Call, applied: bool) -> Checked:
-        """Raises if a microbatch cannot be taken in; else returns its arguments in one form."""
-        grads, state, _, weight, release, extra_args, _ = call
+    def _check(
+        self, call: Call, applied: bool
+    ) -> tuple[Replicated, jax.Array, bool | jax.Array | None, dict[str, Any]]:
+        """Raises if a microbatch cannot be taken in.
+
+        Returns:
+            Where sums are kept; the length of the window, i32[]; None to count, or whether the
+            window closes; the extra arguments of `inner`, but for the means of the window.
+        """
         devices = self.check_sums(call, applied)
-        check_denominator("`weight`", self.summed and self.use_grad_mean and weight is None)
-        weight = None if weight is None else as_weight("`weight`", weight)
-        release = self._check_release(as_release(release))
-        arg_sums = jax.eval_shape(devices.load, state.arg_sums)
-        averaged = self.extra_args.averaged(extra_args, arg_sums)
-        length = self._length(state.gradient_step)
+        release = self._check_release(as_release(call.release))
+        length = self._length(call.state.gradient_step)
         _reduce_axes.check_agreed(length if release is None else release, devices)
-        inner_args = self._inner_args(extra_args, grads)
-        return Checked(devices, weight, length, release, averaged, inner_args)
+        return devices, length, release, self._inner_args(call.extra_args, call.grads)
 
     def check_sums(self, call: Call, applied: bool) -> Replicated:
         """Returns where the sums are kept, or raises unless the gradients fit them."""
@@ -277,7 +315,9 @@ class Accumulator:
                 "the optimizer state has no accumulator: it was made with `every_k=1`; give it one "
                 "with `state._replace(grad_sum=tx.init(params).grad_sum)`"
             )
-        sums = devices.load(call.state.grad_sum)
+        sums = call.state.grad_sum
+        if devices.axes:
+            sums = jax.eval_shape(devices.load, sums)
         check_fits(call.grads, sums)
         if call.params is not None:
             check_trained(fast(call.params), sums, applied=applied)

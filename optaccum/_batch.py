@@ -54,8 +54,11 @@ def named_leaves(
     ]
 
 
-def check_batch(batch: dict[str, Any], n: int, remedy: str = PAD) -> None:
-    """Raises unless all leaves have one number of rows, which `n` divides on every device."""
+def check_batch(batch: dict[str, Any], n: int, remedy: str = PAD, devices: int = 1) -> None:
+    """Raises unless all leaves have one number of rows, which `n` divides on every device.
+
+    `devices` share the rows, or as many as the types say.
+    """
     leaves = named_leaves(batch)
     if not leaves:
         raise ValueError(f"the arguments of the batch hold no array to split: {[*batch]}")
@@ -71,7 +74,12 @@ def check_batch(batch: dict[str, Any], n: int, remedy: str = PAD) -> None:
                 f"batch leaves must have one number of rows, but {first} has {whole.shape[0]} and "
                 f"{name} has {rows}"
             )
-        local = rows // _devices_of_rows(leaf)
+        if rows % devices:
+            raise ValueError(
+                f"the {rows} rows of batch leaf {name} cannot be divided among the {devices} "
+                f"devices of `reduce_axes`; {remedy}"
+            )
+        local = rows // max(devices, _devices_of_rows(leaf))
         if local % n:
             divisors = [d for d in range(1, local + 1) if local % d == 0]
             near = [d for d in divisors if d < n][-1:] + [d for d in divisors if d > n][:1]

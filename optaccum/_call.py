@@ -127,10 +127,10 @@ class Call:
 
         return call
 
-    def check(self, n: int, remedy: str = _batch.PAD) -> None:
+    def check(self, n: int, remedy: str = _batch.PAD, devices: int = 1) -> None:
         """Raises unless all arguments fit their roles.
 
-        `remedy` says how to make a batch that `n` divides.
+        `remedy` says how to make a batch that `n` divides on each of `devices`.
         """
         trained, rows, keys, carry = self.roles
         for name, leaf in named_leaves(self.titled(trained)):
@@ -141,7 +141,7 @@ class Call:
                     "equinox.is_inexact_array)`, and let `fun` begin with "
                     "`model = equinox.combine(params, static)`"
                 )
-        _batch.check_batch(self.titled(rows), n, remedy)
+        _batch.check_batch(self.titled(rows), n, remedy, devices)
         _batch.check_objects(self.titled(rows), n)
         others = self.titled(self.others((*rows, *keys, *carry)))
         _keys.check_keys(self.titled(keys), others, may_carry=CARRY in self.argnums.positions)

@@ -1,17 +1,21 @@
-"""Where sums are kept: replicated, one on each device, or unreduced.
+"""Where sums are kept: replicated, one on each device, unreduced, or stacked.
 
 Each device of data-parallel training has the gradient of its rows. Reduced as they come, gradients
 cost one reduction per microbatch. Summed on each device, and reduced in the release branch, they
 cost one per window. The type of a gradient says which it is; "On many devices" shows how users get
-one that is not reduced. Under Auto axes there is none: `jax.jit` reduces gradients by itself.
+one that is not reduced. Under Auto axes there is none, since `jax.jit` reduces gradients by itself:
+there `_rows_of_devices` computes gradients in a `jax.shard_map`.
 """
 
+import functools
+import math
 from typing import Any
 
 import jax
 from jax import lax
 import jax.numpy as jnp
-from jax.sharding import AxisType, PartitionSpec
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+import numpy as np
 import optax
 
 from optaccum import _window
@@ -63,6 +67,11 @@ class Replicated:
     def reduce(self, grads: Any, args: Any, like: Any = None) -> tuple[Any, Any]:
         """Sums gradients and arguments over all devices; gradients get the shardings of `like`."""
         return grads, args
+
+    def reduce_stored(self, sums: Sums, like: Any) -> Sums:
+        """Returns what `reduce` does, of the sums of a state."""
+        weight, grads, args = self.load(sums)
+        return Sums(weight, *self.reduce(grads, args, like))
 
 
 class PerDevice(Replicated):
@@ -138,13 +147,47 @@ class Unreduced(Replicated):
         return jax.tree.map(whole, grads, grads if like is None else like), args
 
 
+class Stacked(Replicated):
+    """Under automatic sharding: arrays with an axis in front, along which each device has its sums.
+
+    `PerDevice` adds to them in a `jax.shard_map`. A release adds up the axis.
+    """
+
+    def __init__(self, axes: tuple[str, ...]):
+        self.axes = axes
+        mesh = jax.sharding.get_abstract_mesh()
+        self.count = math.prod(mesh.shape[axis] for axis in axes)
+
+    def store(self, sums):
+        return jax.jit(functools.partial(jax.tree.map, self._stack))(sums)
+
+    def _stack(self, x):
+        stacked = jnp.broadcast_to(x, (self.count, *x.shape))
+        spec = PartitionSpec(self.axes, *[PartitionSpec.UNCONSTRAINED] * x.ndim)
+        mesh: Any = jax.sharding.get_abstract_mesh()
+        return lax.with_sharding_constraint(stacked, NamedSharding(mesh, spec))
+
+    def load(self, sums):
+        return jax.tree.map(lambda x: x[0], sums)
+
+    def total(self, sums, closes, *, by_select):
+        zero = jnp.zeros([], sums.weight.dtype)
+        reduce = branch(closes, lambda _: (sums.weight.sum(0),), (zero,), by_select=by_select)
+        return reduce[0]
+
+    def reduce_stored(self, sums, like):
+        # `jnp.sum` would reduce bfloat16 in float32.
+        return jax.tree.map(lambda x: lax.reduce(x, np.zeros((), x.dtype), lax.add, (0,)), sums)
+
+
 def along(axes: tuple[str, ...]) -> Replicated:
     """Returns where sums are kept if gradients are reduced over these axes of the current mesh."""
     if not axes:
         return Replicated()
     mesh = jax.sharding.get_abstract_mesh()
     types = dict(zip(mesh.axis_names, mesh.axis_types, strict=True))
-    return PerDevice(axes) if types[axes[0]] == AxisType.Manual else Unreduced(axes)
+    kinds = {AxisType.Manual: PerDevice, AxisType.Explicit: Unreduced, AxisType.Auto: Stacked}
+    return kinds[types[axes[0]]](axes)
 
 
 def of_all(sums: Sums) -> Sums:

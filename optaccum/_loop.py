@@ -16,7 +16,7 @@ from optaccum._call import Roles
 from optaccum._cotangents import call_with_drops, drop_unless
 from optaccum._keys import is_typed_key
 from optaccum._mesh_axes import vary, varying
-from optaccum._trees import ARRAYS, cast_like, strongly_typed, where
+from optaccum._trees import ARRAYS, cast_floating, cast_like, strongly_typed, where
 from optaccum._window import Sums
 
 
@@ -48,7 +48,8 @@ class Loop:
         differentiate: `jax.value_and_grad` of the loss, by position like `weight_fn`.
         devices: Where the sums are.
         summed: Whether the loss is a sum over what the weight counts.
-        n, has_aux, weight_fn, accumulator_dtype: As in :func:`optaccum.value_and_grad`.
+        n: The number of microbatches.
+        (others): As in :func:`optaccum.value_and_grad`.
     """
 
     args: list[Any]
@@ -61,6 +62,8 @@ class Loop:
     has_aux: bool
     weight_fn: Callable[..., Any] | None
     accumulator_dtype: Any
+    reduce_dtype: Any
+    overlap_reduction: bool
 
     def once(self) -> tuple[Any, Any, Any, Any]:
         """Returns loss, aux, carry and gradients of one microbatch, without a scan or sums."""
@@ -80,6 +83,15 @@ class Loop:
 
     def scan(self) -> tuple[Any, Any, Any, Any]:
         """Returns mean loss, stacked aux, last carry and mean gradients of all microbatches."""
+        sums, each, carry = self.sums()
+        grads = cast_floating(sums.grads, self.reduce_dtype)
+        grads, (total, loss) = self.devices.reduce(grads, (sums.weight, sums.args))
+        like = Sums(None, self.params, each.loss)
+        grads, loss = _window.mean(Sums(total, grads, loss), like)
+        return loss, each.aux, carry, grads
+
+    def sums(self) -> tuple[Sums, Microbatch, Any]:
+        """Returns sums over all microbatches on this device, what each returned, and the carry."""
         carry = self._first_carry()
         # Zeros of the gradients' type: if it is `unreduced`, that of `params` is not.
         zeros = jax.grad(lambda _: 0.0)(self.params)
@@ -87,15 +99,19 @@ class Loop:
         if self.weight_fn is not None:
             weight, _ = jax.eval_shape(lambda: self.weigh(self.arguments(0, carry), 0))
             total = vary(total, tuple(varying(weight)))
-        start = Carried(sums, total, carry)
-        (sums, total, carry), each = lax.scan(self.trip, start, jnp.arange(self.n))
+        carried, trips = Carried(sums, total, carry), self.n - self.overlap_reduction
+        carried, each = lax.scan(self.trip, carried, jnp.arange(trips))
+        if self.overlap_reduction:
+            carried, last = self.trip(carried, jnp.asarray(trips))
+            each = jax.tree.map(
+                lambda xs, x: jnp.concatenate([xs, jnp.asarray(x)[None]]), each, last
+            )
+        sums, total, carry = carried
         if each.weight is None and not self.summed:
             total = jnp.asarray(self.n, total.dtype)
         all_of_them = _window.Microbatch(each.weight, True, adds=each.counts, summed=self.summed)
         losses = _window.add(_window.open_sums(each.loss), each.loss, all_of_them)
-        sums, (total, loss) = self.devices.reduce(sums, (total, losses.sum()))
-        grads, loss = _window.mean(Sums(total, sums, loss), Sums(None, self.params, each.loss))
-        return loss, each.aux, carry, grads
+        return Sums(total, sums, losses.sum()), each, carry
 
     def trip(self, carried: Carried, i: jax.Array) -> tuple[Carried, Microbatch]:
         """Runs microbatch i and adds it to the sums."""

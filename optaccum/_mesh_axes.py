@@ -29,9 +29,9 @@ def partitions(x: Any) -> tuple:
 
 def varying(x: Any) -> frozenset[str]:
     """Returns the manual axes of `jax.shard_map` over which `x` varies."""
-    aval = jax.typeof(x)
+    aval = x if isinstance(x, jax.ShapeDtypeStruct) else jax.typeof(x)
     new = getattr(getattr(aval, "manual_axis_type", None), "varying", frozenset())
-    return getattr(aval, "vma", new)
+    return getattr(aval, "vma", new) or frozenset()
 
 
 def vary(tree: Any, axes: tuple[str, ...]) -> Any:

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax.sharding import AxisType
 
 from optaccum import _devices
-from optaccum._devices import PerDevice, Replicated, Unreduced
+from optaccum._devices import PerDevice, Replicated, Stacked, Unreduced
 from optaccum._mesh_axes import partitions, unreduced, varying
 from optaccum._validate import leaf_name
 
@@ -26,25 +26,29 @@ def check_mesh(axes: tuple[str, ...]) -> Replicated:
         if axis not in types:
             raise AxisError(
                 f"`reduce_axes` names {axis!r}, but the mesh here has the axes {list(types)}; call "
-                "`init` and `update` inside the same jax.shard_map or under jax.set_mesh (and in "
-                "jax.pmap, whose arrays do not show what they vary over, reduce at the beginning "
-                "of `inner`)"
-            )
-        if types[axis] == AxisType.Auto:
-            raise AxisError(
-                f"`reduce_axes` names {axis!r}, an Auto axis: jax.jit has summed the gradients "
-                "over it; make the axis Explicit, use jax.shard_map (`state_shardings` with "
-                "PartitionSpecs), or leave `reduce_axes` out"
+                "`init` and all steps under one jax.set_mesh, or inside the same jax.shard_map "
+                "(and in jax.pmap, whose arrays do not show what they vary over, reduce at the "
+                "beginning of `inner`)"
             )
         if types[axis] == AxisType.Explicit and not hasattr(jax, "reshard"):
             raise AxisError(
                 f"`reduce_axes` names {axis!r}, an Explicit axis, but this JAX cannot compute with "
                 "unreduced arrays; update JAX, or use jax.shard_map"
             )
-    manual = [types[axis] == AxisType.Manual for axis in axes]
-    if manual and any(manual) != all(manual):
-        raise AxisError(f"`reduce_axes` {axes} mix axes of jax.shard_map with Explicit ones")
+    if len(kinds := {types[axis] for axis in axes}) > 1:
+        raise AxisError(f"`reduce_axes` {axes} mix axes of the kinds {sorted(map(str, kinds))}")
     return _devices.along(axes)
+
+
+def check_not_reduced(devices: Replicated) -> None:
+    """Raises where `jax.jit` has reduced all gradients already."""
+    if isinstance(devices, Stacked):
+        raise AxisError(
+            f"`reduce_axes` names {devices.axes[0]!r}, an Auto axis: jax.jit has summed the "
+            "gradients over it; let optaccum.value_and_apply compute them, use jax.shard_map "
+            "(`state_shardings` with PartitionSpecs), make the axis Explicit, or leave "
+            "`reduce_axes` out"
+        )
 
 
 def check_sums(params: Any, axes: tuple[str, ...]) -> Replicated:
@@ -75,6 +79,7 @@ def check_replicated(params: Any, devices: Replicated) -> None:
 def check_shares(axes: tuple[str, ...]) -> Replicated:
     """Returns how the devices of a `jax.shard_map` share parameters, or raises elsewhere."""
     devices = check_mesh(axes)
+    check_not_reduced(devices)
     if isinstance(devices, Unreduced):
         raise AxisError(
             f"`reduce_axes` names {axes}, Explicit axes, over which gradients with respect to "
@@ -140,6 +145,12 @@ def check_state(axes: tuple[str, ...], weight: jax.Array) -> Replicated:
             "the optimizer state must have one `weight`, and one of each sum, on a device, got "
             f"`weight` of shape {jnp.shape(weight)} there; make it with `init` in a jax.shard_map "
             f"with the axes {devices.axes}, and pass it with the specs of optaccum.state_shardings"
+        )
+    if isinstance(devices, Stacked) and jnp.shape(weight) != (devices.count,):
+        raise ValueError(
+            f"the optimizer state must have one `weight`, and one of each sum, for each of the "
+            f"{devices.count} devices along {devices.axes}, got `weight` of shape "
+            f"{jnp.shape(weight)}; make it with `init` under the same jax.set_mesh"
         )
     return devices
 

@@ -9,7 +9,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 import optax
 
 from optaccum._mesh_axes import unreduced, varying
-from optaccum._reduce_axes import AxisError
+from optaccum._state import AccumulateState
 from optaccum._validate import check_transformation, leaf_name
 
 
@@ -74,24 +74,21 @@ def state_shardings(tx: optax.GradientTransformation, params: Any, shardings: An
     layout, found = _layout(*fast), []
 
     def trace(params):
-        found[:] = [layout.of_state(tx, params)]
+        state = jax.tree.map(jnp.asarray, tx.init(params))
+        states = optax.tree.get_all_with_path(state, AccumulateState.__name__)
+        stacked = any(jnp.ndim(each.weight) for _, each in states)
+        found[:] = layout.of_state(tx, state), stacked
         return ()
 
-    if isinstance(layout.replicated, NamedSharding):
-        with jax.sharding.use_abstract_mesh(layout.replicated.mesh.abstract_mesh):
-            jax.eval_shape(trace, shapes)
-        return found[0]
-    # Specs are for `jax.shard_map`. Only there do types say which leaves vary.
-    try:
+    named = isinstance(layout.replicated, NamedSharding)
+    mesh = layout.replicated.mesh.abstract_mesh if named else jax.sharding.get_abstract_mesh()
+    with jax.sharding.use_abstract_mesh(mesh):
         jax.eval_shape(trace, shapes)
-        per_device = any(getattr(spec, "unreduced", ()) for spec in jax.tree.leaves(found))
-    except AxisError:
-        if jax.sharding.get_abstract_mesh().empty:
-            raise
-        per_device = True
-    if per_device:
-        mapped = jax.shard_map(trace, in_specs=PartitionSpec(), out_specs=PartitionSpec())
-        jax.eval_shape(mapped, shapes)
+        specs, stacked = found
+        unreduced = not named and any(getattr(s, "unreduced", ()) for s in jax.tree.leaves(specs))
+        if stacked or unreduced:  # in `jax.shard_map` types say which leaves vary
+            mapped = jax.shard_map(trace, in_specs=PartitionSpec(), out_specs=PartitionSpec())
+            jax.eval_shape(mapped, shapes)
     return found[0]
 
 
@@ -101,9 +98,8 @@ class _Layout(NamedTuple):
     parameters: dict[Any, tuple[Any, Any]]
     replicated: Any
 
-    def of_state(self, tx: optax.GradientTransformation, params: Any) -> Any:
+    def of_state(self, tx: optax.GradientTransformation, state: Any) -> Any:
         """Returns the shardings of a fresh state, by the types of its leaves."""
-        state = jax.tree.map(jnp.asarray, tx.init(params))
         try:
             return optax.tree.map_params(
                 tx,
@@ -138,15 +134,22 @@ def _shard(sharding: Any, extra: int, x: Any) -> Any:
     used = set(jax.tree.leaves(tuple(entries)))
     mesh = jax.sharding.get_abstract_mesh()
     if axes := [axis for axis in mesh.axis_names if axis in varying(x)]:
-        if used & set(axes):
+        if used & set(axes) and isinstance(sharding, PartitionSpec):
             raise ValueError(
                 f"a parameter is sharded as {spec}, over {sorted(used & set(axes))} of "
                 "`reduce_axes`; in jax.shard_map all its devices must have it whole"
             )
-        entries[:1] = [axes[0] if len(axes) == 1 else tuple(axes)]  # sums per device
+        entries = [_without(axes, entry) for entry in entries]  # each device has whole sums
+        entries[:1] = [axes[0] if len(axes) == 1 else tuple(axes)]
     waiting = unreduced(x) - used
     spec = PartitionSpec(*entries, unreduced=waiting, reduced=spec.reduced - waiting)
     return spec if isinstance(sharding, PartitionSpec) else sharding.update(spec=spec)
+
+
+def _without(axes: list[str], entry: Any) -> Any:
+    """Returns an entry of a PartitionSpec without some axes."""
+    kept = tuple(axis for axis in jax.tree.leaves(entry) if axis not in axes)
+    return kept if isinstance(entry, tuple) else next(iter(kept), None)
 
 
 def _layout(params: Any, shardings: Any) -> _Layout:

@@ -35,6 +35,15 @@ def cast_like(tree: Any, like: Any) -> Any:
     return jax.tree.map(cast, tree, like)
 
 
+def cast_floating(tree: Any, dtype: Any) -> Any:
+    """Casts the floating leaves of `tree`; None leaves it as it is."""
+    if dtype is None:
+        return tree
+    return jax.tree.map(
+        lambda x: x.astype(dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x, tree
+    )
+
+
 def copy_shared(state: Any, params: Any) -> Any:
     """Copies arrays of a fresh `state` that are in `params`, or in `state` twice.
 

@@ -173,3 +173,19 @@ def kind(x: Any) -> int:
     """Returns the rank of a dtype among keys, booleans, integers, real and complex numbers."""
     kinds = jax.dtypes.prng_key, jnp.bool_, jnp.integer, jnp.floating, jnp.complexfloating
     return [jnp.issubdtype(jnp.result_type(x), k) for k in kinds].index(True)
+
+
+def check_reduce_dtype(dtype: Any, axes: tuple[str, ...]) -> jnp.dtype | None:
+    """Returns `dtype` as a floating `jnp.dtype` in which no float32 overflows, or None."""
+    if dtype is None:
+        return None
+    if not axes:
+        raise ValueError(f"`reduce_dtype` {dtype} needs `reduce_axes`; name the axes of the rows")
+    try:
+        result = jnp.dtype(dtype)
+        wide = jnp.finfo(result).maxexp >= jnp.finfo(jnp.float32).maxexp
+    except (TypeError, ValueError) as error:
+        raise TypeError(f"`reduce_dtype` {dtype!r} is no floating dtype: {error}") from None
+    if not wide:
+        raise ValueError(f"weighted sums may overflow in `reduce_dtype` {result}; use bfloat16")
+    return result

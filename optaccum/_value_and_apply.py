@@ -1,23 +1,24 @@
 """A training step that adds gradients to the window where the backward pass makes them."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 import functools
 import inspect
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 from jax.core import Tracer
 import jax.numpy as jnp
 import optax
 
-from optaccum import _reduce_axes, _validate
+from optaccum import _call, _reduce_axes, _validate, _window
 from optaccum._accumulate import accumulator_of, apply_gradients
-from optaccum._accumulator import Accumulator, Call
+from optaccum._accumulator import Accumulator, Added, Call
 from optaccum._backward import Gradient
-from optaccum._extra_args import as_weight
-from optaccum._state import check_state, has_sums
+from optaccum._device_rows import on_each_device, stack
+from optaccum._devices import Replicated, Stacked, along
+from optaccum._state import AccumulateState, check_state, has_sums
 from optaccum._trees import fast
-from optaccum._window import Sums
+from optaccum._window import Microbatch, Sums
 
 
 def value_and_apply(
@@ -26,6 +27,8 @@ def value_and_apply(
     has_aux: bool = False,
     *,
     weight_fn: Callable[..., Any] | None = None,
+    batch_argnums: int | Sequence[int] | None = None,
+    rng_argnums: int | Sequence[int] = (),
 ) -> Callable[..., tuple[Any, Any, Any]]:
     """Return a training step: `jax.value_and_grad(fun)` and :func:`apply_gradients` in one.
 
@@ -62,6 +65,9 @@ def value_and_apply(
         has_aux: Whether `fun` returns `(scalar, aux)`.
         weight_fn: Called as `fun` is; returns the `weight` of the microbatch, such as its unpadded
             tokens.
+        batch_argnums: Positions of the arguments of `fun` that hold rows. None for the argument 1.
+            Read only with `reduce_axes` under automatic sharding, as `rng_argnums` is.
+        rng_argnums: Positions of keys. Each device folds its index into its keys.
 
     Returns:
         A function `(params, opt_state, *args, **extra_args) -> (loss, params, opt_state)`, or with
@@ -71,9 +77,15 @@ def value_and_apply(
         reads it. In `jax.shard_map` with `reduce_axes` the loss is the one of this device's rows.
         (Under explicit sharding, `apply_gradients` is for `reduce_axes`.)
 
+        Under automatic sharding with `reduce_axes` each device computes the gradient of its rows,
+        and a release reduces the sums. The loss is that of all rows, and leaves of `aux` get a
+        leading axis of devices. Weights come from `weight_fn`, which sees the rows of a device.
+        Sharding constraints in `fun` must not name these axes.
+
     Raises:
         TypeError: (here) for arguments of another kind, (when traced) for `weight=` beside
-            `weight_fn`.
+            `weight_fn`, or where that is needed.
+        ValueError: for rows that cannot be divided among the devices of `reduce_axes`.
         Exception: what `fun` and the `update` of `tx` raise.
     """
     _validate.check_transformation("`tx`", tx)
@@ -81,75 +93,140 @@ def value_and_apply(
     _validate.check_flag("`has_aux`", has_aux)
     if weight_fn is not None:
         _validate.check_function("`weight_fn`", weight_fn)
-    differentiate = jax.value_and_grad(fun, has_aux=has_aux)
+    options = {"`batch_argnums`": batch_argnums, "`rng_argnums`": rng_argnums}
+    argnums = _call.check_roles({"`argnums`": 0} | options, None)
+    loss = Loss(fun, has_aux, weight_fn, argnums)
     accumulator = accumulator_of(tx)
     parameters = inspect.signature(tx.update).parameters.values()
     takes_value = any(p.name == "value" or p.kind is p.VAR_KEYWORD for p in parameters)
 
-    def step(params, opt_state, /, *args, **extra_args):
-        trained = fast(params)
-        if weight_fn is not None:
-            if "weight" in extra_args:
-                raise TypeError("`weight` was passed beside `weight_fn`; leave one of them out")
-            extra_args["weight"] = weight_fn(trained, *args)
-
-        def gradient(trained):
-            value, grads = differentiate(trained, *args)
-            return (value if has_aux else (value, ())), grads
-
+    def step(params, opt_state, /, *args, weight=None, release=None, **extra_args):
+        if weight is not None and weight_fn is not None:
+            raise TypeError("`weight` was passed beside `weight_fn`; leave one of them out")
+        args = fast(params), *args
+        call = Call((), opt_state, params, weight, release, extra_args)
         if accumulator is not None:
-            value, params, opt_state = _take_in(
-                accumulator.for_state(opt_state), gradient, opt_state, params, extra_args
-            )
+            value, params, opt_state = _take_in(accumulator.for_state(opt_state), loss, args, call)
         else:
-            value, grads = gradient(trained)
+            value, grads = loss.value_and_grad(args)
             if takes_value:
                 extra_args = {"value": value[0]} | extra_args
+            given = {"weight": loss.weigh(args, weight), "release": release}
+            extra_args |= {name: x for name, x in given.items() if x is not None}
             params, opt_state = apply_gradients(tx, grads, opt_state, params, **extra_args)
         return (value if has_aux else value[0]), params, opt_state
 
     return step
 
 
-def _take_in(
-    accumulator: Accumulator,
-    gradient: Callable[[Any], Any],
-    state: Any,
-    params: Any,
-    extra_args: dict[str, Any],
-) -> tuple[Any, Any, Any]:
+class Loss(NamedTuple):
+    """What is computed of a microbatch.
+
+    Attributes:
+        fun, has_aux, weight_fn: As in `value_and_apply`.
+        argnums: Which arguments of `fun` are rows and keys.
+    """
+
+    fun: Callable[..., Any]
+    has_aux: bool
+    weight_fn: Callable[..., Any] | None
+    argnums: _call.Argnums
+
+    def value_and_grad(self, args: Sequence[Any]) -> tuple[tuple[Any, Any], Any]:
+        """Returns `(loss, aux)` and gradients."""
+        value, grads = jax.value_and_grad(self.fun, has_aux=self.has_aux)(*args)
+        return (value if self.has_aux else (value, ())), grads
+
+    def weigh(self, args: Sequence[Any], weight: Any) -> Any:
+        """Returns the weight of a microbatch: `weight`, if there is no function for it."""
+        return weight if self.weight_fn is None else self.weight_fn(*args)
+
+
+def _take_in(accumulator: Accumulator, loss: Loss, args: Sequence[Any], call: Call) -> tuple:
     """Returns `(loss, aux)`, the parameters and the state after a microbatch.
 
     Args:
         accumulator: The one for this state.
-        gradient: `trained -> ((loss, aux), grads)`.
-        state: Before the microbatch.
-        params: Before the microbatch.
-        extra_args: The keywords of the step.
+        loss: The loss.
+        args: Its arguments.
+        call: The arguments of the step, without gradients.
     """
-    check_state(state)
-    devices = _reduce_axes.check_state(accumulator.reduce_axes, state.weight)
+    check_state(call.state)
+    devices = _reduce_axes.check_state(accumulator.reduce_axes, call.state.weight)
+    if isinstance(devices, Stacked):
+        call, added = _add_on_each_device(accumulator, loss, args, call, devices)
+    else:
+        call, added = _add(accumulator, loss, args, call, devices)
+    extra_args = accumulator.extra_args.with_value(call.extra_args, added.value[0])
+    return added.value, *accumulator.apply_call(call._replace(extra_args=extra_args), added)
+
+
+def _add(
+    accumulator: Accumulator, loss: Loss, args: Sequence[Any], call: Call, devices: Replicated
+) -> tuple[Call, Added]:
+    """Returns the call with gradients, or their shapes, and the window with the microbatch."""
+    call = call._replace(weight=loss.weigh(args, call.weight))
     # Over `reduce_axes` JAX would sum the gradients of what all devices share.
-    fun = functools.partial(gradient, devices.share(fast(params)))
-    must_see = accumulator.judge is not None or not has_sums(state)
+    run = functools.partial(loss.value_and_grad, (devices.share(args[0]), *args[1:]))
+    must_see = accumulator.judge is not None or not has_sums(call.state)
     if must_see or not isinstance(jnp.zeros([]), Tracer):
-        value, grads = fun()
-        _reduce_axes.check_gradients(value[0], grads, None, devices)
-        extra_args = accumulator.extra_args.with_value(extra_args, value[0])
-        return value, *accumulator.apply(grads, state, params, **extra_args)
-    program = Gradient.traced(fun)
-    loss, grads = program.shapes()
-    _reduce_axes.check_gradients(loss, grads, None, devices)
-    rest = dict(extra_args)
-    weight, release = rest.pop("weight", None), rest.pop("release", None)
-    call = Call(grads, state, params, weight, release, rest)
+        program, (value, grads) = None, run()
+        scalar, extra_args = value[0], accumulator.extra_args.with_value(call.extra_args, value[0])
+    else:
+        program, value, extra_args = Gradient.traced(run), None, call.extra_args
+        scalar, grads = program.shapes()
+    _reduce_axes.check_gradients(scalar, grads, None, devices)
+    call = call._replace(grads=grads)
     accumulator.check_sums(call, applied=True)
-    weight = None if weight is None else as_weight("`weight`", weight)
-    microbatch, _ = accumulator.microbatch(state, weight, devices, True)
-    seen = jnp.asarray(state.mini_step, jnp.float32)
-    value, sums = program.add_to(devices.load(state.grad_sum), microbatch, seen)
-    call = call._replace(
-        grad_sum=devices.store(Sums((), sums, ())).grads,
-        extra_args=accumulator.extra_args.with_value(rest, value[0]),
+    added = accumulator.add(call._replace(extra_args=extra_args), devices, program)
+    return call, added if value is None else added._replace(value=value)
+
+
+def _add_on_each_device(
+    accumulator: Accumulator, loss: Loss, args: Sequence[Any], call: Call, devices: Stacked
+) -> tuple[Call, Added]:
+    """Returns what `_add` does, under automatic sharding: each device adds its rows."""
+    if call.weight is not None:
+        raise TypeError(
+            "`weight` was passed with `reduce_axes` under automatic sharding, where each device "
+            "needs the weight of its rows; pass `weight_fn` to `value_and_apply` instead"
+        )
+    by_position = _call.Call(loss.fun, loss.argnums, tuple(args), {})
+    by_position.check(1, devices=devices.count)
+    shapes = []
+
+    def fun(args, state):
+        per_device = along(devices.axes)
+        new, added = _add(accumulator, loss, args, call._replace(state=state), per_device)
+        value, aux = added.value
+        value = _mean_loss(value, added, per_device)
+        counts = added.microbatch.counts
+        shapes[:] = jax.tree.map(_as_shape, (new.grads, added.values)), added.known_positive, counts
+        counts = () if isinstance(counts, bool) else counts
+        return value, stack(aux, devices), added.sums, counts, added.skip_state
+
+    sharded: Any = jax.P(devices.axes)
+    whole: Any = jax.P()
+    state = call.state._replace(inner_state=())
+    specs = AccumulateState(*[whole] * len(state))
+    specs = specs._replace(weight=sharded, grad_sum=sharded, arg_sums=sharded)
+    value, aux, sums, counts, skip_state = on_each_device(
+        fun, devices, by_position, (state,), (specs,), (whole, sharded, sharded, whole, whole)
     )
-    return value, *accumulator.apply_call(call)
+    (grads, values), known_positive, decided = shapes
+    microbatch = Microbatch(counts=decided if isinstance(decided, bool) else counts)
+    added = Added(sums, values, microbatch, known_positive, skip_state, (value, aux))
+    return call._replace(grads=grads), added
+
+
+def _mean_loss(loss: jax.Array, added: Added, devices: Replicated) -> jax.Array:
+    """Returns the loss of the rows of all devices."""
+    terms, how = Sums(added.values.weight, (), loss), added.microbatch._replace(opens=True)
+    sums = _window.add(_window.open_sums(terms), terms, how._replace(counts=True))
+    _, (weight, total) = devices.reduce((), (sums.weight, sums.args))
+    weight = jnp.ones_like(weight) if how.summed else weight
+    return _window.mean(Sums(weight, (), total), terms)[1]
+
+
+def _as_shape(x: Any) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(jnp.shape(x), jnp.result_type(x))

@@ -6,9 +6,13 @@ from typing import Any, Concatenate, Literal, ParamSpec, TypedDict, TypeVar, Unp
 
 import jax
 
-from optaccum import _call, _reduce_axes, _validate
+from optaccum import _call, _reduce_axes, _validate, _window
+from optaccum._device_rows import on_each_device, stack
+from optaccum._devices import Stacked
 from optaccum._in_place import refuse_changes
 from optaccum._loop import Loop
+from optaccum._trees import cast_floating
+from optaccum._window import Sums
 
 Params = TypeVar("Params")
 Value = TypeVar("Value")  # the loss, or with `has_aux` `(loss, aux)`
@@ -26,6 +30,8 @@ class Options(TypedDict, total=False):
     carry_argnum: int | None
     accumulator_dtype: jax.typing.DTypeLike | None
     reduce_axes: str | tuple[str, ...]
+    reduce_dtype: jax.typing.DTypeLike | None
+    overlap_reduction: bool
 
 
 @overload
@@ -64,6 +70,8 @@ def value_and_grad(
     carry_argnum: int | None = None,
     accumulator_dtype: jax.typing.DTypeLike | None = None,
     reduce_axes: str | tuple[str, ...] = (),
+    reduce_dtype: jax.typing.DTypeLike | None = None,
+    overlap_reduction: bool = False,
 ) -> Callable[..., Any]:
     """Return `jax.value_and_grad(fun)` that runs the batch in n microbatches, by one scan.
 
@@ -93,13 +101,17 @@ def value_and_grad(
           sharded over devices stays in place: splitting it costs no communication if n divides the
           rows of a device. A float32 batch is not copied.
         * With `reduce_axes` the devices reduce gradients, weights and loss once, after the scan.
+          In a plain `jax.jit`, under `jax.set_mesh` with automatic axes, `fun` and `weight_fn` get
+          the rows of one device, and leaves of `aux` are [n, devices, ...]. Parameters that are
+          divided over these axes are gathered once, and their sums are scattered once; other
+          axes stay with the compiler. Each device folds its index into its keys.
           In `jax.shard_map` (with its `check_vma`) `fun` gets the rows of its device and returns
           their loss; loss and gradients are weighted over all devices, and alike on all. Under
           explicit sharding, gradients with respect to `jax.reshard(p, P(..., reduced={axis}))`
           come out reduced; without `reduce_axes` they come out unreduced, for one `jax.reshard`.
         * Layers in a `lax.scan` need no stack of gradients beside the sums: the backward scan adds
           each layer's gradient to them. A weighted lookup needs no second table.
-        * `fun` is traced once. Keys do not depend on data.
+        * `fun` is traced once (twice with `overlap_reduction`). Keys do not depend on data.
         * Derivatives of any order, in any mode. A microbatch without weight has none, whatever its
           rows are: its `aux`, which is kept, is a constant in reverse mode.
 
@@ -150,7 +162,13 @@ def value_and_grad(
             in it, as `flax.nnx.Rngs` does by its counts.
         accumulator_dtype: Dtype of the sums, as in :func:`optaccum.accumulate`.
         reduce_axes: Mesh axes over which to reduce once, as in :func:`optaccum.accumulate`. `aux`
-            and the carry are not reduced: each device returns what it has.
+            and the carry are not reduced: each device returns what it has. (A carry needs
+            `jax.shard_map`.)
+        reduce_dtype: Dtype in which sums are sent, as in :func:`optaccum.accumulate`.
+        overlap_reduction: Whether to run the last microbatch after the scan, so that compilers can
+            reduce the sums of a layer during the backward pass of the layers before it. This pays
+            on GPUs for layers that are not in a `lax.scan`. It takes the memory of the gradients
+            of one microbatch, and `fun` is compiled twice.
 
     Returns:
         A function with the arguments of `fun` that returns `(loss, gradients)`, or with `has_aux`
@@ -171,6 +189,12 @@ def value_and_grad(
     n = _validate.check_count("`num_microbatches`", num_microbatches)
     accumulator_dtype = _validate.check_accumulator_dtype(accumulator_dtype)
     axes = _validate.check_axes(reduce_axes)
+    reduce_dtype = _validate.check_reduce_dtype(reduce_dtype, axes)
+    _validate.check_flag("`overlap_reduction`", overlap_reduction)
+    if overlap_reduction and not axes:
+        raise ValueError(
+            "`overlap_reduction` needs `reduce_axes`: nothing is reduced after the scan"
+        )
     options = {
         "`argnums`": argnums,
         "`batch_argnums`": batch_argnums,
@@ -182,16 +206,25 @@ def value_and_grad(
     @functools.wraps(fun)
     def value_and_grad_fn(*args, **kwargs):
         call = _call.Call(fun, positions, args, kwargs)
-        call.check(n)
+        devices = _reduce_axes.check_mesh(axes)
+        if isinstance(devices, Stacked):
+            call.check(n, devices=devices.count)
+            loss, aux, grads = from_jit(call, devices)
+        else:
+            call.check(n)
+            loop = make_loop(call, call.args)
+            loss, aux, new, grads = loop.once() if n == 1 and not axes else loop.scan()
+            aux = (new, aux) if call.roles.carry else aux
+        return ((loss, aux) if has_aux else loss), grads
+
+    def make_loop(call, args):
         trained, carry = call.roles.trained, call.roles.carry
-        devices, *_ = [_reduce_axes.check_sums(call.args[j], axes) for j in trained]
+        devices, *_ = [_reduce_axes.check_sums(args[j], axes) for j in trained]
         # Of parameters that all devices share JAX would sum the gradients, each time.
-        shared = [
-            devices.share(x) if j in (*trained, *carry) else x for j, x in enumerate(call.args)
-        ]
+        shared = [devices.share(x) if j in (*trained, *carry) else x for j, x in enumerate(args)]
         at = trained if isinstance(argnums, tuple | list) else trained[0]
         loss_fn = refuse_changes(call.by_position(fun), call.title, carry)
-        loop = Loop(
+        return Loop(
             args=call.roles.split(shared, n) if n > 1 else shared,
             roles=call.roles,
             params=shared[at] if isinstance(at, int) else tuple(shared[j] for j in at),
@@ -202,10 +235,36 @@ def value_and_grad(
             has_aux=has_aux,
             summed=summed,
             accumulator_dtype=accumulator_dtype,
+            reduce_dtype=reduce_dtype,
+            overlap_reduction=overlap_reduction,
         )
-        loss, aux, new, grads = loop.once() if n == 1 and not axes else loop.scan()
-        aux = (new, aux) if carry else aux
-        return ((loss, aux) if has_aux else loss), grads
+
+    def from_jit(call, devices):
+        """Returns loss, aux and gradients under automatic sharding."""
+        if call.roles.carry:
+            raise ValueError(
+                "`carry_argnum` cannot be used with `reduce_axes` under automatic sharding, since "
+                "each device has a carry of its rows; use jax.shard_map and reduce the carry "
+                "(jax.lax.pmean), or leave `reduce_axes` out"
+            )
+
+        def on_device(args):
+            loop = make_loop(call, args)
+            sums, each, _ = loop.sums()
+            like = Sums(None, (), each.loss)
+            _, (total, loss) = loop.devices.reduce((), (sums.weight, sums.args))
+            _, loss = _window.mean(Sums(total, (), loss), like)
+            grads = cast_floating(sums.grads, reduce_dtype)
+            return loss, total, stack(grads, devices), stack(each.aux, devices, axis=1)
+
+        out_specs = jax.P(), jax.P(), jax.P(devices.axes), jax.P(None, devices.axes)
+        loss, total, stacked, aux = on_each_device(on_device, devices, call, out_specs=out_specs)
+        # Reduced out here, sums can be scattered to where their parameters are divided.
+        sums = devices.reduce_stored(Sums((), stacked, ()), None)._replace(weight=total)
+        trained = tuple(call.args[j] for j in call.roles.trained)
+        like = trained if isinstance(argnums, tuple | list) else trained[0]
+        grads, _ = _window.mean(sums, Sums(None, like, ()))
+        return loss, aux, grads
 
     return value_and_grad_fn
 

@@ -27,8 +27,8 @@ class WindowOfOne(Accumulator):
     def _opens(self, state):
         return True
 
-    def _add(self, call, devices, values, microbatch):
-        return super()._add(call, devices, values._replace(grads=()), microbatch)
+    def _add(self, state, devices, values, microbatch, total):
+        return super()._add(state, devices, values._replace(grads=()), microbatch, total)
 
     def _mean(self, sums, values, microbatch):
         _, means = super()._mean(sums, values._replace(grads=()), microbatch)

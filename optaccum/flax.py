@@ -140,7 +140,17 @@ class TrainState(_Counters, train_state.TrainState):
         params, opt_state = step(grads, self.opt_state, self.params)
         return self.replace(step=self.step + 1, params=params, opt_state=opt_state, **fields)
 
-    def value_and_apply(self, fun: Any, /, *args: Any, has_aux: bool = False, **kwargs: Any):
+    def value_and_apply(
+        self,
+        fun: Any,
+        /,
+        *args: Any,
+        has_aux: bool = False,
+        weight_fn: Any = None,
+        batch_argnums: Any = None,
+        rng_argnums: Any = (),
+        **kwargs: Any,
+    ):
         """Take in one microbatch by its loss, as :func:`optaccum.value_and_apply` does.
 
         Gradients are added to the window where the backward pass makes them (with an FP8 collection
@@ -152,6 +162,9 @@ class TrainState(_Counters, train_state.TrainState):
             fun: A loss: `(params, *args)` to a real scalar, or with `has_aux` to `(scalar, aux)`.
             *args: Arguments of `fun`.
             has_aux: Whether `fun` returns `(scalar, aux)`.
+            weight_fn: As in :func:`optaccum.value_and_apply`, and so are the next two.
+            batch_argnums: Positions of rows.
+            rng_argnums: Positions of keys.
             **kwargs: As in `apply_gradients`.
 
         Returns:
@@ -162,9 +175,12 @@ class TrainState(_Counters, train_state.TrainState):
         """
         if _flax_fp8.holds(self.params):
             value, grads = jax.value_and_grad(fun, has_aux=has_aux)(self.params, *args)
+            if weight_fn is not None:
+                kwargs = {"weight": weight_fn(self.params, *args)} | kwargs
             return value, self.apply_gradients(grads=grads, **kwargs)
         fields, extra_args = self._divide(kwargs)
-        step = value_and_apply(self.tx, fun, has_aux)
+        options = {"batch_argnums": batch_argnums, "rng_argnums": rng_argnums}
+        step = value_and_apply(self.tx, fun, has_aux, weight_fn=weight_fn, **options)
         value, params, opt_state = step(self.params, self.opt_state, *args, **extra_args)
         new = self.replace(step=self.step + 1, params=params, opt_state=opt_state, **fields)
         return value, new

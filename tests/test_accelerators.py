@@ -6,6 +6,7 @@ or fail where the environment sets OPTACCUM_REQUIRE_ACCELERATORS.
 
 import functools
 import os
+import re
 from typing import Any
 
 from flax import nnx
@@ -671,3 +672,136 @@ def test_a_weighted_lookup_needs_no_more_than_an_unweighted_one(target):
     weighted_temporaries, weighted_moved = figures(lambda table, ids: jnp.sum(ids > 0))
     assert weighted_temporaries < temporaries + 0.01 * size
     assert weighted_moved < moved + 0.1 * size
+
+
+def _on_four_chips(target, step, names, spec, tx=None):
+    """Returns temporaries, and what is sent of the model in `_embedded`, in sizes of it.
+
+    Args:
+        target: The chip.
+        step: A step of parameters and rows, or with `tx` of parameters, state and rows.
+        names: The axes of the mesh; the first has two devices if there are two.
+        spec: How a parameter of this rank is divided.
+        tx: An optimizer, whose state the step gets too.
+    """
+    devices = np.array(targets.devices(target, 4))
+    shape = (4,) if len(names) == 1 else (2, 2)
+    mesh = Mesh(devices.reshape(shape), names, axis_types=(AxisType.Auto,) * len(names))
+    params = {"table": jax.ShapeDtypeStruct((2**13, 1024), jnp.float32), "layers": STACK}
+    size = sum(4 * p.size for p in jax.tree.leaves(params))
+    ids = jax.ShapeDtypeStruct((16, 64), jnp.int32)
+    with jax.set_mesh(mesh):
+        placed = jax.tree.map(lambda x: _place(x, NamedSharding(mesh, spec(x))), params)
+        args, out = [placed], jax.tree.map(lambda x: x.sharding, placed)
+        if tx is not None:
+            shardings = state_shardings(tx, placed)
+            state = jax.eval_shape(tx.init, params)
+            args.append(jax.tree.map(_place, state, shardings))
+            out = out, shardings
+        args.append(_place(ids, NamedSharding(mesh, P(names))))
+        step = jax.jit(step, donate_argnums=(0, 1) if tx else (), out_shardings=out)
+        compiled: Any = step.lower(*args).compile()
+    text = compiled.as_text()
+    assert not hlo.forgotten(text)
+    sent: dict[Any, float] = {}
+    for one in hlo.collectives(text):
+        key = one.kind, one.trips > 1, one.conditional
+        sent[key] = sent.get(key, 0) + one.bytes * one.trips / size
+    large = {key: parts for key, parts in sent.items() if parts > 0.002}
+    return compiled.memory_analysis().temp_size_in_bytes / size, large
+
+
+def _tokens(params, ids):
+    return jnp.sum(ids > 0)
+
+
+def _along(axis):
+    """Divides the last axis but one of a matrix, or of a stack of them."""
+    return lambda x: P(*[None] * (x.ndim - 2), axis)
+
+
+def _gradients(reduce_axes, **options):
+    options |= {"weight_fn": _tokens, "reduce_axes": reduce_axes}
+    return optaccum.grad(_embedded, num_microbatches=4, **options)
+
+
+def test_a_plain_jit_reduces_once_and_not_in_a_loop(target):
+    """Under automatic sharding alone gradients of scanned layers are reduced in the loops."""
+    whole = lambda _: P()  # noqa: E731
+    before, sent = _on_four_chips(target, _gradients(()), ("data",), whole)
+    assert sum(parts for (_, looped, _), parts in sent.items() if looped) > 2
+    after, sent = _on_four_chips(target, _gradients("data"), ("data",), whole)
+    assert sent == {("all-reduce", False, False): pytest.approx(1, rel=0.01)}
+    assert after < before + 0.1
+
+
+def test_sums_in_bfloat16_are_half_as_much_to_send(target):
+    step = _gradients("data", reduce_dtype=jnp.bfloat16)
+    _, sent = _on_four_chips(target, step, ("data",), lambda _: P())
+    assert sent == {("all-reduce", False, False): pytest.approx(0.5, rel=0.01)}
+
+
+def test_the_backward_pass_of_the_last_microbatch_hides_reductions():
+    """Between the start and the end of a reduction are products of matrices."""
+    target = _need(targets.H100)
+    layers = {
+        f"{name}{i}": x.update(shape=x.shape[1:]) for i in range(4) for name, x in STACK.items()
+    }
+
+    def loss(params, batch):
+        h = batch["x"]
+        for i in range(4):
+            h += jnp.tanh(h @ params[f"a{i}"]) @ params[f"b{i}"]
+        return jnp.mean(h**2)
+
+    def hidden(overlap_reduction):
+        step = optaccum.grad(
+            loss, num_microbatches=4, reduce_axes="data", overlap_reduction=overlap_reduction
+        )
+        mesh = Mesh(np.array(targets.devices(target, 4)), ("data",))
+        batch = {"x": jax.ShapeDtypeStruct((64, 256, 1024), jnp.float32)}
+        args = (
+            _place(layers, NamedSharding(mesh, P())),
+            _place(batch, NamedSharding(mesh, P("data"))),
+        )
+        with jax.set_mesh(mesh):
+            lines = str(jax.jit(step).lower(*args).compile().as_text()).splitlines()
+        found = []
+        for at, line in enumerate(lines):
+            if made := re.match(r"\s*%?(\S+) = .*all-reduce-start\(", line):
+                end = next(j for j in range(at, len(lines)) if f"%{made[1]})" in lines[j])
+                found.append(any("gemm" in between for between in lines[at:end]))
+        return sum(found), len(found)
+
+    assert hidden(False)[0] == 0
+    some, count = hidden(True)
+    assert some > count / 2
+
+
+def test_parameters_that_are_divided_over_the_axis_are_gathered_once_and_scattered_once(target):
+    _, sent = _on_four_chips(target, _gradients("data"), ("data",), _along("data"))
+    assert sent.pop(("all-gather", False, False)) <= 0.26
+    assert sent == {("reduce-scatter", False, False): pytest.approx(1, rel=0.02)}
+
+
+def test_what_is_divided_within_a_replica_is_reduced_once_between_replicas():
+    target = _need(targets.H100)
+    names = "replica", "fsdp"
+    _, sent = _on_four_chips(target, _gradients("replica"), names, _along("fsdp"))
+    assert sent["all-reduce", False, False] == pytest.approx(0.5, rel=0.02)
+    assert ("all-reduce", True, False) not in sent
+
+
+@pytest.mark.parametrize("release", [False, None])
+def test_a_hold_from_a_plain_jit_sends_nothing(target, release):
+    tx = accumulate(4, ADAMW, reduce_axes="data")
+    made = value_and_apply(tx, _embedded, weight_fn=_tokens)
+
+    def step(params, state, ids):
+        return made(params, state, ids, release=release)[1:]
+
+    temporaries, sent = _on_four_chips(target, step, ("data",), lambda _: P(), tx)
+    released = {("all-reduce", False, True): pytest.approx(1, rel=0.01)}
+    assert sent == (released if release is None else {})
+    if release is False:
+        assert temporaries < 0.5

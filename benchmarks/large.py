@@ -1,0 +1,92 @@
+"""Compile training steps of transformers of 1B and 7B parameters, for chips that are not here.
+
+Nothing runs. Layers are scanned and computed again for the gradient, in bfloat16, with parameters
+and sums in float32: one row of 2,048 tokens for each device in each of 8 microbatches. Bytes are in
+P, the size of the parameters.
+"""
+
+from collections.abc import Iterator
+import dataclasses
+from typing import Any
+
+from benchmarks import contenders, hlo, targets, transformer
+from benchmarks.collectives import traffic
+from benchmarks.compiled import EVERY_K, TITLES, model_task, sent
+from benchmarks.contender import Contender, Inner
+from benchmarks.contenders import ADAPTERS, MAXTEXT, MULTI_STEPS, REDUCED_ONCE, VALUE_AND_GRAD
+from benchmarks.programs import Window, progress
+from benchmarks.tables import Result, rows_of, table, versions
+
+ONE = (
+    MULTI_STEPS,
+    contenders.MICROBATCH,
+    contenders.SCAN,
+    VALUE_AND_GRAD,
+    contenders.VALUE_AND_APPLY,
+)
+SHARED = contenders.SCAN, VALUE_AND_GRAD, REDUCED_ONCE
+REPLICATED, FSDP, HSDP = "replicated", "FSDP", "HSDP, 2 replicas"
+JOBS = [  # model, chip, devices, parameters, contenders
+    ("1b", targets.H100, 1, REPLICATED, ONE),
+    ("1b", targets.H100, 8, REPLICATED, SHARED),
+    ("7b", targets.H100, 8, FSDP, (*SHARED, MAXTEXT)),
+    ("7b", targets.H100, 8, HSDP, (VALUE_AND_GRAD, REDUCED_ONCE)),
+    ("1b", targets.V5E, 16, REPLICATED, SHARED),
+    ("7b", targets.V5E, 16, FSDP, (*SHARED, MAXTEXT)),
+]
+
+
+def contender(name: str, inner: Inner, devices: int, placed: str) -> Contender:
+    """Returns a contender whose parameters are placed so."""
+    made = ADAPTERS[name](inner, EVERY_K)
+    if placed == REPLICATED or name == MAXTEXT:
+        return made
+    return contenders.fully_sharded(made, inner, 1 if placed == FSDP else devices // 2)
+
+
+def row(model: str, target: str, devices: int, placed: str, name: str, tokens: int) -> Result:
+    """Returns what a window needs and sends."""
+    task = model_task(target, transformer.PRESETS[model], 1, tokens, devices)
+    task = dataclasses.replace(task, optimized=False)
+    window = Window(contender(name, task.inner, devices, placed), task)
+    texts = {program: program.as_text() for program in dict.fromkeys(window.programs)}
+    moved = [hlo.moved(texts[program]) for program in window.programs]
+    total = sum(one.hold for one in moved[:-1]) + moved[-1].release
+    return {
+        **{"model": model, "target": target, "devices": devices, "placed": placed, "name": name},
+        **{"parameter_bytes": task.size, "peak_bytes": window.peak_bytes},
+        **{"temporaries": window.temporary_bytes / task.size, "moved": total / task.size},
+        "forgets": any(map(hlo.forgotten, texts.values())),
+        **traffic(window.programs, EVERY_K),
+    }
+
+
+def measure(scale: int) -> Iterator[Result]:
+    remedies = {x: targets.missing(x) for x in (targets.H100, targets.V5E)}
+    jobs = [
+        (*setting, name) for *setting, names in JOBS for name in names if not remedies[setting[1]]
+    ]
+    tokens = 2048
+    if not scale:
+        jobs, tokens = [("100k", targets.CPU, 8, FSDP, name) for name in SHARED], 32
+    result: Result = {"every_k": EVERY_K, "rows": []}
+    for job in progress(jobs, "Compiling"):
+        result["rows"].append(row(*job, tokens))
+        yield result
+
+
+def tables(result: Result) -> dict[str, str]:
+    columns: dict[str, Any] = {
+        "model": lambda row: row["model"].upper(),
+        "target": lambda row: f"{row['devices']} {TITLES[row['target']]}",
+        "parameters": lambda row: row["placed"],
+        "contender": lambda row: row["name"] + (" ‡" if row["forgets"] else ""),
+        "peak, GB a device": ("peak_bytes", "{:.1f}", 1e9),
+        "temporaries, P": ("temporaries",),
+        "moved, P": ("moved", "{:.0f}"),
+        "sent": lambda row: sent(row["window"], row) if row["devices"] > 1 else "-",
+    }
+    wrong = any(row["forgets"] for row in result["rows"])
+    notes = ["‡ Its gradient of the embedding is wrong (openxla/xla issue 49143)."] if wrong else []
+    setting = f"A window of n = {result['every_k']} microbatches, AdamW. Compiled with "
+    return {"large": table(rows_of(result["rows"], columns), *notes, setting + versions(result))}

@@ -1,0 +1,69 @@
+"""Calls a function with the rows of each device, from a plain `jax.jit`.
+
+Under automatic sharding `jax.jit` sums the gradients of every microbatch over the devices that hold
+its rows. In a `jax.shard_map` over these mesh axes alone each device has the gradient of its rows.
+The other axes stay with the compiler, and so do shardings of parameters over them.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec
+
+from optaccum._call import Call
+from optaccum._devices import Stacked
+from optaccum._mesh_axes import vary
+from optaccum._passes import take_apart
+
+
+def on_each_device(
+    fun: Callable[..., Any],
+    devices: Stacked,
+    call: Call,
+    more: tuple[Any, ...] = (),
+    specs: tuple[Any, ...] = (),
+    out_specs: Any = (),
+) -> Any:
+    """Returns `fun(args, *more)` for the rows of each device.
+
+    Args:
+        fun: A function of arguments by position.
+        devices: Which axes divide the rows.
+        call: The arguments. Rows are divided, and each device folds its index into its keys, so
+            that rows do not share their noise.
+        more: More arguments.
+        specs: Their shardings.
+        out_specs: The shardings of the results.
+    """
+    roles = call.roles
+    arrays = {*roles.rows, *roles.keys, *roles.trained}  # raw keys and rows may be NumPy's
+    args = [jax.tree.map(jnp.asarray, x) if j in arrays else x for j, x in enumerate(call.args)]
+    whole, rows, join = take_apart(args, roles)
+
+    def body(index, whole, rows, more):
+        try:
+            return fun(join(index[0], *whole, *rows), *more)
+        except ValueError as error:
+            if "Auto axes" in str(error) or "`Manual`" in str(error):  # of JAX
+                raise ValueError(
+                    f"`fun` names an axis of `reduce_axes` {devices.axes} in a sharding "
+                    "constraint, but it gets the rows of one device; leave these axes out of its "
+                    "constraints, or leave `reduce_axes` out"
+                ) from error
+            raise
+
+    along, everywhere = PartitionSpec(devices.axes), PartitionSpec()
+    mapped = jax.shard_map(
+        body,
+        in_specs=(along, everywhere, along, specs),
+        out_specs=out_specs,
+        axis_names={*devices.axes},
+    )
+    return jax.jit(mapped)(jnp.arange(devices.count), whole, rows, more)
+
+
+def stack(tree: Any, devices: Stacked, axis: int = 0) -> Any:
+    """Returns what a device has with an axis of length 1, for all devices to be put together."""
+    return jax.tree.map(lambda x: jnp.expand_dims(vary(jnp.asarray(x), devices.axes), axis), tree)
