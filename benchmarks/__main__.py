@@ -21,6 +21,7 @@ from benchmarks import report, targets
 from benchmarks.tables import Result
 
 RESULTS = pathlib.Path(__file__).parent / "results"
+COMPILED = "compiled", "headline", "large"  # for chips that are not here
 PACKAGES = "jax", "jaxlib", "optax", "flax", "keras", "libtpu", "jax-cuda12-plugin"
 
 
@@ -39,14 +40,14 @@ def main(argv: list[str] | None = None) -> None:
         for name in names:
             run(name, *(["--quick"] if args.quick else []))
         return
-    if names[0] in ("compiled", "large"):
+    if names[0] in COMPILED:
         targets.prepare()
     if names[0] in ("compiled", "large", "collectives"):
         jax.config.update("jax_num_cpu_devices", 8)
     jax.config.update("jax_enable_compilation_cache", False)
     backend = jax.default_backend()
     scale = 0 if args.quick else 1 if backend == "cpu" else 2
-    file = RESULTS / f"{names[0]}{'' if names[0] in ('compiled', 'large') else f'-{backend}'}.json"
+    file = RESULTS / f"{names[0]}{'' if names[0] in COMPILED else f'-{backend}'}.json"
     measure(names[0], report.BENCHMARKS[names[0]].measure(scale), None if args.quick else file)
     if not args.quick:
         report.write()

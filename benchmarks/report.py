@@ -14,12 +14,13 @@ from typing import Any, NamedTuple
 import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.ticker import NullFormatter, NullLocator
 
-from benchmarks import collectives, compiled, coupled, large, overhead, scaling, training
-from benchmarks.contenders import ALONE, APPLY_GRADIENTS, MULTI_STEPS, UPDATE
+from benchmarks import collectives, compiled, coupled, headline, large, overhead, scaling, training
+from benchmarks.contenders import ALONE, APPLY_GRADIENTS, FULL_BATCH, MULTI_STEPS, UPDATE
 from benchmarks.tables import Result, middle, name_of
 
 
@@ -29,6 +30,7 @@ class Benchmark(NamedTuple):
 
 
 BENCHMARKS = {
+    "headline": Benchmark(headline.measure, headline.tables),
     "compiled": Benchmark(compiled.measure, compiled.tables),
     "large": Benchmark(large.measure, large.tables),
     "overhead": Benchmark(overhead.measure, overhead.tables),
@@ -92,6 +94,34 @@ def fill(text: str, tables: Mapping[str, str]) -> str:
 
     markers = r"(?P<begin><!-- (?P<name>\w+): begin -->\n).*?(?P<end><!-- (?P=name): end -->)"
     return re.sub(markers, between, text, flags=re.DOTALL)
+
+
+def draw_headline(result: Result) -> Figure:
+    of, gigabytes = result["memory"], headline.gigabytes(result)
+    figure = Figure((7.4, 3.3), layout=ConstrainedLayoutEngine(wspace=0.08))  # read on phones, too
+    left, right = figure.subplots(1, 2, width_ratios=(3, 2))
+    whole, ours = (result["losses"][name] for name in (FULL_BATCH, APPLY_GRADIENTS))
+    left.plot(whole, color="#F2B48C", linewidth=8, label="full batch")
+    left.plot(ours, "--", color=BLUE, linewidth=2, label=f"{result['every_k']} microbatches")
+    left.legend(fontsize=12)
+    left.set_xlabel("optimizer step of a small transformer", size=11)
+    _headline(left, "Same loss")
+    names = "full batch", f"{of['every_k']} microbatches"
+    bars = right.bar(names, gigabytes, 0.6, color=(VERMILION, BLUE))
+    right.bar_label(bars, [f"{x:.0f} GB" for x in gigabytes], padding=2, size=14, weight="bold")
+    right.axhline(80, color=BLACK, linewidth=1, linestyle="--")
+    right.annotate("an H100 has 80 GB", (1.35, 80), (0, 9), ha="right", **BESIDE | {"size": 10})
+    right.set(ylim=(0, 1.15 * max(gigabytes)), yticks=())
+    right.set_xlabel(f"a step of {of['parameters'] / 1e6:.0f} million parameters", size=11)
+    right.grid(visible=False)
+    right.spines["left"].set_visible(False)
+    right.tick_params(axis="x", length=0, labelsize=12)
+    _headline(right, f"{1 - gigabytes[1] / gigabytes[0]:.0%} less memory")
+    return figure
+
+
+def _headline(axes: Axes, text: str) -> None:
+    axes.set_title(text, loc="left", size=15, weight="bold", pad=10)
 
 
 def draw_compiled(result: Result) -> Figure | None:
@@ -243,6 +273,7 @@ def _sideways(axes: Axes) -> None:
 
 
 FIGURES: dict[str, tuple[str, Callable[[Result], Figure | None]]] = {  # and their benchmarks
+    "headline": ("headline", draw_headline),
     "compiled": ("compiled", draw_compiled),
     "overhead": ("overhead", draw_overhead),
     "memory": ("train_step", draw_memory),

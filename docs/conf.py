@@ -36,6 +36,7 @@ nb_execution_mode = "cache"
 nb_execution_raise_on_error = True
 nb_execution_timeout = 300  # a machine may be busy
 nb_merge_streams = True
+nb_output_stderr = "remove"  # XLA greets there, on machines with compilers for GPUs
 
 default_role = "code"
 autosummary_generate = False
@@ -48,6 +49,7 @@ napoleon_numpy_docstring = False
 napoleon_use_rtype = False
 napoleon_custom_sections = ["Guarantees"]
 python_maximum_signature_line_length = 88
+toc_object_entries_show_parents = "hide"
 
 copybutton_exclude = ".linenos, .gp, .go"
 copybutton_prompt_text = ">>> "
@@ -80,7 +82,9 @@ TYPES = {
     ARRAY: "jax.Array",
     "~optax._src.base.": "optax.",
     "~flax.core.frozen_dict.FrozenDict[str, ~typing.Any]": "~typing.Any",
+    "~optaccum._accumulate.Accumulate": "optax.GradientTransformationExtraArgs",
     "~optaccum._accumulate.Params": "Params",
+    "~optaccum._accumulate.State": "State",
     "[[...], ": "[..., ",
 }
 
@@ -94,9 +98,10 @@ def name_types(app, what, name, obj, options, signature, returned):
 
 
 def mark_up(app, what, name, obj, options, lines):
-    """Let code end inside a word, as in `str`s: docstrings are also read as they are, by help."""
+    """Link pages, and let code end inside a word, as in `str`s."""
     code = r"(:\w+:)?(`+)([^`]+)\2(?=(\w?))"
     text = re.sub(code, lambda m: m[0] + ("\\ " if m[4] else ""), "\n".join(lines))
+    text = re.sub(r"`docs/([\w/]+)\.md`", r":doc:`/\1`", text)
     lines[:] = text.split("\n")
 
 
@@ -105,11 +110,17 @@ def drop_folders(app, relative_path, parent, content):
     content[0] = content[0].replace("[results](results)", "`benchmarks/results`")
 
 
+def link_benchmarks(app, page, source):
+    """Link the page of the site that includes the benchmarks' README, which a repository shows."""
+    source[0] = re.sub(r"\]\((\.\./)+benchmarks/README\.md", "](/benchmarks.md", source[0])
+
+
 def setup(app):
     """Let the hooks in, and show one signature where overloads serve type checkers."""
     analyzer = ModuleAnalyzer.for_module("optaccum._value_and_grad")
     analyzer.analyze()
     analyzer.overloads.clear()
     app.connect("include-read", drop_folders)
+    app.connect("source-read", link_benchmarks)
     app.connect("autodoc-process-signature", name_types)
     app.connect("autodoc-process-docstring", mark_up)

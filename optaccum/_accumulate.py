@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping
 import types
-from typing import Any, TypeVar
+from typing import Any, Literal, Protocol, TypeVar
 import warnings
 
 import jax
@@ -17,6 +17,24 @@ from optaccum._trees import apply_updates
 from optaccum._window_of_one import WindowOfOne
 
 Params = TypeVar("Params")
+State = TypeVar("State")
+
+
+class _Init(Protocol):
+    def __call__(self, params: Any) -> AccumulateState: ...
+
+
+class _Update(Protocol):
+    def __call__(
+        self, updates: Any, state: Any, params: Any = None, **extra_args: Any
+    ) -> tuple[Any, AccumulateState]: ...
+
+
+class Accumulate(optax.GradientTransformationExtraArgs):
+    """What :func:`accumulate` returns: type checkers know its state."""
+
+    init: _Init
+    update: _Update
 
 
 def accumulate(
@@ -24,7 +42,7 @@ def accumulate(
     inner: optax.GradientTransformation | None = None,
     *,
     use_grad_mean: bool = True,
-    loss_reduction: str = "mean",
+    loss_reduction: Literal["mean", "sum"] = "mean",
     should_skip_update_fn: Callable[[Any, jax.Array, Any], tuple[Any, Any]] | None = None,
     accumulator_dtype: Any = None,
     cast_mean: bool = True,
@@ -33,7 +51,7 @@ def accumulate(
     window_args: tuple[str, ...] = (),
     reduce_axes: str | tuple[str, ...] = (),
     reduce_dtype: jax.typing.DTypeLike | None = None,
-) -> optax.GradientTransformationExtraArgs:
+) -> Accumulate:
     """Accumulate the gradients of a window of microbatches, then step `inner` once.
 
     For the accepted microbatches i = 1..n of a window, with gradients g_i and weights w_i, the
@@ -70,7 +88,7 @@ def accumulate(
           what `inner` and `should_skip_update_fn` need. (With `reduce_axes` a release has the
           reduced sums, and a GPU copies unreduced sums.)
 
-    Documentation: "Semantics" has a table of all cases, "On many devices" programs for
+    `docs/semantics.md` has a table of all cases, `docs/many_devices.md` has programs for
     `jax.shard_map` and explicit sharding.
 
     The optimizer belongs inside. Without `inner` the transformation emits zeros until a window is
@@ -153,17 +171,17 @@ def accumulate(
         reduce_axes=axes,
         reduce_dtype=_validate.check_reduce_dtype(reduce_dtype, axes),
     )
-    return optax.GradientTransformationExtraArgs(accumulator.init, accumulator.update)
+    return Accumulate(accumulator.init, accumulator.update)
 
 
 def apply_gradients(
     tx: optax.GradientTransformation,
     grads: Any,
-    opt_state: optax.OptState,
+    opt_state: State,
     params: Params,
     /,
     **extra_args: Any,
-) -> tuple[Params, optax.OptState]:
+) -> tuple[Params, State]:
     """Update the parameters: `tx.update` and `optax.apply_updates` in one.
 
     For any Optax transformation it computes what the two calls do. If `tx` is an
@@ -213,8 +231,9 @@ def apply_gradients(
     _validate.check_transformation("`tx`", tx)
     _warn_if_misplaced(opt_state)
     tree: Any = params
-    updates, opt_state = tx.update(grads, opt_state, tree, **extra_args)
-    return apply_updates(tree, updates), opt_state
+    state: Any = opt_state
+    updates, state = tx.update(grads, state, tree, **extra_args)
+    return apply_updates(tree, updates), state
 
 
 def accumulator_of(tx: Any) -> Accumulator | None:

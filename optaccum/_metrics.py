@@ -1,7 +1,7 @@
 """What to log of a window: its counters, the means of its losses, the norm of its gradient."""
 
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +16,7 @@ KEYS = "gradient_step", "mini_step", "released", "skipped", "weight", "grad_norm
 
 
 def window_metrics(
-    opt_state: Any, grads: Any = None, *, loss_reduction: str = "mean"
+    opt_state: Any, grads: Any = None, *, loss_reduction: Literal["mean", "sum"] = "mean"
 ) -> dict[str, jax.Array]:
     """Return what is worth logging of the window that an optimizer's state is in.
 

@@ -1,7 +1,7 @@
 """The gradient noise scale: how much the gradients of microbatches differ."""
 
 import functools
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 from jax import lax
@@ -79,7 +79,7 @@ def update_noise_scale(
     *,
     weight: jax.typing.ArrayLike | None = None,
     decay: float | jax.Array = 0.99,
-    loss_reduction: str = "mean",
+    loss_reduction: Literal["mean", "sum"] = "mean",
 ) -> NoiseScale:
     """Return the estimate with one more microbatch. Call it after each update.
 

@@ -16,6 +16,7 @@ from optaccum._trees import cast_floating
 from optaccum._window import Sums
 
 Params = TypeVar("Params")
+Value = TypeVar("Value")  # the loss, or with `has_aux` `(loss, aux)`
 Rest = ParamSpec("Rest")
 
 
@@ -26,7 +27,7 @@ class Options(TypedDict, total=False):
     batch_argnames: str | Sequence[str] | None
     batch_layout: str
     weight_fn: Callable[..., Any] | None
-    loss_reduction: str
+    loss_reduction: Literal["mean", "sum"]
     rng_argnums: int | Sequence[int]
     carry_argnum: int | None
     accumulator_dtype: Any
@@ -37,24 +38,24 @@ class Options(TypedDict, total=False):
 
 @overload
 def value_and_grad(
-    fun: Callable[Concatenate[Params, Rest], Any],
+    fun: Callable[Concatenate[Params, Rest], Value],
     argnums: Literal[0] = 0,
     has_aux: bool = False,
     *,
     num_microbatches: int | Callable[..., Any],
     **options: Unpack[Options],
-) -> Callable[Concatenate[Params, Rest], tuple[Any, Params]]: ...
+) -> Callable[Concatenate[Params, Rest], tuple[Value, Params]]: ...
 
 
 @overload
 def value_and_grad(
-    fun: Callable[..., Any],
+    fun: Callable[Rest, Value],
     argnums: int | Sequence[int],
     has_aux: bool = False,
     *,
     num_microbatches: int | Callable[..., Any],
     **options: Unpack[Options],
-) -> Callable[..., Any]: ...
+) -> Callable[Rest, tuple[Value, Any]]: ...
 
 
 def value_and_grad(
@@ -67,7 +68,7 @@ def value_and_grad(
     batch_argnames: str | Sequence[str] | None = None,
     batch_layout: str = "rows",
     weight_fn: Callable[..., Any] | None = None,
-    loss_reduction: str = "mean",
+    loss_reduction: Literal["mean", "sum"] = "mean",
     rng_argnums: int | Sequence[int] = (),
     carry_argnum: int | None = None,
     accumulator_dtype: Any = None,
@@ -120,7 +121,7 @@ def value_and_grad(
         * Gradients of Flax's FP8 collection, which are its new values, are the elementwise largest
           of the microbatches that count: one entry in the histories per step, as for one batch.
 
-    Documentation: "Semantics" has a table of all cases.
+    `docs/semantics.md` has a table of all cases.
 
     `aux` is stacked, never reduced: its leaves, arrays or numbers, get a leading axis of length n,
     at n = 1 too. Means over equal microbatches are `jnp.mean(a, 0)`, counts `jnp.sum(a, 0)`.

@@ -23,6 +23,7 @@ from benchmarks import (
     compiled,
     contenders,
     coupled,
+    headline,
     hlo,
     overhead,
     programs,
@@ -33,6 +34,7 @@ from benchmarks import (
     transformer,
 )
 from benchmarks.contender import INNERS
+from benchmarks.contenders import APPLY_GRADIENTS
 from benchmarks.tables import table
 
 pytestmark = pytest.mark.slow
@@ -61,6 +63,14 @@ def quick(name):
 
 def agreement(rows):
     return {row["name"]: row["agrees"] for row in rows}
+
+
+def test_the_headline_compares_the_same_batch_whole_and_in_microbatches():
+    result, _ = quick("headline")
+    whole, ours = (result["memory"]["peak_bytes"][x] for x in ("full batch", APPLY_GRADIENTS))
+    assert ours < whole
+    assert headline.apart(result) < 1e-5
+    assert report.draw_headline(result).axes[1].get_title(loc="left").endswith("less memory")
 
 
 def test_overhead_finds_every_equivalent_contender_equal_to_the_full_batch():

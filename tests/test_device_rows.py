@@ -158,6 +158,26 @@ def test_sums_may_be_sent_in_bfloat16():
         value_and_grad(loss_fn, num_microbatches=2, reduce_axes="data", reduce_dtype=jnp.int8)
 
 
+def test_stacked_microbatches_may_be_counted_when_the_program_runs():
+    def fun(params, batch, count):
+        return loss_fn(params, batch)
+
+    options = {
+        "batch_layout": "stacked",
+        "weight_fn": lambda params, batch, _: tokens(params, batch),
+    }
+    step = functools.partial(
+        value_and_grad, fun, num_microbatches=lambda params, batch, count: count, **options
+    )
+    stacked = {"ids": IDS, "mask": MASK.reshape(2 * K, ROWS, LENGTH)}
+    with jax.set_mesh(mesh := make_mesh(AxisType.Auto)):
+        args = place(mesh), jax.device_put(stacked, named(mesh, P(None, "data")))
+        here = jax.jit(step(reduce_axes="data"))
+        for count in (0, 2, 2 * K):
+            assert_close(here(*args, count), jax.jit(step())(PARAMS, stacked, count))
+        assert here._cache_size() == 1
+
+
 def test_what_devices_return_is_stacked_and_their_keys_differ():
     def fun(params, batch, key, scale, *, extra):
         noise = jax.random.normal(key, batch["ids"].shape[:1])

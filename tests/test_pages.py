@@ -1,6 +1,7 @@
 """The pages of the site compute what they say, and no name, file or command is left out."""
 
 import doctest
+import json
 import pathlib
 import re
 
@@ -19,7 +20,7 @@ import optaccum.testing
 
 ROOT = pathlib.Path(__file__).parent.parent
 DOCS = ROOT / "docs"
-OTHERS = ("many_devices", "switching", "coupled_losses", "is_my_accumulation_right", "errors")
+OTHERS = "many_devices", "old_checkpoints", "coupled_losses", "is_my_accumulation_right", "errors"
 PAGES = [
     page
     for page in [ROOT / "README.md", *sorted([*DOCS.glob("*.md"), *DOCS.glob("how_to/*.md")])]
@@ -169,11 +170,27 @@ def test_each_command_sets_up_all_that_it_needs():
         assert command.endswith(program)
 
 
-def test_every_file_that_they_name_exists():
-    pages = [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")]
+def anchors(page):
+    """Returns the anchors that GitHub gives to the headings of a page, and of one it includes."""
+    text = page.read_text()
+    for included in re.findall(r"```\{include\} (\S+)", text):
+        text += (page.parent / included).read_text()
+    headings = re.findall(r"(?m)^#+ (.*)$", re.sub(r"```.*?```", "", text, flags=re.DOTALL))
+    return {re.sub(r"[^\w\- ]", "", x.lower()).replace(" ", "-") for x in headings}
+
+
+def test_every_link_to_a_file_or_a_heading_has_its_target():
+    pages = [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), ROOT / "benchmarks" / "README.md"]
     for page in pages:
-        for name in re.findall(r"\]\(([\w./-]+)(?:#[\w-]*)?\)", page.read_text()):
-            assert pathlib.Path(page.parent, name).exists(), (page, name)
+        for name, anchor in re.findall(r"\]\(([\w./-]*)(?:#([\w-]*))?\)", page.read_text()):
+            target = pathlib.Path(page.parent, name) if name else page
+            assert target.exists(), (page, name)
+            assert not anchor or anchor in anchors(target), (page, name, anchor)
+
+
+def test_pages_that_the_readme_links_have_no_markup_that_github_shows_as_code():
+    for name in re.findall(r"\]\((docs/[\w./-]+\.md)", TEXT):
+        assert not re.search(r"(?m)^:::|^```\{(?!code-cell)", (ROOT / name).read_text()), name
 
 
 def test_one_version_and_its_date_are_everywhere():
@@ -186,22 +203,43 @@ def test_one_version_and_its_date_are_everywhere():
     assert f'\ndate-released: "{date}"\n' in citation
 
 
+PROGRAMS = [block for language, block in blocks(ROOT / "README.md") if language == "python"]
+
+
+@pytest.mark.parametrize("program", PROGRAMS, ids=range(len(PROGRAMS)))
+def test_a_program_of_the_readme_runs_when_it_is_copied_alone(program):
+    exec(compile(program, "train.py", "exec"), {})
+
+
+def test_the_readme_has_the_numbers_of_the_committed_run():
+    run = json.loads((ROOT / "benchmarks" / "results" / "headline.json").read_text())["memory"]
+    whole, ours = run["peak_bytes"].values()
+    saved, parameters = 100 * (1 - ours / whole), run["parameters"] / 1e6
+    for page in (TEXT, (DOCS / "index.md").read_text()):
+        assert f"{whole / 1e9:.0f} GB with the full batch and {ours / 1e9:.0f} GB in" in page
+    assert f"**{saved:.0f} % less memory** for AdamW, {parameters:.0f} million parameters" in TEXT
+
+
 def test_the_readme_fits_on_a_page():
     assert len(TEXT.split()) <= 700
 
 
-# The page on switching, and what an old checkpoint says in a new program.
+# Old checkpoints, and what they say in a new program; Equinox and nnx.
 
 
-SWITCHING = (DOCS / "switching.md").read_text()
+def run(name):
+    names = {}
+    for code in re.findall(r"```python\n(.*?)```", (DOCS / name).read_text(), re.DOTALL):
+        exec(compile(code, name, "exec"), names)
+    return names
+
+
+OLD_CHECKPOINTS = (DOCS / "how_to" / "old_checkpoints.md").read_text()
 
 
 @pytest.fixture(scope="module")
 def switched():
-    names = {}
-    for code in re.findall(r"```python\n(.*?)```", SWITCHING, re.DOTALL):
-        exec(compile(code, "switching.md", "exec"), names)
-    return names
+    return run("how_to/old_checkpoints.md")
 
 
 def test_the_converted_state_is_there_and_back(switched):
@@ -217,7 +255,8 @@ def test_the_restored_state_lies_where_the_parameters_lie(switched):
     assert int(restored.mini_step) == 1
 
 
-def test_equinox_trains_as_the_full_batch_does(switched):
+def test_equinox_trains_as_the_full_batch_does():
+    switched = run("how_to/equinox.md")
     assert int(optaccum.get_state(switched["opt_state"]).gradient_step) == 1
     mse, x, y = (switched[name] for name in ("mse", "x", "y"))
     loss, grads = eqx.filter_value_and_grad(mse)(switched["model"], x, y)
@@ -226,7 +265,8 @@ def test_equinox_trains_as_the_full_batch_does(switched):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)
 
 
-def test_nnx_carries_its_statistics(switched):
+def test_nnx_carries_its_statistics():
+    switched = run("how_to/flax.md")
     assert np.isfinite(switched["nnx_value"])
     assert float(jnp.abs(switched["nnx_model"].norm.mean[...]).sum()) > 0
 
@@ -246,7 +286,7 @@ def _sorted_names(text):
 def test_flax_says_what_the_page_quotes():
     template, state = TX.init(PARAMS), OLD.init(PARAMS)
     quoted = next(
-        line for line in SWITCHING.splitlines() if line.startswith("ValueError: The field")
+        line for line in OLD_CHECKPOINTS.splitlines() if line.startswith("ValueError: The field")
     )
     for restore in (
         lambda: serialization.from_bytes(template, serialization.to_bytes(state)),
@@ -262,7 +302,7 @@ def test_a_dict_says_what_the_page_quotes():
     restored = serialization.msgpack_restore(data)
     with pytest.raises(TypeError) as error:
         TX.update(PARAMS, restored, PARAMS)
-    assert f"TypeError: {error.value}" in SWITCHING
+    assert f"TypeError: {error.value}" in OLD_CHECKPOINTS
     old = serialization.from_state_dict(OLD.init(PARAMS), restored)
     assert optaccum.from_multi_steps(TX, old, PARAMS).mini_step == 0
 
@@ -275,7 +315,7 @@ def test_orbax_says_what_the_page_quotes(tmp_path):
             checkpointer.restore(tmp_path / "old", TX.init(PARAMS))
         first, second, third, *_, last = str(error.value).strip().splitlines()
         quoted = "\n".join([f"ValueError: {first}", second, third, "...", last])
-        assert quoted in SWITCHING
+        assert quoted in OLD_CHECKPOINTS
         old = checkpointer.restore(tmp_path / "old", OLD.init(PARAMS))
     assert optaccum.from_multi_steps(TX, old, PARAMS).mini_step == 0
 
@@ -285,4 +325,4 @@ def test_a_template_on_one_device_says_what_the_page_quotes(switched):
     one = jax.device_put(TX.init(PARAMS), jax.devices()[0])
     with pytest.raises(ValueError, match="incompatible devices for jitted") as error:
         jax.jit(lambda s, p: TX.update(p, s, p))(one, params)
-    assert f"ValueError: {str(error.value).split('. Got')[0]}" in SWITCHING
+    assert f"ValueError: {str(error.value).split('. Got')[0]}" in OLD_CHECKPOINTS

@@ -1,8 +1,7 @@
 """Does this program accumulate right, and if not, why not?
 
 `check_loss` compares a loss on microbatches with the loss on the full batch. `check_step` compares
-whole training steps, optimizer included. Use them in tests, on a small model and a few rows. Import
-the module by its name: `import optaccum` does not.
+whole training steps, optimizer included. Use them in tests, on a small model and a few rows.
 """
 
 from collections.abc import Callable, Sequence
