@@ -67,6 +67,11 @@ def test_equals_the_full_batch(n):
     _assert_close(grad(PARAMS, BATCH), expected[1])
 
 
+@pytest.mark.parametrize("wrap", [optaccum.value_and_grad, optaccum.grad, optaccum.microbatched])
+def test_the_result_is_named_like_fun(wrap):
+    assert wrap(_loss, num_microbatches=2).__name__ == "_loss"
+
+
 @every_n
 def test_uneven_microbatches_equal_the_full_batch_if_they_are_weighted(n):
     # Rows are dealt in turn: that every n-th is emptier makes the microbatches uneven.
