@@ -17,6 +17,8 @@ import optaccum
 import optaccum.flax
 import optaccum.testing
 
+pytestmark = pytest.mark.slow
+
 ROOT = pathlib.Path(__file__).parent.parent
 DOCS = ROOT / "docs"
 OTHERS = ("many_devices", "switching", "coupled_losses", "is_my_accumulation_right", "errors")

@@ -339,6 +339,7 @@ def test_devices_that_reduce_are_followed():
     assert check_loss(lambda w, x: jnp.sqrt(loss(w, x)), W, X).kind == "nonlinear"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "option", [{}, {"tied": False}, {"scanned": True}, {"one_hot": True}], ids=str
 )

@@ -84,6 +84,14 @@ def test_uneven_microbatches_equal_the_full_batch_if_they_are_weighted(n):
     assert n == 1 or not abs(naive - expected[0]) < 0.01 * expected[0]
 
 
+@every_n
+@pytest.mark.parametrize("zero", [0, np.float32(0), jnp.zeros(())], ids=["int", "numpy", "jax"])
+def test_a_batch_without_weight_has_zeros(n, zero):
+    options = {"num_microbatches": n, "weight_fn": lambda params, batch: zero}
+    found = jax.jit(optaccum.value_and_grad(_loss, **options))(PARAMS, BATCH)
+    assert not any(map(jnp.any, jax.tree.leaves(found)))
+
+
 def test_it_is_the_arithmetic_of_accumulate():
     """A window over the same microbatches, whose rows are those the docstring says."""
     n = 4
