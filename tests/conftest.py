@@ -1,5 +1,6 @@
 """Settings of the whole suite: eight CPU devices, meshes of them, and a switch to 64 bits."""
 
+import gc
 import importlib.metadata
 import os
 import tempfile
@@ -34,6 +35,11 @@ CACHE = tempfile.TemporaryDirectory(prefix="optaccum-tests-")
 jax.config.update("jax_compilation_cache_dir", CACHE.name)
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
 jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+
+
+def pytest_collection_finish():
+    """Spares what is imported from collections of garbage: a twelfth of the time of most tests."""
+    gc.freeze()
 
 
 @pytest.hookimpl(optionalhook=True)

@@ -258,3 +258,15 @@ def test_effects_of_a_loss_happen_once_even_if_nothing_can_be_added_inside(monke
     jax.effects_barrier()
     assert len(seen) == N
     np.testing.assert_allclose(loss, scanned(PARAMS, IDS), rtol=1e-5)
+
+
+def test_a_gradient_of_two_parameters_is_added_to_the_sums_of_both():
+    def loss_fn(params, ids):
+        layers = jax.tree.map(jnp.add, params["layers"], params["added"])
+        return scanned({**params, "layers": layers}, ids)
+
+    params = {**PARAMS, "added": jax.tree.map(jnp.zeros_like, PARAMS["layers"])}
+    found = jax.jit(optaccum.grad(loss_fn, num_microbatches=N))(params, IDS)
+    expected = jax.jit(jax.grad(loss_fn))(params, IDS)
+    for x, y in zip(*map(jax.tree.leaves, (found, expected)), strict=True):
+        np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-8)

@@ -182,3 +182,12 @@ def test_one_exported_program_has_both_forms():
     assert "stablehlo.while" in exported.mlir_module()
     for found, expected in zip(exported.call(*leaves), run(*leaves), strict=True):
         np.testing.assert_array_equal(found, expected)
+
+
+@pytest.mark.parametrize("kind", [None, AxisType.Auto, AxisType.Explicit])
+def test_shardings_stay_in_a_branch_unless_they_are_types(kind):
+    params, tx = jnp.zeros(8), accumulate(2, optax.sgd(0.1))
+    if kind is not None:
+        params = jax.device_put(params, jax.NamedSharding(make_mesh(kind), P("data")))
+    lowered = jax.jit(functools.partial(apply_gradients, tx)).lower(params, tx.init(params), params)
+    assert ("sdy.propagation_barrier" in lowered.as_text()) == (kind is not AxisType.Explicit)

@@ -20,6 +20,17 @@ PARAMS = {
 }
 MICROBATCHES = 8
 
+
+def _begins_with_numbers():
+    """An optimizer whose state begins as a Python number and a weakly typed array."""
+
+    def update_fn(updates, state, params=None):
+        steps, scale = state
+        return jax.tree.map(lambda u: (u * scale).astype(u.dtype), updates), (steps + 1, scale / 2)
+
+    return optax.GradientTransformation(lambda params: (0, jnp.asarray(0.1)), update_fn)
+
+
 FACTORIES = {
     "bare": lambda: accumulate(4),
     "adamw": lambda: accumulate(4, optax.adamw(0.1)),
@@ -32,9 +43,7 @@ FACTORIES = {
     "bf16 sums": lambda: accumulate(4, optax.adamw(0.1), accumulator_dtype=jnp.bfloat16),
     "chain": lambda: optax.chain(optax.clip(1.0), accumulate(4, optax.adamw(0.1))),
     "mixed precision": lambda: accumulate(4, optax.adamw(0.1, mu_dtype=jnp.bfloat16)),
-    "weak hyperparameters": lambda: accumulate(
-        4, optax.inject_hyperparams(optax.adamw)(learning_rate=jnp.asarray(0.1))
-    ),
+    "numbers": lambda: accumulate(4, _begins_with_numbers()),
     "plateau": lambda: accumulate(
         4, optax.chain(optax.sgd(0.1), optax.contrib.reduce_on_plateau(patience=1))
     ),
@@ -155,6 +164,16 @@ def test_an_optimizer_that_begins_with_the_parameters_can_be_donated_beside_them
     for _ in range(2):
         params, state = train_step(params, state, 3.0)
     assert jnp.isfinite(params).all()
+
+
+def test_init_copies_only_what_would_be_donated_twice():
+    params, table = jnp.ones(3), jnp.arange(3.0)
+    update = optax.identity().update
+    inner = optax.GradientTransformation(lambda params: [params, table, table], update)
+    begun, first, again = accumulate(2, inner).init(params).inner_state
+    assert first is table
+    assert begun is not params
+    assert again is not table
 
 
 @every_path

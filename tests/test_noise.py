@@ -163,8 +163,8 @@ def test_nothing_is_known_before_a_window_of_two():
         window(98, 0, 0),
         [*window(98, 1), Microbatch(NAN), *window(99, 1)],
         [Microbatch([np.full_like(g, np.inf) for g in NAN]), *window(99, 1)],
-        window(98, 1e-14, 1e-14),
-        window(98, 1e12, 1e12),
+        window(98, 0.99 * 2.0**-41, 0.99 * 2.0**-41),
+        window(98, 2.0**39, 1.01 * 2.0**39),
         window(98, 1e20, 1e20),
     ],
     ids=["one", "weightless", "nan", "inf", "tiny weights", "huge sum", "huge weights"],
@@ -184,7 +184,8 @@ def test_rejected_microbatches_leave_no_trace():
     assert noise.skipped == 3 * len(WINDOWS)
 
 
-@pytest.mark.parametrize("factor", [1e-10, 1e10])
+# The windows weigh 4 to 11, which is then nearly 2**-40 and 2**40.
+@pytest.mark.parametrize("factor", [1.01 * 2.0**-42, 0.99 * 2.0**40 / 11])
 def test_large_and_small_weights_scale_the_batch_size(factor):
     """The unit of weights is the unit of `batch_size`; signal and gradients have none."""
     scaled = [[Microbatch(m.gradient, m.weight * factor) for m in w] for w in WINDOWS]

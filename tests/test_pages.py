@@ -18,6 +18,8 @@ import optaccum
 import optaccum.flax
 import optaccum.testing
 
+pytestmark = pytest.mark.slow
+
 ROOT = pathlib.Path(__file__).parent.parent
 DOCS = ROOT / "docs"
 OTHERS = "many_devices", "old_checkpoints", "coupled_losses", "is_my_accumulation_right", "errors"
@@ -110,36 +112,36 @@ def test_many_devices_give_what_one_gives():
     jax.tree.map(assert_close, (names["loss"], names["grads"]), (loss, grads))
 
 
-def test_coupled_losses_give_what_the_full_batch_gives():
+@pytest.fixture(scope="module")
+def coupled():
     text = (ROOT / "docs" / "coupled_losses.md").read_text()
     names = {}
     for code in re.findall(r"```python\n(.*?)```", text, re.DOTALL):
         exec(compile(code, "coupled_losses.md", "exec"), names)
-    params, batch, encode = (names[name] for name in ("params", "batch", "encode"))
-    expected = jax.value_and_grad(lambda params: names["info_nce"](encode(params, batch)))(params)
+    return names
+
+
+def test_coupled_losses_give_what_the_full_batch_gives(coupled):
+    params, batch, encode = (coupled[name] for name in ("params", "batch", "encode"))
+    expected = jax.value_and_grad(lambda p: coupled["info_nce"](encode(p, batch)))(params)
 
     def assert_close(a, e):
         # Sums over 64 rows and 8 features, in another order.
         np.testing.assert_allclose(a, e, rtol=1e-5, atol=1e-5)
 
     for way in ("", "tiled_", "sharded_"):
-        jax.tree.map(assert_close, (names[f"{way}loss"], names[f"{way}grads"]), expected)
+        jax.tree.map(assert_close, (coupled[f"{way}loss"], coupled[f"{way}grads"]), expected)
 
 
-def test_a_mixture_of_experts_is_balanced_over_the_whole_batch_as_the_page_says():
-    text = (ROOT / "docs" / "coupled_losses.md").read_text()
-    names = {}
-    for code in re.findall(r"```python\n(.*?)```", text, re.DOTALL):
-        if "experts" in code or code.startswith("import"):
-            exec(compile(code, "coupled_losses.md", "exec"), names)
-    params, batch = names["moe_params"], names["text"]
+def test_a_mixture_of_experts_is_balanced_over_the_whole_batch_as_the_page_says(coupled):
+    params, batch, experts = (coupled[name] for name in ("moe_params", "text", "experts"))
 
     def loss_fn(params, batch):
-        return names["moe_loss"](names["experts"](params, batch))
+        return coupled["moe_loss"](experts(params, batch))
 
     def balance(params, batch):
-        out = names["experts"](params, batch)
-        return names["moe_loss"](out) - out["losses"].sum() / out["tokens"].sum()
+        out = experts(params, batch)
+        return coupled["moe_loss"](out) - out["losses"].sum() / out["tokens"].sum()
 
     def off(actual, expected):
         actual, expected = (
@@ -154,8 +156,8 @@ def test_a_mixture_of_experts_is_balanced_over_the_whole_batch_as_the_page_says(
         return off(jax.jit(step)(params, batch)[1], jax.grad(fun)(params, batch))
 
     value, grads = jax.value_and_grad(loss_fn)(params, batch)
-    np.testing.assert_allclose(names["moe_value"], value, rtol=1e-5)
-    assert off(names["moe_grads"], grads) < 2e-6  # "4e-7", of which rounding decides
+    np.testing.assert_allclose(coupled["moe_value"], value, rtol=1e-5)
+    assert off(coupled["moe_grads"], grads) < 2e-6  # "4e-7", of which rounding decides
     assert f"{accumulated(balance):.2f}" == "0.22"
     assert f"{accumulated(loss_fn):.0e}" == "2e-04"
 

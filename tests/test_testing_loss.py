@@ -81,11 +81,11 @@ def test_both_remedies_for_terms_with_counts_of_their_own_are_exact():
         (lambda p, b: 0.5 * jnp.mean(losses.scores(p, b) ** 2), None),
     )
     terms = [
-        value_and_grad(fun, num_microbatches=N, weight_fn=weight_fn)(PARAMS, BATCH)
+        jax.jit(value_and_grad(fun, num_microbatches=N, weight_fn=weight_fn))(PARAMS, BATCH)
         for fun, weight_fn in apart
     ]
-    expected = jax.value_and_grad(losses.tokens_and_rows)(PARAMS, BATCH)
-    for found in (jax.value_and_grad(loss_fn)(PARAMS), jax.tree.map(jnp.add, *terms)):
+    expected = jax.jit(jax.value_and_grad(losses.tokens_and_rows))(PARAMS, BATCH)
+    for found in (jax.jit(jax.value_and_grad(loss_fn))(PARAMS), jax.tree.map(jnp.add, *terms)):
         jax.tree.map(
             lambda a, e: np.testing.assert_allclose(a, e, rtol=1e-5, atol=1e-6), found, expected
         )
@@ -339,6 +339,7 @@ def test_devices_that_reduce_are_followed():
     assert check_loss(lambda w, x: jnp.sqrt(loss(w, x)), W, X).kind == "nonlinear"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "option", [{}, {"tied": False}, {"scanned": True}, {"one_hot": True}], ids=str
 )

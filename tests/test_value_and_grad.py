@@ -67,6 +67,11 @@ def test_equals_the_full_batch(n):
     _assert_close(grad(PARAMS, BATCH), expected[1])
 
 
+@pytest.mark.parametrize("wrap", [optaccum.value_and_grad, optaccum.grad, optaccum.microbatched])
+def test_the_result_is_named_like_fun(wrap):
+    assert wrap(_loss, num_microbatches=2).__name__ == "_loss"
+
+
 @every_n
 def test_uneven_microbatches_equal_the_full_batch_if_they_are_weighted(n):
     # Rows are dealt in turn: that every n-th is emptier makes the microbatches uneven.
@@ -77,6 +82,14 @@ def test_uneven_microbatches_equal_the_full_batch_if_they_are_weighted(n):
     _assert_close(jax.jit(weighted)(PARAMS, batch), expected)
     naive, _ = optaccum.value_and_grad(_masked_loss, num_microbatches=n)(PARAMS, batch)
     assert n == 1 or not abs(naive - expected[0]) < 0.01 * expected[0]
+
+
+@every_n
+@pytest.mark.parametrize("zero", [0, np.float32(0), jnp.zeros(())], ids=["int", "numpy", "jax"])
+def test_a_batch_without_weight_has_zeros(n, zero):
+    options = {"num_microbatches": n, "weight_fn": lambda params, batch: zero}
+    found = jax.jit(optaccum.value_and_grad(_loss, **options))(PARAMS, BATCH)
+    assert not any(map(jnp.any, jax.tree.leaves(found)))
 
 
 def test_it_is_the_arithmetic_of_accumulate():
