@@ -137,7 +137,8 @@ def test_a_remedy_works_when_it_is_followed(name):
     if remedy == "statistics":
         assert report.left is None  # there is nothing to try
         return
-    assert report.left is not None and report.left < 1e-5
+    assert report.left is not None
+    assert report.left < 1e-5
     expected = jax.grad(case.fun)(reported.PARAMS, batch)
     for a, e in zip(
         *map(jax.tree.leaves, (follow(case, remedy, report, batch), expected)), strict=True
