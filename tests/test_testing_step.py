@@ -4,6 +4,7 @@ import functools
 
 from flax import linen, nnx
 from flax.training import train_state
+from helpers import trained
 import jax
 import jax.numpy as jnp
 import optax
@@ -386,12 +387,14 @@ def test_the_mistake_is_named(name):
 
 @pytest.mark.slow
 def test_a_small_learning_rate_hides_mistakes():
-    """At 1e-7 parameters round to the same, with weights or without; means of gradients do not."""
+    """At 1e-7 parameters round to the same; means and sums of gradients do not."""
     found = []
     for inner in (optax.sgd(1e-2), optax.adam(1e-7), optax.sgd(1e-7)):
         report = check_step(plain(inside(inner), masked_loss), PARAMS, BATCH, every_k=K)
         found.append((report.exact, report.kind))
-    assert found == [(False, "weights"), (False, "weights"), (None, "unknown")]
+    assert found == [(False, "weights")] * 3
+    report = check_step(plain(inside(optax.sgd(1e-7)), mean_loss), PARAMS, BATCH, every_k=K)
+    assert (report.exact, report.kind) == (None, "unknown")
     assert "raise the learning rate" in str(report)
 
 
@@ -400,7 +403,7 @@ def test_what_is_held_for_each_parameter_has_the_name_of_its_holder():
     tx = optaccum.accumulate(2, optax.adam(0.1), metrics=("mu",))
     params = {"mu": jnp.ones(2), "w": jnp.ones(3)}
     program = runs.Program(lambda w, k: ((w, tx.init(w)), lambda *_: None), params, 2, False, None)
-    run = program.run({"x": jnp.ones(4)}, 2, 1)
+    run = program.located({"x": jnp.ones(4)}).run({"x": jnp.ones(4)}, 2, 1)
     names = {jax.tree_util.keystr(path): run.names(path) for path in run.held}
     assert names["[0]"] == ("0",)
     assert names["[1].grad_sum"] == names["[1].arg_sums['sum_of_mu']"] == ()
@@ -445,9 +448,111 @@ def test_the_sign_of_rounding_is_no_mistake(optimizer, kind):
 
     params = {**PARAMS, "flat": jnp.full(4, 0.1)}
     report = check_step(plain(inside(inner), loss), params, BATCH, every_k=K)
-    # Without means of gradients, nothing tells which mistake it is.
-    hidden = optimizer in ("rmsprop", "sign_sgd") and kind is not None
-    assert report.kind == ("unknown" if hidden else kind), report
+    assert report.kind == kind, report
+
+
+@pytest.mark.parametrize("name", trained.LAYOUTS)
+def test_parameters_are_found_by_their_tree(name):
+    right = trained.in_layout(name, lambda k: optaccum.accumulate(k, ADAM))
+    report = check_step(right, trained.PARAMS, trained.BATCH, every_k=2)
+    assert report.exact is True, report
+    wrong = trained.in_layout(name, lambda k: optax.sgd(0.1))
+    report = check_step(wrong, trained.PARAMS, trained.BATCH, every_k=2)
+    assert report.kind == "optimizer", report
+
+
+def test_a_state_without_the_parameters_asks_for_get_params():
+    def make_step(params, every_k):
+        return {"flat": jnp.concatenate([x.ravel() for x in params.values()])}, lambda s, rows: s
+
+    report = check_step(make_step, trained.PARAMS, trained.BATCH, every_k=2)
+    assert (report.exact, report.kind) == (None, "unknown")
+    assert "`get_params`" in str(report.remedy)
+
+
+def test_a_step_that_moves_nothing_asks_for_get_params():
+    report = check_step(lambda w, k: ((w, 0), lambda s, rows: s), PARAMS, BATCH, every_k=2)
+    assert "no parameter moves" in str(report)
+    assert "`get_params`" in str(report.remedy)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", trained.BESIDE)
+def test_what_moves_beside_the_parameters_is_named(name):
+    """The remedy was tried: with what the full batch has of that leaf nothing is left."""
+    kind, make_step = trained.BESIDE[name]
+    report = check_step(make_step, trained.PARAMS, trained.BATCH, every_k=trained.K)
+    assert report.kind == kind, report
+    if kind is not None:
+        assert "['extra']" in report.findings[0].detail
+        assert report.left is None or report.left <= report.tolerance
+        assert report.left is not None or name == "average that nothing reads"
+
+
+@pytest.mark.slow
+def test_the_remedy_for_what_moves_beside_the_parameters_works():
+    """A normalizer that the release moves, by means over the window."""
+
+    def make_step(params, every_k):
+        names = ("reward", "square")
+        tx = optaccum.accumulate(every_k, ADAM, metrics=names)
+
+        @jax.jit
+        def step(state, rows):
+            params, opt_state, mean = state
+            reward = rows["reward"]
+            grads = jax.grad(lambda p: jnp.mean(trained.outputs(p, rows)[:, 0] * (reward - mean)))(
+                params
+            )
+            extra = {"reward": reward.mean(), "square": jnp.mean(reward**2)}
+            updates, opt_state = tx.update(grads, opt_state, params, **extra)
+            found = optaccum.window_metrics(opt_state)["reward"]
+            new = jnp.where(optaccum.has_released(opt_state), 0.9 * mean + 0.1 * found, mean)
+            return optax.apply_updates(params, updates), opt_state, new
+
+        return (params, tx.init(params), jnp.float32(0)), step
+
+    assert check_step(make_step, trained.PARAMS, trained.BATCH, every_k=trained.K).exact
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["weights", "coupled"])
+@pytest.mark.parametrize("optimizer", ["sign_sgd", "rprop", "rmsprop", "adagrad"])
+def test_an_accumulator_shows_gradients_that_the_optimizer_hides(optimizer, kind):
+    loss = masked_loss if kind == "weights" else coupled_loss
+    make_step = plain(inside(getattr(optax, optimizer)(0.01)), loss)
+    report = check_step(make_step, PARAMS, BATCH, every_k=K)
+    assert report.kind == kind, report
+    if kind == "weights":
+        assert "batch['mask'].sum()" in report.findings[0].detail
+        assert report.left <= report.tolerance
+
+
+def test_weights_that_should_not_be_are_told():
+    make_step = plain(inside(ADAM), mean_loss, lambda rows: rows["mask"].sum())
+    report = check_step(make_step, PARAMS, BATCH, every_k=K)
+    assert report.kind == "weights", report
+    assert "drop `weight=`" in str(report.remedy)
+
+
+def test_mistakes_that_cancel_in_one_window_are_found_in_several():
+    def make_step(params, every_k):
+        @jax.jit
+        def step(state, rows):
+            params, sums, calls = state
+            sums = jax.tree.map(jnp.add, sums, jax.grad(mean_loss)(params, rows))
+            last = (calls + 1) % every_k == 0
+            # The first two windows are right.
+            rate = jnp.where(calls < 2 * every_k, 0.1, 0.1 * every_k) / every_k
+            new = jax.tree.map(lambda p, s: jnp.where(last, p - rate * s, p), params, sums)
+            sums = jax.tree.map(lambda s: jnp.where(last, 0, s), sums)
+            return new, sums, calls + 1
+
+        zeros = jax.tree.map(jnp.zeros_like, params)
+        return (params, zeros, jnp.zeros([], jnp.int32)), step
+
+    report = check_step(make_step, PARAMS, BATCH, every_k=K)
+    assert report.exact is False, report
 
 
 def test_a_step_that_is_not_finite_says_so():

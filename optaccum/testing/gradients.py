@@ -12,9 +12,10 @@ import numpy as np
 
 from optaccum import _batch, _keys
 from optaccum._value_and_grad import value_and_grad
-from optaccum.testing import rounding
+from optaccum.testing import counts, rounding
 
 POINTS = 3
+LARGEST = 64  # rows that are tried one by one
 
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
@@ -39,12 +40,12 @@ class Loss:
         """The arguments that are traced; the others may be anything."""
         return self.some(*self.argnums, *self.rows, *self.keys)
 
-    def leaves(self, j: int) -> dict[str, Any]:
+    def leaves(self, j: int, given: dict[int, Any] | None = None) -> dict[str, Any]:
         """Returns the leaves of argument j by the names that the function would write."""
-        leaves = jax.tree_util.tree_leaves_with_path(self.args[j])
+        leaves = jax.tree_util.tree_leaves_with_path((given or self.args)[j])
         return {self.names[j] + jax.tree_util.keystr(path): leaf for path, leaf in leaves}
 
-    def __call__(self, *changed: dict[int, Any]) -> jax.Array:
+    def __call__(self, *changed: Any) -> jax.Array:
         """Returns the loss with some arguments replaced."""
         result = self.fun(*functools.reduce(operator.or_, changed, self.args).values())
         return result[0] if self.has_aux else result
@@ -57,15 +58,31 @@ class Loss:
 
     @functools.cached_property
     def differentiated(self) -> Any:
-        """The compiled gradient, a function of what is trained and of the other arrays."""
-        return jax.jit(jax.grad(self.__call__))
+        """The compiled loss and gradient, a function of what is trained and the other arrays."""
+        return jax.jit(jax.value_and_grad(self.__call__))
 
-    def gradient(self, changed: dict[int, Any]) -> np.ndarray:
-        """Returns the gradient with some arguments replaced, f64[P]."""
+    def value_and_gradient(self, changed: dict[int, Any]) -> tuple[float, np.ndarray]:
+        """Returns the loss and its gradient with some arguments replaced, f64[P]."""
         arrays = self.arrays | changed
         trained = {j: arrays.pop(j) for j in self.argnums}
         with jax.default_matmul_precision("highest"):
-            return flat(self.differentiated(trained, arrays))
+            value, gradient = self.differentiated(trained, arrays)
+        return float(value), flat(gradient)
+
+    def gradient(self, changed: dict[int, Any]) -> np.ndarray:
+        """Returns the gradient with some arguments replaced, f64[P]."""
+        return self.value_and_gradient(changed)[1]
+
+    def ordered(self, order: np.ndarray) -> dict[int, Any]:
+        """Returns the rows in an order, on the devices on which they are."""
+
+        def leaf(x):
+            x = jnp.asarray(x)
+            if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
+                return x[order]
+            return jax.device_put(np.asarray(x)[order], x.sharding)
+
+        return jax.tree.map(leaf, self.some(*self.rows))
 
     def rounding(self) -> float:
         """Returns the relative error of the gradient that rounding explains."""
@@ -98,46 +115,87 @@ def scaled(full: Any, parts: Any) -> Gradients:
     return Gradients(full / sizes[:, None], parts / sizes[:, None, None], sizes)
 
 
-def measure(loss: Loss, n: int) -> tuple[Gradients, np.ndarray, float]:
-    """Returns gradients at the caller's parameters and near them, the weights, and the noise.
+@dataclasses.dataclass(frozen=True)
+class Cut:
+    """What the microbatches of one order of the rows have."""
 
-    The noise is how far the full batch's gradient moves if its rows change places. Parameters with
-    a gradient that is not finite are left out, but for the caller's.
+    gradients: Gradients
+    used: np.ndarray  # f64[n], the weights in use
+    counts: dict[str, np.ndarray]  # {expression: f64[n]}, what the leaves of the batch hold
+
+
+def measure(loss: Loss, n: int, given: list[np.ndarray], likely: tuple[str, ...]) -> list[Cut]:
+    """Returns what the microbatches of each order of the rows have, at several parameters.
+
+    Parameters with a gradient that is not finite are left out, but for the caller's. `likely` are
+    the leaves that are counted; of none, all are.
     """
-    rows = jax.tree.map(jnp.asarray, loss.some(*loss.rows))
-    # The rows of the last microbatch come first: sums in another order.
-    turned = jax.tree.map(lambda x: jnp.flip(x, 0), rows)
-    cut = _batch.split(rows, n)
-    microbatches = [_batch.take(cut, jnp.asarray(i)) for i in range(n)]
-    found = []
-    for number in range(POINTS):
-        params = nearby(loss.some(*loss.argnums), number)
-        full = loss.gradient(params)
-        if number and not np.isfinite(full).all():
-            continue
-        parts = [loss.gradient(params | each) for each in microbatches]
-        found.append((full, parts, loss.gradient(params | turned)))
-    full, parts, again = (np.stack(each) for each in zip(*found, strict=True))
-    gradients = scaled(full, parts)
-    noise = np.linalg.norm(again / gradients.sizes[:, None] - gradients.full, axis=1)
-    weights = np.array([float(loss.weight(each)) for each in microbatches])
-    return gradients, weights, float(noise.max())
+    cuts = []
+    for order in given:
+        turned = loss.ordered(order)
+        cut = _batch.split(turned, n)
+        microbatches = [_batch.take(cut, jnp.asarray(i)) for i in range(n)]
+        found = []
+        for number in range(POINTS):
+            params = nearby(loss.some(*loss.argnums), number)
+            full = loss.gradient(params | turned)
+            if not number or np.isfinite(full).all():
+                found.append((full, [loss.gradient(params | each) for each in microbatches]))
+        leaves = {name: leaf for j in loss.rows for name, leaf in loss.leaves(j, turned).items()}
+        counted = {name: leaves[name] for name in likely} or leaves
+        used = np.array([float(loss.weight(each)) for each in microbatches])
+        gradients = scaled(*zip(*found, strict=True))
+        cuts.append(Cut(gradients, used, counts.count(counted, n)))
+    return cuts
 
 
-def of_loop(loss: Loss, n: int) -> np.ndarray:
+def noise(cuts: list[Cut]) -> float:
+    """Returns how far the full batch's gradient moves if its rows change places."""
+    first, *others = (cut.gradients for cut in cuts)
+    off = [
+        np.linalg.norm(a * u - b * v) / v
+        for each in others
+        for a, u, b, v in zip(each.full, each.sizes, first.full, first.sizes, strict=False)
+    ]
+    return float(max(off, default=0.0))
+
+
+def orders(loss: Loss, n: int, count: int) -> list[np.ndarray]:
+    """Returns orders of the rows: the caller's, one whose microbatches differ most, and others.
+
+    Losses of single rows, each of them repeated, tell which rows are alike. What fits in one order
+    by chance, as the largest half of the rows if each microbatch has as many, fits in no other.
+    """
+    size = np.shape(jax.tree.leaves(loss.some(*loss.rows))[0])[0]
+    random = np.random.default_rng(0)
+    found = [np.arange(size), *(random.permutation(size) for _ in range(count - 1))]
+    if size <= LARGEST:
+        each = [loss.ordered(np.full(size, i)) for i in range(size)]
+        alone = [loss.value_and_gradient(rows)[0] for rows in each]
+        found[1] = np.argsort(alone, kind="stable").reshape(n, -1).T.ravel()
+    return found
+
+
+def of_loop(loss: Loss, n: int, weights: np.ndarray | None = None) -> np.ndarray:
     """Returns the gradient that the compiled loop over all microbatches takes, f64[P].
 
     The arrays lie where the caller put them, so that compilers do here what they do in training.
+    `weights`, of the microbatches, are in place of those in use.
     """
-    keys = loss.some(*loss.keys)
+    keys, rows = loss.some(*loss.keys), jax.tree.map(jnp.asarray, loss.some(*loss.rows))
+    weight_fn = loss.weight_fn and (lambda params, given: loss.weight(keys, params, given[0]))
+    if weights is not None:
+        weight_fn = lambda params, given: given[1].sum()  # noqa: E731
+    size = len(jax.tree.leaves(rows)[0])
+    each = np.tile(np.ones(n) if weights is None else weights * n / size, size // n)
     loop = value_and_grad(
-        lambda *arrays: loss(keys, *arrays),
+        lambda params, given: loss(keys, params, given[0]),
         num_microbatches=n,
-        weight_fn=loss.weight_fn and (lambda *arrays: loss.weight(keys, *arrays)),
+        weight_fn=weight_fn,
     )
-    rows = jax.tree.map(jnp.asarray, loss.some(*loss.rows))
+    given = rows, jnp.asarray(each, jnp.float32)
     with jax.default_matmul_precision("highest"):
-        return flat(jax.jit(loop)(loss.some(*loss.argnums), rows)[1])
+        return flat(jax.jit(loop)(loss.some(*loss.argnums), given)[1])
 
 
 def depends_on_keys(loss: Loss, tolerance: float) -> bool:

@@ -9,16 +9,16 @@ import jax
 import numpy as np
 
 from optaccum import _batch, _call, _validate
-from optaccum.testing import counts, gradients, numbers, rounding
+from optaccum.testing import gradients, numbers, programs, remedies, rounding
 from optaccum.testing.explain import walk
 from optaccum.testing.explain.walk import Structure
-from optaccum.testing.gradients import Loss
+from optaccum.testing.gradients import Gradients, Loss
 from optaccum.testing.numbers import Verdict
+from optaccum.testing.remedies import Split
 from optaccum.testing.report import Finding, Report
 
-COUPLING = ("pairwise", "batch_statistic", "nonlinear", "order")
 # The kinds of lines that explain a kind of loss, if they are not of its own kind.
-LINES = {"coupled": COUPLING, "weights": ("divisor",), "factor": ("row_count",)}
+LINES = {"coupled": walk.COUPLING, "weights": ("divisor",), "factor": ("row_count",)}
 DETAILS = {
     "coupled": "rows depend on each other: no weighting of microbatches gives the full batch",
     "terms": "the loss adds terms that are divided by different counts; no one weight fits both",
@@ -29,10 +29,16 @@ DETAILS = {
     "coarse": "gradients in low precision may be off by as much without a mistake",
 }
 REMEDIES = {
-    "coupled": "`optaccum.microbatched`, which keeps the loss whole and only cuts the model in "
-    "microbatches; or accept statistics of microbatches.",
-    "factor": "sum against mean: divide the loss by its number of rows (`jnp.mean`), or add "
-    "up gradients with `use_grad_mean=False`.",
+    "microbatched": "`optaccum.microbatched` around the model, which makes something of each row; "
+    "compute the rest with its results for all rows.",
+    "statistics": "no accumulation changes it, because layers of the model use what is made of "
+    "several rows. Accept it, or use GroupNorm or LayerNorm, or keep statistics over the window by "
+    "hand.",
+    "hoisted": "compute what the lines above make of several rows before the batch is cut: it "
+    "depends on the data alone.",
+    "factor": "sum against mean: divide the loss by its number of rows (`jnp.mean`), or multiply "
+    "the gradient of the window, the mean over its microbatches, by {scale:.6g}.",
+    "rows": "sum against mean: divide the loss by its number of rows (`jnp.mean`).",
     "terms": "return the sum and the count of each term from the model in "
     "`optaccum.microbatched` and divide outside, or accumulate each term apart, with its own "
     "weight.",
@@ -71,7 +77,7 @@ def check(fun: Callable[..., Any], args: tuple, options: Options) -> Report:
     """Returns what `optaccum.testing.check_loss` does."""
     loss = _make_loss(fun, args, options)
     read = walk.read(loss)
-    structural = _by_structure(read, loss.weight_fn is not None)
+    structural = _by_structure(loss, read)
     if options.num_microbatches is None:
         return structural
     try:
@@ -125,17 +131,27 @@ def _name(fun: Any, j: int) -> str:
     return f"args[{j}]" if variadic else parameter.name
 
 
-def _by_structure(read: Structure, weighted: bool) -> Report:
+def _by_structure(loss: Loss, read: Structure) -> Report:
     """Returns the report of a loss that is not run."""
     if not read.traced:
         return Report(None, findings=read.findings, remedy=REMEDIES["failed"])
-    exact, kind, detail = _judge(read, weighted)
+    exact, kind, detail = _judge(read, loss.weight_fn is not None)
     if kind is None:
         return Report(True)
     found = sorted(read.findings, key=lambda finding: finding.kind not in LINES.get(kind, (kind,)))
     if detail:
         found.insert(0, Finding(kind, _line(read, kind), detail))
-    return Report(exact, findings=tuple(found), remedy=_remedy(kind))
+    return Report(exact, findings=tuple(found), remedy=_remedy(kind, _parts(loss, kind, 1)))
+
+
+def _parts(loss: Loss, kind: str, n: int) -> Split | None:
+    """Returns the parts of a loss that weights do not put right, if its program has such parts."""
+    if kind not in ("coupled", "terms"):
+        return None
+    try:
+        return remedies.split(loss, n, kind == "coupled")
+    except Exception:  # a primitive that is not known, or other operations for fewer rows
+        return None
 
 
 def _judge(read: Structure, weighted: bool) -> tuple[bool | None, str | None, str]:
@@ -143,7 +159,7 @@ def _judge(read: Structure, weighted: bool) -> tuple[bool | None, str | None, st
     value, kinds = read.value, {finding.kind for finding in read.findings}
     if value is None or "unknown" in kinds:
         return None, "unknown", ""
-    if value.kind == "mixed" or kinds & {*COUPLING}:
+    if value.kind == "mixed" or kinds & {*walk.COUPLING}:
         return False, "coupled", ""
     if value.kind == "row":
         return None, "unknown", "the loss is not a sum over rows"
@@ -165,27 +181,29 @@ def _judge(read: Structure, weighted: bool) -> tuple[bool | None, str | None, st
 def _by_numbers(loss: Loss, options: Options, read: Structure, structural: Report) -> Report:
     """Returns the report of the gradients."""
     n, tolerance = options.num_microbatches or 1, options.tolerance
-    weighted = loss.weight_fn is not None
-    found, weights, noise = gradients.measure(loss, n)
     bound = loss.rounding()
+    if tolerance is None and bound > rounding.COARSE:
+        loss = _in_float32(loss)
+        bound = loss.rounding()
     low = tolerance is None and bound > rounding.COARSE
+    doubts = structural.findings if structural.exact is False else ()
+    tried = gradients.orders(loss, n, 8 if doubts else 2)
+    cuts = gradients.measure(loss, n, tried, read.leaves)
     # A gradient in which rows nearly cancel is less exact than that. Its rows in another order
     # show by how much; what they show beyond 100 times the bound is not rounding.
-    if 4 * noise <= 100 * bound:
-        bound = min(max(bound, 4 * noise), rounding.LARGEST)
+    noise = 4 * gradients.noise(cuts)
+    if noise <= 100 * bound:
+        bound = min(max(bound, noise), rounding.LARGEST)
     bound = bound if tolerance is None else tolerance
-    leaves = {name: leaf for j in loss.rows for name, leaf in loss.leaves(j).items()}
-    likely = {name: leaves[name] for name in read.leaves} or leaves
-    verdict = numbers.judge(found, weights, counts.count(likely, n), bound)
-    doubts = structural.findings if structural.exact is False else ()
+    verdict = numbers.judge(cuts, bound)
     random = any(finding.kind == "stochastic" for finding in read.findings)
+    weighted, first = loss.weight_fn is not None, cuts[0].gradients
     # If a count fits and the weights in use do not, rounding is not the cause.
     proven = doubts or (verdict.source is not None and not structural.exact)
     if verdict.kind == "exact":
         # Other weights that would not fit show that these do, however coarse the bound.
-        told = weighted and numbers.off(found, np.ones(n)) > bound
-        loop = gradients.of_loop(loss, n) / found.sizes[0] - found.full[0]
-        compiled = float(np.linalg.norm(loop))
+        told = weighted and numbers.off(first, np.ones(n)) > bound
+        compiled = _left(gradients.of_loop(loss, n), first)
         if low and not (told or structural.exact):
             verdict = Verdict("coarse", verdict.error)
         elif compiled <= bound:
@@ -195,21 +213,49 @@ def _by_numbers(loss: Loss, options: Options, read: Structure, structural: Repor
             verdict = Verdict("compiler", compiled)
     elif gradients.depends_on_keys(loss, bound) or (random and verdict.kind == "coupled"):
         verdict = Verdict("stochastic", verdict.error)
-    elif low and not proven and verdict.kind not in ("not_finite", "unknown"):
+    elif low and not proven and verdict.error <= 4 * rounding.LARGEST:
         verdict = Verdict("coarse", verdict.error)
-    return _explain(verdict, read, bound, weighted)
+    return _explain(verdict, read, bound, loss, first)
 
 
-def _explain(verdict: Verdict, read: Structure, tolerance: float, weighted: bool) -> Report:
-    """Returns the report on a verdict, with the lines that explain it."""
+def _in_float32(loss: Loss) -> Loss:
+    """Returns the loss in float32, if its program can be had in it and has the same gradient.
+
+    What microbatches do to a loss does not depend on its precision, and rounding hides it.
+    """
+    try:
+        wide = programs.in_float32(loss)
+        a, b = wide.gradient({}), loss.gradient({})
+    except Exception:  # a primitive that takes no other types
+        return loss
+    return wide if np.linalg.norm(a - b) <= 0.5 * np.linalg.norm(a) else loss
+
+
+def _left(gradient: np.ndarray, first: Gradients) -> float:
+    """Returns how far a gradient is from the full batch's."""
+    return float(np.linalg.norm(gradient / first.sizes[0] - first.full[0]))
+
+
+def _explain(
+    verdict: Verdict, read: Structure, bound: float, loss: Loss, first: Gradients
+) -> Report:
+    """Returns the report on a verdict, with its lines and a remedy that is tried."""
     kind, kinds = verdict.kind, {finding.kind for finding in read.findings}
-    scale, weights = verdict.scale, verdict.weights
+    scale, weights, n = verdict.scale, verdict.weights, first.parts.shape[1]
     named = verdict.source is not None and (verdict.source == "" or "divisor" in kinds)
-    if kind in ("weights", "factor") and kinds & {*COUPLING} and not named:
+    if kind in ("weights", "factor") and kinds & {*walk.COUPLING} and not named:
         # The shares of a maximum stay as they are while its row does; some count has them, too.
         kind, scale, weights = "coupled", None, None
-    if kind == "coupled" and "terms" in kinds and not kinds & {*COUPLING}:
+    if kind == "coupled" and "terms" in kinds and not kinds & {*walk.COUPLING}:
         kind = "terms"
+    left, parts = None, _parts(loss, kind, n)
+    if kind in ("weights", "factor") and weights is not None:
+        left = _left((scale or 1.0) * gradients.of_loop(loss, n, weights), first)
+    elif parts is not None and parts.kind != "statistics":
+        try:
+            left = parts.error(first.full[0] * first.sizes[0], bound)
+        except Exception:  # an operation that microbatches have in another form
+            left = None
     known = {*kinds} if kind in ("coarse", "stochastic") else {"unknown", *LINES.get(kind, ())}
     others = [f for f in read.findings if f.kind in known - {kind}]
     told = "unknown" if kind == "coarse" else kind
@@ -219,8 +265,9 @@ def _explain(verdict: Verdict, read: Structure, tolerance: float, weighted: bool
         scale,
         weights,
         (Finding(told, _line(read, kind), _detail(kind, verdict)), *others),
-        _remedy(kind, verdict.source, weighted),
-        tolerance,
+        _remedy(kind, parts, verdict, loss.weight_fn is not None),
+        bound,
+        left,
     )
 
 
@@ -244,16 +291,27 @@ def _detail(kind: str, verdict: Verdict) -> str:
     return f"microbatches count alike, and `weight_fn` counts them differently{factor}"
 
 
-def _remedy(kind: str, source: str | None = None, weighted: bool = False) -> str | None:
+def _remedy(
+    kind: str,
+    parts: Split | None = None,
+    verdict: Verdict | None = None,
+    weighted: bool = False,
+) -> str | None:
     """Returns what a report advises."""
+    source, scale = (verdict.source, verdict.scale) if verdict else (None, None)
+    if kind == "coupled" or (parts is not None and parts.kind != "microbatched"):
+        return REMEDIES[parts.kind if parts is not None else "microbatched"]
     if kind == "factor" and weighted:
         return "return a mean over what `weight_fn` counts, or drop `weight_fn`; sum against mean."
+    if kind == "factor":
+        return REMEDIES[kind if scale else "rows"].format(scale=scale)
     if kind != "weights":
         return REMEDIES[kind]
+    times = f"; then multiply the loss by {scale:.6g}" if scale and abs(scale - 1) > 1e-3 else ""
     if source == "":
-        return "drop `weight_fn`, and `weight=` of `accumulate`."
+        return f"drop `weight_fn`, and `weight=` of `accumulate`{times}."
     counted = f"`{source}`" if source else "the loss's own divisor"
     return (
         f"pass {counted} as `weight_fn` to `optaccum.value_and_grad`, or per microbatch as "
-        "`weight=` to `optaccum.accumulate`."
+        f"`weight=` to `optaccum.accumulate`{times}."
     )

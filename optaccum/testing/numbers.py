@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from optaccum import _validate
-from optaccum.testing.gradients import Gradients
+from optaccum.testing.gradients import Cut, Gradients
 
 
 def check_tolerance(tolerance: float | None) -> None:
@@ -24,57 +24,58 @@ class Verdict:
     """What the gradients say."""
 
     kind: str  # "exact", "factor", "weights", "coupled", "not_finite" or "unknown"
-    error: float  # of the mean with the weights in use
+    error: float  # of the mean with the weights in use, of the caller's order if it shows one
     scale: float | None = None  # the factor it lacks
     weights: np.ndarray | None = None  # f64[n], the right shares
     source: str | None = None  # the expression of the batch that counts so
 
 
-def judge(
-    gradients: Gradients, used: np.ndarray, counts: dict[str, np.ndarray], tolerance: float
-) -> Verdict:
-    """Returns the verdict.
+def judge(cuts: list[Cut], tolerance: float) -> Verdict:
+    """Returns the verdict, which has to fit all cuts: by chance one may fit.
 
     The right weights depend on the data alone, so one set of them has to fit at all values of the
     parameters. The gradient of a root of a mean fits at each of them, with other weights.
-
-    `used` are the weights in use, f64[n], and `counts` {expression: f64[n]} what the leaves of the
-    batch hold per microbatch. `tolerance` is the error that rounding explains.
+    `tolerance` is the error that rounding explains.
     """
-    m, n, size = gradients.parts.shape
-    error = off(gradients, used)
-    if not np.isfinite(gradients.full[0]).all():
+    first = cuts[0]
+    m, n, size = first.gradients.parts.shape
+    errors = [off(cut.gradients, cut.used) for cut in cuts]
+    error = errors[0] if errors[0] > tolerance else max(errors)
+    if not np.isfinite(first.gradients.full[0]).all():
         return Verdict("not_finite", float("nan"))
     if error <= tolerance:
-        return Verdict("exact", error, 1.0, _shares(used))
-    scale = _factor(gradients, used, tolerance)
+        return Verdict("exact", error, 1.0, _shares(first.used))
+    scale = _factor(cuts, [cut.used for cut in cuts], tolerance)
     if scale is not None:
-        return Verdict("factor", error, scale, _shares(used))
-    candidates = {"": np.ones(n), **counts}
+        return Verdict("factor", error, scale, _shares(first.used))
+    candidates: dict[str, list[np.ndarray]] = {"": [np.ones(n)] * len(cuts)}
+    for source in first.counts:
+        candidates[source] = [cut.counts.get(source, np.ones(n)) for cut in cuts]
     for source, weights in candidates.items():
-        if off(gradients, weights) <= tolerance:
-            return Verdict("weights", error, 1.0, _shares(weights), source)
+        if all(off(c.gradients, w) <= tolerance for c, w in zip(cuts, weights, strict=True)):
+            return Verdict("weights", error, 1.0, _shares(weights[0]), source)
     for source, weights in candidates.items():
-        scale = _factor(gradients, weights, tolerance)
+        scale = _factor(cuts, weights, tolerance)
         if scale is not None:
-            return Verdict("weights", error, scale, _shares(weights), source)
-    fitted = _fit(gradients, used, tolerance)
-    if fitted is not None and (fitted > -tolerance).all():
-        total = float(fitted.sum())
-        return Verdict("weights", error, total, fitted / total)
-    if not np.isfinite(gradients.parts).all():
+            return Verdict("weights", error, scale, _shares(weights[0]), source)
+    fits = [_fit(cut.gradients, cut.used, tolerance) for cut in cuts]
+    fitted = [each for each in fits if each is not None and (each > -tolerance).all()]
+    if len(fitted) == len(cuts):
+        total = float(fitted[0].sum())
+        return Verdict("weights", error, total, fitted[0] / total)
+    if not all(np.isfinite(cut.gradients.parts).all() for cut in cuts):
         return Verdict("not_finite", error)
     if size * m <= n:
         return Verdict("unknown", error)
     return Verdict("coupled", error)
 
 
-def off(gradients: Gradients, weights: np.ndarray) -> float:
+def off(gradients: Gradients, weights: np.ndarray, scale: float = 1.0) -> float:
     """Returns how far the weighted means are from the full batch's gradients."""
     means = _means(gradients, weights)
     if means is None:
         return float("inf")
-    return float(np.linalg.norm(means - gradients.full, axis=1).max())
+    return float(np.linalg.norm(scale * means - gradients.full, axis=1).max())
 
 
 def _shares(weights: np.ndarray) -> np.ndarray | None:
@@ -91,14 +92,16 @@ def _means(gradients: Gradients, weights: np.ndarray) -> np.ndarray | None:
     return means if np.isfinite(means).all() else None
 
 
-def _factor(gradients: Gradients, weights: np.ndarray, tolerance: float) -> float | None:
+def _factor(cuts: list[Cut], weights: list[np.ndarray], tolerance: float) -> float | None:
     """Returns the one factor with which the weighted means are the full batch's gradients."""
-    means = _means(gradients, weights)
-    if means is None or not means.any() or means.size < 2:
+    found = [_means(cut.gradients, w) for cut, w in zip(cuts, weights, strict=True)]
+    means = [each for each in found if each is not None and each.any() and each.size > 1]
+    if len(means) < len(cuts):
         return None
-    scale = float(np.vdot(means, gradients.full) / np.vdot(means, means))
-    sizes = np.maximum(1.0, abs(scale) * np.linalg.norm(means, axis=1))
-    error = np.linalg.norm(scale * means - gradients.full, axis=1) / sizes
+    mean, full = np.concatenate(means), np.concatenate([cut.gradients.full for cut in cuts])
+    scale = float(np.vdot(mean, full) / np.vdot(mean, mean))
+    sizes = np.maximum(1.0, abs(scale) * np.linalg.norm(mean, axis=1))
+    error = np.linalg.norm(scale * mean - full, axis=1) / sizes
     # A factor near 0 fits whatever is near 0: it has to be told from none.
     return scale if error.max() <= tolerance and scale > 8 * tolerance else None
 

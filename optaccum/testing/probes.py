@@ -5,12 +5,18 @@ import functools
 from typing import Any, NamedTuple
 
 import jax
-from jax.tree_util import keystr
+from jax.tree_util import GetAttrKey, keystr
 import numpy as np
 
 from optaccum.testing import counts, numbers
-from optaccum.testing.gradients import scaled
-from optaccum.testing.runs import Program, Run, take
+from optaccum.testing.gradients import Cut, scaled
+from optaccum.testing.runs import WINDOWS, Program, Run, StepError, distance, take
+
+FACTOR = (
+    "sum against mean: return the mean over rows as the loss, and take the mean of gradients "
+    "over the window (`use_grad_mean=True`), or multiply that by {scale:.6g}."
+)
+WEIGHTED = "drop `weight=` and `weight_fn`: the loss is a mean over rows, which count alike."
 
 
 class Mistake(NamedTuple):
@@ -20,6 +26,8 @@ class Mistake(NamedTuple):
     detail: str
     scale: float | None = None
     weights: np.ndarray | None = None
+    left: float | None = None
+    remedy: str | None = None  # if it is another one than that of the kind
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,6 +39,7 @@ class Probe:
     full: Run  # two windows of the batch as a whole
     window: Run  # two windows of its microbatches
     used: np.ndarray  # bool[P], the numbers of the parameters that are compared
+    error: float  # of the microbatches
     bound: float  # the error that rounding explains
 
     def find(self, ordered: bool) -> Mistake:
@@ -40,7 +49,7 @@ class Probe:
         """
         if ordered:
             return self._of_noise()
-        return self._of_holds() or self._of_counts() or self._of_scale() or self._of_rows()
+        return self._of_holds() or self._of_state() or self._of_scale() or self.of_rows()
 
     @functools.cached_property
     def _rows(self) -> Any:
@@ -88,17 +97,53 @@ class Probe:
                         return Mistake("optimizer", f"{detail}: it is outside the accumulation")
         return None
 
-    def _of_counts(self) -> Mistake | None:
-        """Says whether a schedule counts microbatches."""
-        calls = 2 * self.window.per_window
-        for path, x in self.window.held.items():
-            counts = (
-                "count" in self.window.names(path) and x.shape[1] == 1 and path in self.full.held
-            )
-            if counts and x[-1] == calls > 2 == self.full.held[path][-1]:
-                detail = f"{keystr(path)} is {calls} after two windows: it counts microbatches"
-                return Mistake("schedule", detail)
-        return None
+    def _of_state(self) -> Mistake | None:
+        """Says whether something beside the parameters moves in holds, which should not.
+
+        It is tried: does a window that begins each call with what the full batch has of it give
+        what the full batch gives?
+        """
+        candidates = [
+            path
+            for path in self.window.moving()
+            if path in self.full.held
+            and self.full.held[path].shape[1] == self.window.held[path].shape[1]
+        ]
+        off = {path: self._without([path]) for path in candidates}
+        if not off:
+            return None
+        moved = [min(off, key=lambda path: off[path])]
+        left = off[moved[0]]
+        if left > self.bound:
+            # An accumulator or its counter does harm: it has to move.
+            moved = [path for path in candidates if off[path] <= 1.5 * self.error]
+            left = self._without(moved)
+            if len(moved) < 2 or left > self.bound:
+                return None
+            for path in sorted(moved, key=lambda path: -off[path]):
+                rest = [other for other in moved if other != path]
+                if len(rest) > 0 and self._without(rest) <= self.bound:
+                    moved = rest
+        names = " and ".join(map(keystr, moved))
+        detail = f"{names} moves in every microbatch, and not once per window"
+        kind = "state"
+        if all(self.full.is_average(path) for path in moved):
+            kind = "ema"
+        elif all(x == GetAttrKey("count") for path in moved for x in path[-1:]):
+            kind = "schedule"
+        return Mistake(kind, detail, left=left)
+
+    def _without(self, moved: list[Any]) -> float:
+        """Returns the error if parts of the state move once per window, as with the full batch."""
+        leaves = {leaf for path in moved for leaf in self.window.units[path]}
+        given = [
+            {path: x for path, x in state.items() if path in leaves} for state in self.full.states
+        ]
+        try:
+            run = self.program.run(self.batch, self.program.every_k, given=given)
+        except StepError:
+            return float("inf")
+        return distance(run, self.full, self.used)
 
     def _of_scale(self) -> Mistake | None:
         """Says whether windows of one microbatch's rows lack a factor."""
@@ -109,20 +154,30 @@ class Probe:
         scale = float(a @ b / (a @ a))
         if np.linalg.norm(a - b) <= self.bound * np.linalg.norm(b):
             used = self.used & full.shown()
-            a, b = (run.change(2)[used] for run in (self._alike, full))
+            a, b = (run.change(WINDOWS)[used] for run in (self._alike, full))
             if np.linalg.norm(a - b) <= 8 * self.bound * np.linalg.norm(b):
                 return None
-            detail = "the first window is right and the second is not: something counts"
-            return Mistake("schedule", f"{detail} microbatches")
-        if np.linalg.norm(scale * a - b) > self.bound * np.linalg.norm(b):
+            return self._suspects("the first window is right and a later one is not")
+        left = float(np.linalg.norm(scale * a - b) / np.linalg.norm(b))
+        if left > self.bound:
             return None
         if abs(scale - k) < 1e-3 * k:
             detail = f"the gradient of a window is 1/{k} of the full batch's: divided by {k} twice"
-            return Mistake("divided_twice", detail, scale)
+            return Mistake("divided_twice", detail, scale, left=left)
+        if abs(scale * k - 1) > 1e-3 and self.window.moving():
+            return self._suspects(f"the gradient of a window of the same rows lacks {scale:.3g}")
         detail = f"the gradient of the full batch is {scale:.6g} times that of a window"
-        return Mistake("factor", detail, scale)
+        return Mistake("factor", detail, scale, left=left, remedy=FACTOR.format(scale=scale))
 
-    def _of_rows(self) -> Mistake:
+    def _suspects(self, what: str) -> Mistake:
+        """Says what moves in holds, if the rows do not make the difference."""
+        moving = self.window.moving()
+        if not moving:
+            return Mistake("unknown", f"{what}: something counts or keeps what microbatches bring")
+        names = " or ".join(map(keystr, moving[:4]))
+        return Mistake("state", f"{what}: {names} moves in every microbatch, not once per window")
+
+    def of_rows(self) -> Mistake:
         """Says what it is about the rows: BatchNorm, clipping, weights or coupling."""
         k = self.program.every_k
         paths = map(keystr, self.full.held)
@@ -130,34 +185,58 @@ class Probe:
         if named or self.program.has_statistics():
             detail = "the state has batch statistics, which are those of each microbatch"
             return Mistake("batch_norm", detail)
-        if self.full.hides():
+        seen = self._gradients()
+        if seen is None:
             detail = "windows of different rows differ; the optimizer hides their gradients"
             return Mistake("unknown", detail)
-        alone = (self.program.run(take(self.batch, i, k), 1, 1) for i in range(k))
-        parts = np.stack([run.seen() for run in alone])
-        whole, mean = self.full.seen(), self.window.seen()
+        whole, parts, mean = seen
         sizes = np.linalg.norm(parts, axis=1)
         largest = (sizes >= (1 - 1e-4) * sizes.max()).sum()
-        size = np.linalg.norm(mean)
-        averaged = np.linalg.norm(parts.mean(0) - mean) <= 8 * self.bound * size
-        if averaged and largest > 1 and size < 0.9999 * sizes.max():
+        if largest > 1 and np.linalg.norm(parts.mean(0)) < 0.9999 * sizes.max():
             detail = f"{largest} of {k} microbatches have a gradient of the same norm, the largest"
             return Mistake("clip", f"{detail}: each is clipped by itself")
-        leaves = jax.tree_util.tree_leaves_with_path(self.batch)
-        counted = counts.count({f"batch{keystr(path)}": leaf for path, leaf in leaves}, k)
-        gradients = scaled([whole], [parts])
-        verdict = numbers.judge(gradients, np.ones(k), counted, 8 * self.bound)
-        if verdict.kind == "weights":
+        verdict, wrong = (self._judge(x, parts) for x in (whole, mean))
+        if verdict.kind == "weights" and verdict.weights is not None:
             by = f"`{verdict.source}`" if verdict.source else "a count of their own"
             detail = f"microbatches should count with {by}, and do not"
-            return Mistake("weights", detail, verdict.scale, verdict.weights)
+            mean = (verdict.scale or 1.0) * np.einsum("n,np", verdict.weights, parts)
+            left = float(np.linalg.norm(mean - whole) / np.linalg.norm(whole))
+            return Mistake("weights", detail, verdict.scale, verdict.weights, left)
         if verdict.kind == "coupled":
             detail = "no weighting of the microbatches gives the full batch: rows are coupled"
             return Mistake("coupled", detail)
-        if verdict.kind == "exact":
+        if verdict.kind == "exact" and wrong.kind == "weights" and wrong.weights is not None:
             detail = "microbatches count alike in the full batch, and differently in the window"
-            return Mistake("weights", detail, 1.0, np.full(k, 1 / k))
-        return Mistake("unknown", "windows of different rows differ, and nothing tried explains it")
+            equal = np.full(k, 1 / k)
+            return Mistake("weights", detail, 1.0, equal, verdict.error, WEIGHTED)
+        return self._suspects("microbatches alone are right and the window is not")
+
+    def _gradients(self) -> tuple[np.ndarray, np.ndarray, np.ndarray] | None:
+        """Returns gradients of the full batch, of microbatches and of the window, if they show.
+
+        An accumulator shows them in a hold. Otherwise the first step of each run does.
+        """
+        k, window = self.program.every_k, self.window
+        rows = [take(self.batch, i, k) for i in range(k)]
+        if not self.program.inside_step:
+            given = (jax.tree.map(lambda x: np.repeat(x, k, 0), x) for x in (self.batch, *rows))
+            sums = [self.program.run(each, k, 1).sum() for each in given]
+            shown = [x for x in sums if x is not None]
+            if len(shown) == len(sums):
+                parts = np.stack(shown[1:])
+                return shown[0], parts, parts.mean(0) if window.mean() is None else window.seen()
+        if self.full.hides():
+            return None
+        alone = [self.program.run(each, 1, 1).seen() for each in rows]
+        return self.full.seen(), np.stack(alone), window.seen()
+
+    def _judge(self, whole: np.ndarray, parts: np.ndarray) -> numbers.Verdict:
+        """Returns how microbatches count in a gradient."""
+        k = self.program.every_k
+        leaves = jax.tree_util.tree_leaves_with_path(self.batch)
+        counted = counts.count({f"batch{keystr(path)}": leaf for path, leaf in leaves}, k)
+        cut = Cut(scaled([whole], [parts]), np.ones(k), counted)
+        return numbers.judge([cut], 8 * self.bound)
 
 
 def _sums(run: Run, call: int) -> np.ndarray:

@@ -37,6 +37,7 @@ class Report:
             with other rows; mostly nothing.
         remedy: What to change, or None if there is nothing to change.
         tolerance: The largest `error` that rounding explains, or None.
+        left: The `error` that is left after the remedy, or None if the check cannot apply it.
     """
 
     exact: bool | None
@@ -46,6 +47,7 @@ class Report:
     findings: tuple[Finding, ...] = ()
     remedy: str | None = None
     tolerance: float | None = None
+    left: float | None = None
 
     @property
     def kind(self) -> str | None:
@@ -63,7 +65,8 @@ class Report:
             shares = [f"{w:.3g}" for w in self.weights[:8]] + ["..."] * (len(self.weights) > 8)
             lines.append(f"* shares of the microbatches: {', '.join(shares)}")
         if self.remedy:
-            lines.append(f"Remedy: {self.remedy}")
+            tried = "" if self.left is None else f" Tried: {self.left:.1g} is left."
+            lines.append(f"Remedy: {self.remedy}{tried}")
         return "\n".join(map(_wrap, lines))
 
 

@@ -11,6 +11,7 @@ import numpy as np
 EPS = float(np.finfo(np.float32).eps)
 COARSE = 0.01  # a bound above which a mistake of a percent is not seen
 LARGEST = 0.05  # of all bounds
+JAXPRS = ClosedJaxpr | Jaxpr
 
 
 def bound(eps: float, roundings: int) -> float:
@@ -25,7 +26,7 @@ def bound(eps: float, roundings: int) -> float:
 def count(program: Any) -> int:
     """Returns at most how many roundings follow each other in a program."""
     found = 0
-    for equation, times in _equations(program.eqns):
+    for equation, times in equations(program.eqns):
         for x in filter(_eps, equation.outvars):
             found += times
             if equation.primitive.name in ("reduce_sum", "dot_general", "cumsum"):
@@ -37,23 +38,23 @@ def count(program: Any) -> int:
 def narrowest(program: Any) -> float:
     """Returns the eps of the narrowest floating-point type that the results of a program need."""
     needed = {x for x in program.jaxpr.outvars if not isinstance(x, Literal)}
-    equations = []
+    used = []
     for equation in reversed(program.eqns):
         if not needed.isdisjoint(equation.outvars):
-            equations.append(equation)
+            used.append(equation)
             needed |= {x for x in equation.invars if not isinstance(x, Literal)}
-    return max((_eps(x) for e, _ in _equations(equations) for x in e.outvars), default=EPS)
+    return max((_eps(x) for e, _ in equations(used) for x in e.outvars), default=EPS)
 
 
-def _equations(given: list[Any], times: int = 1) -> Iterator[tuple[Any, int]]:
+def equations(given: list[Any], times: int = 1) -> Iterator[tuple[Any, int]]:
     """Yields equations, also inside other equations, and how often each of them runs."""
     for equation in given:
         yield equation, times
         inside = times * equation.params.get("length", 1)
         for x in equation.params.values():
             for program in x if isinstance(x, tuple | list) else [x]:
-                if isinstance(program, ClosedJaxpr | Jaxpr):
-                    yield from _equations(program.eqns, inside)
+                if isinstance(program, JAXPRS):
+                    yield from equations(program.eqns, inside)
 
 
 def coarsest(tree: Any) -> float:

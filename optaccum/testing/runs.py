@@ -1,22 +1,27 @@
 """Run a user's training step and keep what it leaves behind after every call."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 import copy
 import dataclasses
+import functools
 import sys
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.tree_util import keystr
+from jax.tree_util import GetAttrKey, keystr
 import numpy as np
 
 from optaccum.testing import rounding
 
 ROUNDING = rounding.bound(rounding.EPS, 1000)  # of a gradient, relative to its size
-WINDOWS = 2
+WINDOWS = 3  # what cancels in one or two shows in three
 Path = tuple[Any, ...]
 Tree = dict[Path, np.ndarray]
+
+
+class NotFoundError(Exception):
+    """Nothing in the state looks like the parameters."""
 
 
 class StepError(Exception):
@@ -40,32 +45,65 @@ class Program:
         fresh = jax.tree.map(lambda x: jnp.array(x) if _is_array(x) else x, self.params)
         return self.make_step(fresh, every_k)
 
-    def run(self, batch: Any, every_k: int, windows: int = WINDOWS) -> "Run":
-        """Runs windows of one batch, each the same: with `every_k` 1 on the batch as a whole."""
+    def run(
+        self, batch: Any, every_k: int, windows: int = WINDOWS, given: list[Tree] | None = None
+    ) -> "Run":
+        """Runs windows of one batch, each the same: with `every_k` 1 on the batch as a whole.
+
+        `given` are parts of the state for each window, which every call of it begins with.
+        """
         try:
             state, step = self.start(every_k)
             cut = every_k > 1 and not self.inside_step
             rows = [take(batch, i, every_k) for i in range(every_k)] if cut else [batch]
             trained, states = [self._trained(state)], [named(state)]
-            for each in rows * windows:
+            for i, each in enumerate(rows * windows):
+                state = _with(state, given[i // len(rows)]) if given else state
                 state = _next(state, step(state, jax.tree.map(jnp.array, each)))
                 trained.append(self._trained(state))
                 states.append(named(state))
             return _make_run(trained, states, len(rows))
+        except NotFoundError:
+            raise
+        except Exception as error:
+            raise StepError from error
+
+    def located(self, batch: Any) -> "Program":
+        """Returns a program that knows where in its state the parameters are.
+
+        They have the tree that `make_step` got. Of several, such as averages and moments, they are
+        those with its values and the name "params", on the highest level, that move the most.
+        """
+        if self.get_params is not None:
+            return self
+        state, _ = self.start(1)
+        before = _alike(self.params, state)
+        if not before:
+            raise NotFoundError("the parameters were not found in the state")
+        after = _alike(self.params, self._after(batch)) if len(before) > 1 else before
+
+        def rank(path):
+            first, then = (_flat(named(plain(x)).values()) for x in (before[path], after[path]))
+            equal = len(first) == len(wanted) and np.allclose(first, wanted, rtol=0.01, atol=1e-6)
+            called = any(keystr((key,), simple=True) == "params" for key in path)
+            return equal, called, -len(path), np.linalg.norm(then - first)
+
+        wanted = _flat(named(plain(_needles(self.params)[0])).values())
+        path = max(before, key=rank)
+        return dataclasses.replace(self, get_params=lambda state: _alike(self.params, state)[path])
+
+    def _after(self, batch: Any) -> Any:
+        """Returns the state after a step on the full batch."""
+        try:
+            state, step = self.start(1)
+            return _next(state, step(state, jax.tree.map(jnp.array, batch)))
         except Exception as error:
             raise StepError from error
 
     def _trained(self, state: Any) -> dict[Path, np.ndarray]:
         """Returns the parameters in a state: of a module of `flax.nnx`, its `nnx.Param`."""
-        if self.get_params is not None:
-            params = self.get_params(state)
-        elif hasattr(state, "params"):
-            params = state.params
-        elif isinstance(state, dict) and "params" in state:
-            params = state["params"]
-        else:
-            params = state[0] if type(state) in (tuple, list) else state
-        found = named(plain(params, "Param"))
+        assert self.get_params is not None  # of the user, or of `located`
+        found = named(plain(self.get_params(state), "Param"))
         return {path: x for path, x in found.items() if x.dtype.kind == "f"}
 
     def has_statistics(self) -> bool:
@@ -91,6 +129,8 @@ class Run:
     params: np.ndarray  # f64[calls + 1, P]
     held: dict[Path, np.ndarray]  # f64[calls + 1, P] for each parameter, or [calls + 1, size]
     per_window: int  # calls per window
+    states: list[Tree]  # of all leaves, after each call
+    units: dict[Path, list[Path]]  # the leaves of what is held
 
     def change(self, window: int = 1) -> np.ndarray:
         """Returns by how much the windows so far moved the parameters."""
@@ -109,6 +149,34 @@ class Run:
             if "mini_step" in beside and not name.startswith("inner"):
                 return ()
         return names
+
+    def moving(self) -> list[Path]:
+        """Returns what moves in a hold: beside parameters and accumulators nothing should."""
+        holds = [i for i in range(1, len(self.params)) if i % self.per_window]
+        return [
+            path
+            for path, x in self.held.items()
+            if any((x[i] != x[i - 1]).any() for i in holds)
+            and self.names(path)
+            and not np.array_equal(x, self.params)
+        ]
+
+    def is_average(self, path: Path) -> bool:
+        """Returns whether each call takes it a part of the way to the parameters, old or new."""
+        x = self.held[path]
+        if x.shape != self.params.shape or np.array_equal(x, self.params):
+            return False
+        return any(_follows(x, targets) for targets in (self.params[1:], self.params[:-1]))
+
+    def sum(self) -> np.ndarray | None:
+        """Returns the gradient of the first call, if that is a hold which adds it to others."""
+        if not np.array_equal(self.params[1], self.params[0]):
+            return None
+        for path, x in self.held.items():
+            if x.shape == self.params.shape and not x[0].any() and x[1].any():
+                weight = self.held.get((*path[:-1], GetAttrKey("weight")))
+                return x[1] if weight is None or not weight[1].all() else x[1] / weight[1]
+        return None
 
     def mean(self) -> np.ndarray | None:
         """Returns what the optimizer keeps of the first window's gradient, if it keeps a mean."""
@@ -144,6 +212,15 @@ class Run:
         return shown
 
 
+def _follows(x: np.ndarray, targets: np.ndarray) -> bool:
+    went, way = np.diff(x, axis=0), targets - x[:-1]
+    part = np.sum(went * way, 1) / np.maximum(np.sum(way * way, 1), 1e-300)
+    off = np.linalg.norm(went - part[:, None] * way, axis=1)
+    far = np.linalg.norm(way, axis=1) > 1e-6 * np.linalg.norm(x[0])
+    fits = (off <= 1e-3 * np.linalg.norm(went, axis=1)) & (part > 0) & (part < 1)
+    return bool(far.any() and fits[far].all())
+
+
 def _make_run(trained: list[Tree], states: list[Tree], per_window: int) -> Run:
     """Returns a run; what a state holds for each parameter is one array, 0 for what it leaves out.
 
@@ -153,16 +230,34 @@ def _make_run(trained: list[Tree], states: list[Tree], per_window: int) -> Run:
     sizes = {path: x.size for path, x in trained[0].items()}
     ends = dict(zip(sizes, np.cumsum([*sizes.values()]), strict=True))
     held: Tree = {}
+    units: dict[Path, list[Path]] = {}
     for path in states[0]:
         values = np.stack([state[path].ravel() for state in states])
         ways = (path[i:] for i in range(len(path) + 1))
         owner = next((way for way in ways if sizes.get(way) == values.shape[1]), None)
         if owner is None:
-            held[path] = values
+            held[path], units[path] = values, [path]
         else:
-            whole = held.setdefault(path[: len(path) - len(owner)], np.zeros(params.shape))
+            start = path[: len(path) - len(owner)]
+            units.setdefault(start, []).append(path)
+            whole = held.setdefault(start, np.zeros(params.shape))
             whole[:, ends[owner] - sizes[owner] : ends[owner]] = values
-    return Run(params, held, per_window)
+    return Run(params, held, per_window, states, units)
+
+
+def distance(run: Run, full: Run, used: np.ndarray) -> float:
+    """Returns how far a run is from the full batch, relative to how far that moves."""
+    changes = (run.change(n) - full.change(n) for n in range(1, WINDOWS + 1))
+    off = [np.linalg.norm(change[used]) / full.moved(used) for change in changes]
+    return float(max(*off, of_means(run, full)))
+
+
+def of_means(run: Run, full: Run) -> float:
+    """Returns how far an optimizer's means of gradients are off, which no parameter rounds."""
+    a, b = run.mean(), full.mean()
+    if a is None or b is None or len(a) != len(b):
+        return 0.0
+    return float(np.linalg.norm(a - b) / np.linalg.norm(b))
 
 
 def take(batch: Any, i: int, n: int) -> Any:
@@ -171,20 +266,68 @@ def take(batch: Any, i: int, n: int) -> Any:
 
 
 def _next(state: Any, result: Any) -> Any:
-    """Returns the state in what a step returned: it, a tuple that begins with it, or nothing."""
+    """Returns the state in what a step returned: it, a tuple with it, or nothing."""
     if result is None:
         return state
     wanted = jax.tree.structure(state)
-    for found in (result, result[0] if isinstance(result, tuple) and result else None):
+    for found in (result, *(result if isinstance(result, tuple) else ())):
         if jax.tree.structure(found) == wanted:
             return found
     if any(map(_is_module, state if isinstance(state, tuple | list) else [state])):
         return state  # changed in place; what is returned is a loss
     raise TypeError(
-        "`step` must return the state that it was given, changed, or a tuple that begins with it, "
+        "`step` must return the state that it was given, changed, or a tuple that holds it, "
         f"or None if it changes the state in place; got {type(result).__name__} of the "
         f"structure {str(jax.tree.structure(result))[:200]}"
     )
+
+
+def _needles(params: Any) -> list[Any]:
+    """Returns what the parameters may be in a state: all, or what Flax calls "params" of them."""
+    if _is_module(params):
+        nnx = sys.modules["flax.nnx"]
+        return [params, nnx.state(params), nnx.state(params, nnx.Param)]
+    inner = params["params"] if isinstance(params, Mapping) and "params" in params else None
+    return [params] if inner is None else [inner, params]
+
+
+def _alike(params: Any, state: Any) -> dict[Path, Any]:
+    """Returns the parts of a state that look like the parameters."""
+
+    def looks(x, wanted):
+        if _is_module(wanted):
+            return type(x) is type(wanted)
+        pair = [*map(jax.tree.structure, (x, wanted))]
+        return pair[0] == pair[1] and [*map(np.shape, jax.tree.leaves(x))] == [
+            *map(np.shape, jax.tree.leaves(wanted))
+        ]
+
+    for wanted in _needles(params):
+        is_leaf = functools.partial(looks, wanted=wanted)
+        leaves = jax.tree_util.tree_leaves_with_path(state, is_leaf=is_leaf)
+        found = {path: x for path, x in leaves if is_leaf(x)}
+        if found:
+            return found
+    named = getattr(state, "params", state.get("params") if isinstance(state, Mapping) else None)
+    return {} if named is None else {(): named}
+
+
+def _with(state: Any, values: Tree) -> Any:
+    """Returns a state with some of its leaves replaced."""
+
+    def put(path, x):
+        if _is_module(x):
+            nnx = sys.modules["flax.nnx"]
+            variables = nnx.state(x)
+            new = jax.tree_util.tree_map_with_path(
+                lambda inner, leaf: put((*path, *inner), leaf), nnx.to_pure_dict(variables)
+            )
+            nnx.replace_by_pure_dict(variables, new)
+            nnx.update(x, variables)
+            return x
+        return jnp.asarray(values[path], jnp.result_type(x)) if path in values else x
+
+    return jax.tree_util.tree_map_with_path(put, state, is_leaf=_is_module)
 
 
 def _is_module(x: Any) -> bool:

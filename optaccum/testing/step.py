@@ -9,16 +9,26 @@ import numpy as np
 from optaccum import _batch, _validate
 from optaccum.testing import numbers, probes, rounding
 from optaccum.testing.report import Finding, Report
-from optaccum.testing.runs import ROUNDING, WINDOWS, Program, Run, StepError
+from optaccum.testing.runs import (
+    ROUNDING,
+    WINDOWS,
+    NotFoundError,
+    Program,
+    Run,
+    StepError,
+    distance,
+    of_means,
+)
 
-AVERAGES = ("ema", "averag", "avg", "shadow", "polyak")
 INSIDE = (
     "put everything that acts on every call inside: `optaccum.accumulate(every_k, "
     "optax.chain(...))`, and keep averages of parameters by `has_released`."
 )
+PARAMS = "pass `get_params`, a function of the state that returns the parameters."
 LEARNING_RATE = "raise the learning rate, so that rounding is small beside a step."
 COARSE = "check the step in float32, parameters and batch included, where rounding is small."
 REPORT = "this is a fault of the check: report it, with the step."
+UNMOVED = "make a step move the parameters, or " + PARAMS
 RUN = "make `step(state, rows)` run on the full batch and on each microbatch."
 REMEDIES = {
     "optimizer": INSIDE,
@@ -35,9 +45,12 @@ REMEDIES = {
     "stochastic": "check in a deterministic mode, without dropout.",
     "donated": "use what the step returned, and copy with `jnp.copy` what you keep of a donated "
     "argument or hold twice in the state.",
-    "batch_norm": "BatchNorm sees microbatches: use GroupNorm or LayerNorm, "
-    "`optaccum.microbatched`, or accept it.",
-    "coupled": "`optaccum.microbatched`; `optaccum.testing.check_loss` of the loss names the line.",
+    "state": "let it change once per window, at the release (`optaccum.has_released`), by what all "
+    "rows of the window bring: collect that over the window, for example by `metrics=` of "
+    "`optaccum.accumulate`. A counter is `optaccum.get_state(opt_state).gradient_step`.",
+    "batch_norm": "no accumulation changes it: accept it, use GroupNorm or LayerNorm, or keep "
+    "statistics over the window by hand.",
+    "coupled": "`optaccum.testing.check_loss` of the loss names the line, and tries what helps.",
     "unknown": "`optaccum.testing.check_loss` of the loss tells whether it or the optimizer "
     "differs.",
 }
@@ -54,7 +67,9 @@ def check(program: Program, batch: Any, tolerance: float | None) -> Report:
     numbers.check_tolerance(tolerance)
     _batch.check_batch({"argument 2": jax.tree.map(np.asarray, batch)}, k)
     try:
-        return _check(program, batch, tolerance)
+        return _check(program.located(batch), batch, tolerance)
+    except NotFoundError as error:
+        return _report("unknown", str(error), PARAMS)
     except StepError as error:
         text = f"{type(error.__cause__).__name__}: {str(error.__cause__)[:300]}"
         if "delete" in str(error.__cause__) or "donat" in str(error.__cause__):
@@ -73,13 +88,19 @@ def _report(kind: str, detail: str, remedy: str | None = None, **fields: Any) ->
     return Report(exact, findings=findings, remedy=remedy or REMEDIES[kind], **fields)
 
 
+def _of_mistake(mistake: probes.Mistake, error: float, bound: float) -> Report:
+    fields = {name: getattr(mistake, name) for name in ("scale", "weights", "left")}
+    fields |= {"error": error, "tolerance": bound}
+    return _report(mistake.kind, mistake.detail, mistake.remedy, **fields)
+
+
 def _check(program: Program, batch: Any, tolerance: float | None) -> Report:
     k = program.every_k
     full = program.run(batch, 1)
     turned = program.run(jax.tree.map(lambda x: np.asarray(x)[::-1].copy(), batch), 1)
     window = program.run(batch, k)
     if not full.change(WINDOWS).any():
-        return _report("unknown", "no parameter moves in a step on the full batch", RUN)
+        return _report("unknown", "no parameter moves in a step on the full batch", UNMOVED)
     if not np.isfinite(full.params[-1]).all():
         return _report("unknown", "a step on the full batch is not finite", RUN)
     used = (window if full.hides() else full).shown()
@@ -90,8 +111,12 @@ def _check(program: Program, batch: Any, tolerance: float | None) -> Report:
     ordered = noise > min(100 * bound, rounding.LARGEST)
     bound = bound if ordered else min(max(bound, 8 * noise), rounding.LARGEST)
     bound = bound if tolerance is None else tolerance
-    hidden = error <= max(rounded, bound) and _of_means(window, full) <= bound
+    probe = probes.Probe(program, batch, full, window, used, error, bound)
+    hidden = error <= max(rounded, bound) and of_means(window, full) <= bound
     if tolerance is None and rounded > rounding.COARSE and hidden:
+        mistake = probe.of_rows()
+        if mistake.kind in ("weights", "coupled", "batch_norm"):
+            return _of_mistake(mistake, error, bound)
         detail = "a step moves parameters by little more than they are rounded by: a mistake of "
         detail += "this size would not show"
         return _report("unknown", detail, LEARNING_RATE, error=error, tolerance=bound)
@@ -101,10 +126,7 @@ def _check(program: Program, batch: Any, tolerance: float | None) -> Report:
             detail = "a step in low precision may be off by as much without a mistake"
             return _report("unknown", detail, COARSE, error=error, tolerance=bound)
     if not error <= bound:
-        probe = probes.Probe(program, batch, full, window, used, bound)
-        kind, detail, scale, weights = probe.find(ordered)
-        fields = {"scale": scale, "weights": weights, "tolerance": bound}
-        return _report(kind, detail, error=error, **fields)
+        return _of_mistake(probe.find(ordered), error, bound)
     average = _average_that_differs(full, window, bound)
     if average is not None:
         detail = f"{average} takes in every microbatch, not every release"
@@ -121,26 +143,11 @@ def _stored(full: Run, used: np.ndarray, eps: float) -> float:
     return float(2 * WINDOWS * eps * np.linalg.norm(full.params[0][used]) / full.moved(used))
 
 
-def distance(run: Run, full: Run, used: np.ndarray) -> float:
-    """Returns how far a run is from the full batch, relative to how far that moves."""
-    changes = (run.change(n) - full.change(n) for n in range(1, WINDOWS + 1))
-    off = [np.linalg.norm(change[used]) / full.moved(used) for change in changes]
-    return float(max(*off, _of_means(run, full)))
-
-
-def _of_means(run: Run, full: Run) -> float:
-    """Returns how far an optimizer's means of gradients are off, which no parameter rounds."""
-    a, b = run.mean(), full.mean()
-    if a is None or b is None or len(a) != len(b):
-        return 0.0
-    return float(np.linalg.norm(a - b) / np.linalg.norm(b))
-
-
 def _average_that_differs(full: Run, window: Run, bound: float) -> str | None:
     """Returns the path of an average of parameters that microbatches change otherwise."""
-    for path, x in full.held.items():
-        named = any(word in name.lower() for name in full.names(path) for word in AVERAGES)
-        if named and path in window.held:
+    for path in window.moving():
+        x = full.held.get(path)
+        if x is not None and full.is_average(path):
             moved = np.linalg.norm(x[-1] - x[0]) or 1e-300
             if np.linalg.norm(x[-1] - window.held[path][-1]) > 8 * bound * moved:
                 return keystr(path)

@@ -16,6 +16,9 @@ from optaccum.testing.explain.values import Value, flaw, merge, of_number, selec
 from optaccum.testing.gradients import Loss
 from optaccum.testing.report import Finding
 
+COUPLING = ("pairwise", "batch_statistic", "nonlinear", "order")
+# Primitives by which a model's parameters act on rows, more than entry by entry.
+LAYERS = {"dot_general", "conv_general_dilated", "ragged_dot", "ragged_dot_general"}
 ROUNDS = 6  # of a loop, until what it carries stays as it is
 
 
@@ -37,20 +40,25 @@ def read(loss: Loss) -> Structure:
         text = f"{type(error).__name__}: {str(error)[:200]}"
         detail = f"it could not be traced with twice the rows ({text})"
         return Structure(None, (Finding("unknown", None, detail),), traced=False)
-    inputs = []
-    for j in loss.arrays:
-        for name in loss.leaves(j):
-            row = Value("row", leaves=frozenset({name}))
-            inputs.append(row if j in loss.rows else Value(active=j in loss.argnums))
     walk = Walk(len(jax.tree.leaves(loss.some(*loss.rows))[0]))
     try:
-        (value,) = walk.run(once.jaxpr, twice.jaxpr, inputs)
+        (value,) = walk.run(once.jaxpr, twice.jaxpr, inputs(loss))
     except Exception as error:  # a primitive with other parameters than those known here
         detail = f"the program could not be followed ({str(error)[:200]})"
         return Structure(None, (Finding("unknown", None, detail),))
     shown = tuple(f for f in walk.findings if value.active and f in value.findings)
     leaves = dict.fromkeys([*sorted(value.counted), *sorted(value.leaves)])
     return Structure(value, shown, leaves=tuple(leaves))
+
+
+def inputs(loss: Loss) -> list[Value]:
+    """Returns what is known of the arrays that a loss gets."""
+    found = []
+    for j in loss.arrays:
+        for name in loss.leaves(j):
+            row = Value("row", leaves=frozenset({name}))
+            found.append(row if j in loss.rows else Value(active=j in loss.argnums))
+    return found
 
 
 def _trace(loss: Loss, times: int) -> Any:
@@ -61,11 +69,18 @@ def _trace(loss: Loss, times: int) -> Any:
 
 
 class Walk:
-    """Follows the rows through two programs at once, for `rows` and for twice as many."""
+    """Follows the rows through two programs at once, for `rows` and for another number.
 
-    def __init__(self, rows: int):
-        self.rows = rows
+    With `hoist` it takes what the data alone make of several rows as given, as if that were
+    computed before the batch is cut, and every value that comes of what is trained as trained.
+    """
+
+    def __init__(self, rows: int, hoist: bool = False):
+        self.rows, self.hoist = rows, hoist
         self.findings: dict[Finding, None] = {}
+        self.hoisted: dict[Any, tuple[int, ...]] = {}  # and the axes of their rows
+        self.known: dict[Any, Value] = {}  # of the outermost program
+        self.inside = False  # whether a layer of the model works on what is made of several rows
 
     def run(self, one: Any, two: Any, inputs: list[Value], outer: tuple = ()) -> list[Value]:
         """Returns the values of the results of a program inside the equations `outer`."""
@@ -79,7 +94,12 @@ class Walk:
             values = _read(known, a.invars, b.invars)
             results = self._results(a, b, values, functools.partial(self.run, outer=at))
             for x, y, value in zip(a.outvars, b.outvars, results, strict=True):
-                known[x] = self._located(self._unpaired(x, y, value), at)
+                value = self._unpaired(x, y, value)
+                if self.hoist and not outer and self._can_be_hoisted(a, x, y, value):
+                    self.hoisted[x] = axes(x, y)
+                    value = Value("row" if axes(x, y) else "const")
+                known[x] = self._located(value, at)
+        self.known = known
         return _read(known, one.outvars, two.outvars)
 
     def _results(self, a: Any, b: Any, values: list[Value], follow: "Follow") -> list[Value]:
@@ -93,25 +113,36 @@ class Walk:
             if inner is not None and not {"reduce", "pallas"} & {*a.primitive.name.split("_")}:
                 return follow(inner, b.params[name], values)
         shapes = [x.aval.shape for x in a.invars]
-        before = [_axes(x, y) for x, y in zip(a.invars, b.invars, strict=True)]
+        before = [axes(x, y) for x, y in zip(a.invars, b.invars, strict=True)]
+        if a.primitive.name in LAYERS and any(v.kind == "const" and v.active for v in values):
+            pairs = zip(values, before, strict=True)
+            self.inside |= any(v.kind == "mixed" and of_rows for v, of_rows in pairs)
         flat = [dataclasses.replace(v, active=False) for v in values]
         results = []
         for x, y in zip(a.outvars, b.outvars, strict=True):
             real = jnp.issubdtype(x.aval.dtype, jnp.inexact) and a.primitive.name not in FLAT
+            real |= self.hoist
             given = Equation(
                 a.primitive.name, a.params, values if real else flat, shapes, before,
-                x.aval.shape, _axes(x, y), self.rows,
+                x.aval.shape, axes(x, y), self.rows,
             )  # fmt: skip
             results.append(apply(given))
         return results
 
     def _unpaired(self, once: Any, twice: Any, value: Value) -> Value:
         """Returns a value that is mixed if it has an entry for every pair of rows."""
-        if value.kind != "row" or len(_axes(once, twice)) < 2:
+        if value.kind != "row" or len(axes(once, twice)) < 2:
             return value
         shape = f"{[*once.aval.shape]} for {self.rows} rows"
         detail = f"a value has an entry for every pair of rows, {shape}"
         return flaw([value], "pairwise", detail)
+
+    def _can_be_hoisted(self, a: Any, x: Any, y: Any, value: Value) -> bool:
+        """Returns whether data alone make x of several rows, and it can be cut like rows."""
+        several = value.kind in ("total", "mixed") or any(
+            not isinstance(v, Literal) and v in self.hoisted for v in a.invars
+        )
+        return several and not value.active and len(axes(x, y)) < 2
 
     def _located(self, value: Value, at: tuple) -> Value:
         """Returns a value whose findings have their line."""
@@ -131,7 +162,7 @@ def _read(known: dict[Any, Value], once: list[Any], twice: list[Any]) -> list[Va
     ]
 
 
-def _axes(once: Any, twice: Any) -> tuple[int, ...]:
+def axes(once: Any, twice: Any) -> tuple[int, ...]:
     """Returns the axes of rows: those that grow with them."""
     sizes = enumerate(zip(once.aval.shape, twice.aval.shape, strict=True))
     return tuple(i for i, (x, y) in sizes if x != y)

@@ -1,0 +1,109 @@
+"""Programs of JAX taken apart: calls written out, types widened, a part of one by itself."""
+
+from collections.abc import Callable, Sequence
+import dataclasses
+from typing import Any
+
+import jax
+from jax.extend import core
+import jax.numpy as jnp
+import numpy as np
+
+from optaccum._fold import opened
+from optaccum.testing import rounding
+from optaccum.testing.gradients import Loss
+
+CALLS = {"jit", "pjit", "closed_call", "core_call", "remat2", "checkpoint", "remat"}
+CUSTOM = {"custom_jvp_call", "custom_vjp_call", "custom_vjp_call_jaxpr"}
+
+
+def part(jaxpr: Any, eqns: list[Any], inputs: list[Any], outputs: list[Any]) -> Callable[..., list]:
+    """Returns the function of some equations of a program."""
+    alone = jaxpr.replace(constvars=[], invars=inputs, outvars=outputs, eqns=eqns)
+    return core.jaxpr_as_fun(core.ClosedJaxpr(alone, ()))
+
+
+def flat(loss: Loss, rows: int) -> core.ClosedJaxpr:
+    """Returns the program of a loss for a number of rows, without calls of programs in it."""
+
+    def resize(x):
+        return jax.ShapeDtypeStruct((rows, *np.shape(x)[1:]), jnp.result_type(x))
+
+    def written_out(arrays):
+        closed = jax.make_jaxpr(loss)(arrays)
+        return evaluate(closed.jaxpr, closed.consts, jax.tree.leaves(arrays))
+
+    sized = loss.arrays | jax.tree.map(resize, loss.some(*loss.rows))
+    return jax.make_jaxpr(written_out)(sized)
+
+
+def in_float32(loss: Loss) -> Loss:
+    """Returns a loss that computes in float32 all that it would compute with fewer bits."""
+    dtypes = jax.tree.map(jnp.result_type, loss.arrays)
+
+    def fun(*args):
+        arrays = {j: args[j] for j in loss.arrays}
+        narrow = jax.tree.map(lambda x, t: jax.ShapeDtypeStruct(jnp.shape(x), t), arrays, dtypes)
+        closed = jax.make_jaxpr(loss)(narrow)
+        (value,) = evaluate(closed.jaxpr, closed.consts, jax.tree.leaves(arrays), wide=True)
+        return value
+
+    args = loss.args | jax.tree.map(_wide, loss.arrays)
+    return dataclasses.replace(loss, fun=fun, args=args, has_aux=False)
+
+
+def evaluate(jaxpr: Any, consts: Sequence[Any], args: Sequence[Any], wide: bool = False) -> list:
+    """Evaluates a program, with calls written out, and `wide`, with float32 for narrower types."""
+    values = [_wide(x) if wide else x for x in (*consts, *args)]
+    env = dict(zip((*jaxpr.constvars, *jaxpr.invars), values, strict=True))
+
+    def read(v):
+        if isinstance(v, core.Literal):
+            return _wide(v.val) if wide else v.val
+        return env[v]
+
+    for eqn in jaxpr.eqns:
+        ins, narrow = [read(v) for v in eqn.invars], wide and _is_narrow(eqn)
+        if eqn.primitive.name in (CALLS | CUSTOM if narrow else CALLS):
+            inner = next(x for x in eqn.params.values() if isinstance(x, rounding.JAXPRS))
+            outs = evaluate(*opened(inner), ins, wide)
+        elif narrow:
+            params = jax.tree.map(_widened, eqn.params)
+            outs = eqn.primitive.bind(*ins, **params)
+            outs = outs if eqn.primitive.multiple_results else [outs]
+        else:
+            needed = dict.fromkeys(v for v in eqn.invars if not isinstance(v, core.Literal))
+            outs = part(jaxpr, [eqn], [*needed], eqn.outvars)(*(env[v] for v in needed))
+        env |= zip(eqn.outvars, outs, strict=True)
+    return [read(v) for v in jaxpr.outvars]
+
+
+def _wide(x: Any) -> Any:
+    """Returns an array, or arrays, of at least float32."""
+    dtype = jnp.result_type(x)
+    return jnp.asarray(x, np.float32) if _has_few_bits(dtype) else x
+
+
+def _has_few_bits(dtype: Any) -> bool:
+    return jnp.issubdtype(dtype, jnp.floating) and jnp.finfo(dtype).bits < 32
+
+
+def _is_narrow(eqn: Any) -> bool:
+    inside = (x for e, _ in rounding.equations([eqn]) for x in (*e.invars, *e.outvars))
+    return any(_has_few_bits(x.aval.dtype) for x in inside if hasattr(x.aval, "dtype"))
+
+
+def _widened(param: Any) -> Any:
+    """Returns a parameter of an equation: types and programs in it are widened."""
+    if isinstance(param, np.dtype) and _has_few_bits(param):
+        return np.dtype(np.float32)
+    if not isinstance(param, rounding.JAXPRS):
+        return param
+    jaxpr, consts = opened(param)
+    types: list[Any] = [x.aval for x in jaxpr.invars]
+    shapes = [
+        jax.ShapeDtypeStruct(x.shape, np.float32 if _has_few_bits(x.dtype) else x.dtype)
+        for x in types
+    ]
+    closed = jax.make_jaxpr(lambda *args: evaluate(jaxpr, consts, args, wide=True))(*shapes)
+    return closed if isinstance(param, core.ClosedJaxpr) else closed.jaxpr
