@@ -25,6 +25,7 @@ from benchmarks import (
     coupled,
     headline,
     hlo,
+    large,
     overhead,
     programs,
     report,
@@ -71,6 +72,16 @@ def test_the_headline_compares_the_same_batch_whole_and_in_microbatches():
     assert ours < whole
     assert headline.apart(result) < 1e-5
     assert report.draw_headline(result).axes[1].get_title(loc="left").endswith("less memory")
+
+
+def test_a_large_model_is_gathered_and_reduced_once_or_does_not_fit(monkeypatch):
+    monkeypatch.setattr(large, "SHARED", (contenders.REDUCED_ONCE,))
+    result, tables = quick("large")
+    (row,) = result["rows"]
+    assert compiled.sent(row["window"], row) == "all-reduce 1.00, all-gather 1.00"
+    result["rows"].append({**row, "fits": False, "name": "another"})
+    assert "does not fit" in large.tables(result)["large"]
+    assert "does not fit" not in tables["large"]
 
 
 def test_overhead_finds_every_equivalent_contender_equal_to_the_full_batch():
