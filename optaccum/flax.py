@@ -251,10 +251,78 @@ class Optimizer(_Counters, nnx.Optimizer):
             old,
             **_as_arrays(extra_args),
         )
-        nnx.update(model, new)
+        self._replace(model, new, opt_state)
+        return jax.tree.map(lambda x, y: jnp.where(x == y, 0, x - y).astype(x.dtype), new, old)
+
+    def value_and_apply(
+        self,
+        model: Any,
+        fun: Any,
+        /,
+        *args: Any,
+        has_aux: bool = False,
+        weight_fn: Any = None,
+        **extra_args: Any,
+    ) -> Any:
+        """Take in one microbatch by its loss, as :func:`optaccum.value_and_apply` does.
+
+        It replaces `nnx.value_and_grad` and `update`. Gradients are added to the window where the
+        backward pass makes them. What `fun` changes in the model, such as batch statistics and
+        counts of keys, is changed::
+
+            loss = optimizer.value_and_apply(model, loss_fn, batch, weight=tokens)
+
+        Args:
+            model: The module that the optimizer was made for.
+            fun: A loss: `(model, *args)` to a real scalar, or with `has_aux` to `(scalar, aux)`.
+            *args: Arguments of `fun`, arrays.
+            has_aux: Whether `fun` returns `(scalar, aux)`.
+            weight_fn: Called as `fun` is; returns the `weight` of the microbatch.
+            **extra_args: As in `update`.
+
+        Returns:
+            The loss, or with `has_aux` `(loss, aux)`.
+
+        Raises:
+            ValueError: with `reduce_axes`, where each device would change the model otherwise.
+        """
+        if accumulates(self.opt_state) and jnp.ndim(_as_arrays(self.opt_state).weight):
+            raise ValueError(
+                "`Optimizer.value_and_apply` cannot be used with `reduce_axes`, since each device "
+                "would change the model by its rows; use optaccum.value_and_apply"
+            )
+        graphdef, trained, others = nnx.split(model, self.wrt, ...)
+        structure = jax.tree.structure(trained)
+
+        def merged(params):
+            own = structure.unflatten(jax.tree.leaves(params))
+            return nnx.merge(graphdef, own, jax.tree.map(jnp.asarray, others))
+
+        def loss_fn(params, *args):
+            copy = merged(params)
+            value = fun(copy, *args)
+            loss, aux = value if has_aux else (value, ())
+            return loss, (aux, nnx.split(copy, self.wrt, ...)[2])
+
+        def weigh(params, *args):
+            return weight_fn(merged(params), *args)
+
+        step = value_and_apply(
+            self.tx, loss_fn, has_aux=True, weight_fn=None if weight_fn is None else weigh
+        )
+        (loss, (aux, changed)), new, opt_state = step(
+            _as_arrays(trained), _as_arrays(self.opt_state), *args, **_as_arrays(extra_args)
+        )
+        nnx.update(model, changed)
+        self._replace(model, new, opt_state)
+        return (loss, aux) if has_aux else loss
+
+    def _replace(self, model: Any, params: Any, opt_state: Any) -> None:
+        """Puts new parameters into the model, and a new state into the optimizer."""
+        options = {"graph": self.graph} if hasattr(self, "graph") else {}  # of newer Flax
+        nnx.update(model, params)
         nnx.update(self.opt_state, nnx.state(opt_state, **options))
         self.step[...] += 1
-        return jax.tree.map(lambda x, y: jnp.where(x == y, 0, x - y).astype(x.dtype), new, old)
 
 
 def _as_arrays(tree: Any) -> Any:

@@ -475,6 +475,55 @@ def test_batch_norm_moves_with_every_call():
     assert optimizer.has_released
 
 
+class Noisy(nnx.Module):
+    """A model with batch statistics and dropout, which every call changes."""
+
+    def __init__(self, rngs):
+        self.linear1 = nnx.Linear(3, 5, rngs=rngs)
+        self.norm = nnx.BatchNorm(5, rngs=rngs)
+        self.dropout = nnx.Dropout(0.5, rngs=rngs)
+        self.linear2 = nnx.Linear(5, 1, rngs=rngs)
+
+    def __call__(self, x):
+        return self.linear2(self.dropout(nnx.gelu(self.norm(self.linear1(x)))))
+
+
+@pytest.mark.parametrize("every_k", [1, K])
+def test_an_nnx_optimizer_steps_from_a_loss(every_k):
+    """It does what `nnx.value_and_grad` and `update` do, and changes the same in the model."""
+
+    def loss_fn(model, x, y):
+        return jnp.mean((model(x) - y) ** 2), x.sum()
+
+    def in_two_calls(model, optimizer, x, y):
+        value, grads = nnx.value_and_grad(loss_fn, has_aux=True)(model, x, y)
+        optimizer.update(model, grads, weight=len(x))
+        return value
+
+    def in_one(model, optimizer, x, y):
+        weigh = lambda model, x, y: len(x)  # noqa: E731
+        return optimizer.value_and_apply(model, loss_fn, x, y, has_aux=True, weight_fn=weigh)
+
+    found = []
+    for way in (in_two_calls, in_one):
+        model = Noisy(nnx.Rngs(0))
+        tx = accumulate(every_k, optax.adam(0.1, eps=0.1))
+        optimizer = optaccum.flax.Optimizer(model, tx, wrt=nnx.Param)
+        step = nnx.jit(way)
+        values = [
+            step(model, optimizer, xs, ys)
+            for x, y in zip(X, Y, strict=True)
+            for xs, ys in zip(jnp.split(x, K), jnp.split(y, K), strict=True)
+        ]
+        arrays = jax.tree.leaves((values, nnx.state(model), nnx.state(optimizer)))
+        found.append(
+            [jax.random.key_data(x) if x.dtype.name.startswith("key") else x for x in arrays]
+        )
+        assert optimizer.gradient_step == 2 * K // every_k
+    for x, y in zip(*found, strict=True):
+        np.testing.assert_allclose(x, y, **CLOSE)
+
+
 def test_without_flax_the_import_says_how_to_install_it():
     program = "import sys; sys.modules['flax'] = None; import optaccum; import optaccum.flax"
     process = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
