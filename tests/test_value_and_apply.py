@@ -81,11 +81,16 @@ OPTIONS = {
 }
 
 
-CASES = [(name, 3, WEIGHTS) for name in OPTIONS]
-CASES += [("plain", 3, None), ("metrics", 1, WEIGHTS), ("averages", 1, None)]
+CASES = [(name, 3, WEIGHTS) for name in ("plain", "skipped", "averages")]
+CASES += [("plain", 3, None), ("metrics", 1, WEIGHTS)]
+OTHERS = ("sums of gradients", "sums of losses", "narrow sums", "metrics")
+OTHERS = [*((name, 3, WEIGHTS) for name in OTHERS), ("averages", 1, None)]
 
 
-@pytest.mark.parametrize(("name", "every_k", "weights"), CASES)
+@pytest.mark.parametrize(
+    ("name", "every_k", "weights"),
+    [*CASES, *(pytest.param(*case, marks=pytest.mark.slow) for case in OTHERS)],
+)
 def test_it_computes_what_the_two_calls_do(name, every_k, weights):
     tx = accumulate(every_k, optax.adamw(1e-2), **OPTIONS[name])
     names = ("value",) if name in ("metrics", "averages") else ()
