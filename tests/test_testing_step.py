@@ -494,19 +494,18 @@ def test_the_remedy_for_what_moves_beside_the_parameters_works():
     """A normalizer that the release moves, by means over the window."""
 
     def make_step(params, every_k):
-        names = ("reward", "square")
-        tx = optaccum.accumulate(every_k, ADAM, metrics=names)
+        tx = optaccum.accumulate(every_k, ADAM, metrics=("reward",))
 
         @jax.jit
         def step(state, rows):
             params, opt_state, mean = state
-            reward = rows["reward"]
-            grads = jax.grad(lambda p: jnp.mean(trained.outputs(p, rows)[:, 0] * (reward - mean)))(
-                params
-            )
-            extra = {"reward": reward.mean(), "square": jnp.mean(reward**2)}
-            updates, opt_state = tx.update(grads, opt_state, params, **extra)
-            found = optaccum.window_metrics(opt_state)["reward"]
+
+            def loss(params):
+                return jnp.mean(trained.outputs(params, rows)[:, 0] * (rows["reward"] - mean))
+
+            grads = jax.grad(loss)(params)
+            updates, opt_state = tx.update(grads, opt_state, params, reward=rows["reward"].mean())
+            found = optaccum.window_metrics(opt_state, grads)["reward"]
             new = jnp.where(optaccum.has_released(opt_state), 0.9 * mean + 0.1 * found, mean)
             return optax.apply_updates(params, updates), opt_state, new
 
@@ -567,6 +566,12 @@ def test_a_step_that_is_not_finite_says_so():
 def test_a_warm_up_from_a_small_rate_is_judged_by_its_larger_step():
     warm_up = optax.adamw(optax.warmup_cosine_decay_schedule(1e-6, 1e-2, 10, 1000))
     assert check_step(plain(inside(warm_up)), PARAMS, BATCH, every_k=K).exact
+
+
+def test_a_make_step_that_raises_is_unknown():
+    report = check_step(lambda w, k: 1 / 0, PARAMS, BATCH, every_k=2)
+    assert (report.exact, report.kind) == (None, "unknown")
+    assert "the step could not be run" in str(report)
 
 
 def test_a_step_that_raises_is_unknown():

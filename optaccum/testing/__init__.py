@@ -32,8 +32,9 @@ def check_loss(
     The numbers give the verdict. They compare the full batch's gradient g with the mean of the
     microbatches' gradients g_i, and with :func:`optaccum.value_and_grad`. If the mean differs, they
     look for factors a_i with g = sum_i a_i g_i at several values of the parameters, and for leaves
-    of the batch that count so. The structure explains: it follows the rows through the program to
-    the source line that makes one value of several rows.
+    of the batch that count so. All that has to fit in several orders of the rows. The structure
+    explains: it follows the rows through the program to the source line that makes one value of
+    several rows, and finds what of the program can be cut.
 
     >>> import jax.numpy as jnp
     >>> from optaccum.testing import check_loss
@@ -53,6 +54,10 @@ def check_loss(
         * Only bad arguments raise. A program that cannot be followed or run is "unknown".
         * Arrays stay on their devices: with arguments sharded as in training, the check sees what
           the compilers do there.
+        * Weights, a factor, `microbatched` and what can be computed before the batch is cut are
+          advised after they were tried: `left` is the error with them. It is None if the program
+          cannot be taken apart, or if nothing helps, as for BatchNorm inside the model.
+        * A loss in low precision is judged in float32, if its operations can be had in it.
         * If `exact` is True, `findings` are lines that may couple rows that differ more.
         * Microbatch i holds the rows i, i + n, ..., as in :func:`optaccum.value_and_grad`.
 
@@ -139,8 +144,8 @@ def check_step(
 ) -> Report:
     """Say whether a training step does with `every_k` microbatches what it does with the batch.
 
-    `make_step(params, 1)` makes the step that is right. Two of its steps on the full batch are
-    compared with two windows of `make_step(params, every_k)`. If they differ, further runs tell
+    `make_step(params, 1)` makes the step that is right. Three of its steps on the full batch are
+    compared with three windows of `make_step(params, every_k)`. If they differ, further runs tell
     which mistake it is.
 
     >>> import jax, jax.numpy as jnp, optax
@@ -176,6 +181,7 @@ def check_step(
     "optimizer"         the optimizer is outside the accumulation: it acts in calls that hold
     "schedule"          a schedule counts microbatches
     "ema"               an average of the parameters takes in every microbatch
+    "state"             something else that the loss reads moves in every microbatch
     "clip"              each microbatch's gradient is clipped, not their mean
     "divided_twice"     the loss or gradient is divided by `every_k`, and the window's mean again
     "factor"            another factor: gradients are summed
@@ -190,18 +196,20 @@ def check_step(
 
     Guarantees:
         * `params` and `batch` are copied for every run: the step may donate its arguments.
+        * What moves beside the parameters is named after it was tried, with what the full batch has
+          of it: `left` is the error with that.
         * Only bad arguments raise. A step that raises is "unknown", with its error in the detail.
 
     Args:
         make_step: `(params, every_k) -> (state, step)`. `step(state, rows)` takes in the rows of a
-            microbatch and returns the new state, or a tuple that begins with it, or None if it
-            changes the state in place.
+            microbatch and returns the new state, or a tuple with it, or None if it changes the
+            state in place.
         params: What training begins with: a pytree, or a module of `flax.nnx`.
         batch: A pytree whose leaves have the rows of the full batch, which `every_k` divides.
         every_k: Microbatches per window, >= 2. Microbatch i holds the rows i, i + k, ...
         inside_step: Whether `step` takes the full batch and divides it itself.
-        get_params: `state -> parameters`; None for `state.params`, `state["params"]`, the first of
-            a tuple, or the state itself.
+        get_params: `state -> parameters`; None for what has the tree of `params`, or of its
+            "params". Of several, it is what is called "params" or moves the most.
         tolerance: The relative error that is still exact; None to derive it from how far a step
             moves the parameters.
 

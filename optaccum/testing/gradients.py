@@ -78,7 +78,7 @@ class Loss:
 
         def leaf(x):
             x = jnp.asarray(x)
-            if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
+            if not x.is_fully_addressable or jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
                 return x[order]
             return jax.device_put(np.asarray(x)[order], x.sharding)
 

@@ -171,7 +171,8 @@ class Probe:
 
     def _suspects(self, what: str) -> Mistake:
         """Says what moves in holds, if the rows do not make the difference."""
-        moving = self.window.moving()
+        of_sums = self.full.params.shape[1]
+        moving = [p for p in self.window.moving() if self.window.held[p].shape[1] != of_sums]
         if not moving:
             return Mistake("unknown", f"{what}: something counts or keeps what microbatches bring")
         names = " or ".join(map(keystr, moving[:4]))

@@ -59,7 +59,7 @@ class Program:
             trained, states = [self._trained(state)], [named(state)]
             for i, each in enumerate(rows * windows):
                 state = _with(state, given[i // len(rows)]) if given else state
-                state = _next(state, step(state, jax.tree.map(jnp.array, each)))
+                state = _next(state, step(state, _copied(each)))
                 trained.append(self._trained(state))
                 states.append(named(state))
             return _make_run(trained, states, len(rows))
@@ -76,8 +76,7 @@ class Program:
         """
         if self.get_params is not None:
             return self
-        state, _ = self.start(1)
-        before = _alike(self.params, state)
+        before = _alike(self.params, self._after(None))
         if not before:
             raise NotFoundError("the parameters were not found in the state")
         after = _alike(self.params, self._after(batch)) if len(before) > 1 else before
@@ -93,10 +92,10 @@ class Program:
         return dataclasses.replace(self, get_params=lambda state: _alike(self.params, state)[path])
 
     def _after(self, batch: Any) -> Any:
-        """Returns the state after a step on the full batch."""
+        """Returns the state after a step on the full batch, or of None before it."""
         try:
             state, step = self.start(1)
-            return _next(state, step(state, jax.tree.map(jnp.array, batch)))
+            return state if batch is None else _next(state, step(state, _copied(batch)))
         except Exception as error:
             raise StepError from error
 
@@ -282,6 +281,10 @@ def _next(state: Any, result: Any) -> Any:
     )
 
 
+def _copied(batch: Any) -> Any:
+    return jax.tree.map(jnp.array, batch)
+
+
 def _needles(params: Any) -> list[Any]:
     """Returns what the parameters may be in a state: all, or what Flax calls "params" of them."""
     if _is_module(params):
@@ -316,7 +319,7 @@ def _with(state: Any, values: Tree) -> Any:
     """Returns a state with some of its leaves replaced."""
 
     def put(path, x):
-        if _is_module(x):
+        if _changes(x):
             nnx = sys.modules["flax.nnx"]
             variables = nnx.state(x)
             new = jax.tree_util.tree_map_with_path(
@@ -327,12 +330,18 @@ def _with(state: Any, values: Tree) -> Any:
             return x
         return jnp.asarray(values[path], jnp.result_type(x)) if path in values else x
 
-    return jax.tree_util.tree_map_with_path(put, state, is_leaf=_is_module)
+    return jax.tree_util.tree_map_with_path(put, state, is_leaf=_changes)
 
 
 def _is_module(x: Any) -> bool:
     nnx = sys.modules.get("flax.nnx")
     return nnx is not None and isinstance(x, nnx.Module)
+
+
+def _changes(x: Any) -> bool:
+    """Returns whether it is an object of `flax.nnx` that a step changes in place."""
+    nnx = sys.modules.get("flax.nnx")
+    return nnx is not None and isinstance(x, (nnx.Module, nnx.Optimizer))
 
 
 def _is_array(x: Any) -> bool:
@@ -344,13 +353,12 @@ def plain(tree: Any, kind: str | None = None) -> Any:
     nnx = sys.modules.get("flax.nnx")
     if nnx is None:
         return tree
-    kinds = (nnx.Module, nnx.Optimizer)
     kept = ... if kind is None else getattr(nnx, kind)
 
     def pure(x):
-        return nnx.to_pure_dict(nnx.state(x, kept)) if isinstance(x, kinds) else x
+        return nnx.to_pure_dict(nnx.state(x, kept)) if _changes(x) else x
 
-    return jax.tree.map(pure, tree, is_leaf=lambda x: isinstance(x, kinds))
+    return jax.tree.map(pure, tree, is_leaf=_changes)
 
 
 def named(tree: Any) -> dict[Path, np.ndarray]:
