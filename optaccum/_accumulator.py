@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optaccum import _reduce_axes, _reductions, _window
+from optaccum import _callbacks, _reduce_axes, _reductions, _window
 from optaccum._backward import Gradient
 from optaccum._conditional import both, branch
 from optaccum._devices import Replicated
@@ -24,7 +24,7 @@ from optaccum._trees import (
     fast,
     keep_untrained,
 )
-from optaccum._validate import INT32_MAX, check_count, check_denominator, check_scalar
+from optaccum._validate import check_denominator
 from optaccum._window import Microbatch, Sums
 
 
@@ -302,7 +302,7 @@ class Accumulator:
         """
         devices = self.check_sums(call, applied)
         release = self._check_release(as_release(call.release))
-        length = self._length(call.state.gradient_step)
+        length = _callbacks.length(self.every_k, call.state.gradient_step)
         _reduce_axes.check_agreed(length if release is None else release, devices)
         return devices, length, release, self._inner_args(call.extra_args, call.grads)
 
@@ -334,16 +334,3 @@ class Accumulator:
 
     def _inner_args(self, extra_args: dict[str, Any], grads: Any) -> dict[str, Any]:
         return self.extra_args.for_window(extra_args, grads)
-
-    def _length(self, gradient_step: jax.Array) -> jax.Array:
-        """Returns the length of the window after this many releases, i32[]."""
-        every_k = self.every_k
-        if callable(every_k):
-            length, remedy = every_k(gradient_step), "; cast a float schedule with `.astype(int)`"
-            check_scalar("`every_k(gradient_step)`", length, jnp.integer, remedy=remedy)
-            traced = isinstance(length, jax.Array)
-            every_k = length if traced else check_count("`every_k`", int(length))
-        dtype = jnp.result_type(every_k)
-        if isinstance(every_k, jax.Array) and jnp.iinfo(dtype).max > INT32_MAX:  # it would wrap
-            every_k = jnp.clip(every_k, 1, jnp.asarray(INT32_MAX, dtype))
-        return jnp.asarray(every_k, jnp.int32)

@@ -10,7 +10,15 @@ import jax.numpy as jnp
 import optax
 
 from optaccum._mesh_axes import unreduced
-from optaccum._validate import check_function, check_scalar, check_transformation, kind, leaf_name
+from optaccum._validate import (
+    INT32_MAX,
+    check_count,
+    check_function,
+    check_scalar,
+    check_transformation,
+    kind,
+    leaf_name,
+)
 
 
 def as_inner(tx: Any) -> optax.GradientTransformationExtraArgs:
@@ -60,6 +68,20 @@ def as_judge(should_skip_update_fn: Any) -> Callable[..., tuple[jax.Array, Any]]
         return jnp.asarray(should_skip), report
 
     return judge
+
+
+def length(every_k: Any, gradient_step: jax.Array) -> jax.Array:
+    """Returns the length of the window after this many releases, i32[]."""
+    if callable(every_k):
+        found: Any = every_k(gradient_step)
+        remedy = "; cast a float schedule with `.astype(int)`"
+        check_scalar("`every_k(gradient_step)`", found, jnp.integer, remedy=remedy)
+        traced = isinstance(found, jax.Array)
+        every_k = found if traced else check_count("`every_k`", int(found))
+    dtype = jnp.result_type(every_k)
+    if isinstance(every_k, jax.Array) and jnp.iinfo(dtype).max > INT32_MAX:  # it would wrap
+        every_k = jnp.clip(every_k, 1, jnp.asarray(INT32_MAX, dtype))
+    return jnp.asarray(every_k, jnp.int32)
 
 
 @contextlib.contextmanager

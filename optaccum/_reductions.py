@@ -60,7 +60,7 @@ def check_metrics(metrics: Any) -> tuple[dict[str, str], dict[str, Any]]:
                 f"and a tree like the metric, ('sum', jax.ShapeDtypeStruct((8,), 'float32')), got "
                 f"{metric!r}"
             )
-        reductions[name] = AVERAGE if (reduction, like) == (MEAN, None) else reduction
+        reductions[name] = AVERAGE if reduction == MEAN and like is None else reduction
         like = SCALAR if like is None else jax.tree.map(_as_float, like)
         likes[name] = (like, like) if reduction == RATIO else like
     return reductions, likes
