@@ -195,6 +195,14 @@ def test_pages_that_the_readme_links_have_no_markup_that_github_shows_as_code():
         assert not re.search(r"(?m)^:::|^```\{(?!code-cell)", (ROOT / name).read_text()), name
 
 
+def test_actions_are_pinned_by_hash_and_have_no_rights_but_to_read():
+    for workflow in (ROOT / ".github" / "workflows").iterdir():
+        text = workflow.read_text()
+        for action in re.findall(r"uses: (.*)", text):
+            assert re.fullmatch(r"[\w/-]+@[0-9a-f]{40} # v[\d.]+", action), (workflow, action)
+        assert "\npermissions:\n  contents: read\n" in text
+
+
 def test_one_version_and_its_date_are_everywhere():
     released = re.search(r"## (\S+) \((\S+)\)", (ROOT / "CHANGELOG.md").read_text())
     assert released is not None
