@@ -65,9 +65,14 @@ class Report:
             shares = [f"{w:.3g}" for w in self.weights[:8]] + ["..."] * (len(self.weights) > 8)
             lines.append(f"* shares of the microbatches: {', '.join(shares)}")
         if self.remedy:
-            tried = "" if self.left is None else f" Tried: {self.left:.1g} is left."
-            lines.append(f"Remedy: {self.remedy}{tried}")
+            lines.append(f"Remedy: {self.remedy}{self._tried()}")
         return "\n".join(map(_wrap, lines))
+
+    def _tried(self) -> str:
+        if self.left is None:
+            return ""
+        rounded = self.tolerance is not None and self.left <= self.tolerance
+        return f" Tried: {'only rounding' if rounded else f'{self.left:.2g}'} is left."
 
 
 def _wrap(line: str) -> str:
