@@ -71,7 +71,9 @@ def microbatched_loss(
         carry_argnum: Position of the carry.
         accumulator_dtype: Dtype of all sums; None for that of each argument promoted to at least
             float32.
-        reduce_axes: Axes of `jax.shard_map` over which to reduce once. Under explicit sharding pass
+        reduce_axes: Axes of `jax.shard_map` over which to reduce loss and gradients once. Without
+            it the loss is of the rows of a device, for a caller that reduces it, and gradients of
+            what devices share are summed once. Under explicit sharding pass
             `jax.reshard(p, P(..., reduced={axis}))` instead.
 
     Returns:

@@ -7,7 +7,6 @@ import jax
 from jax import lax
 import jax.numpy as jnp
 
-from optaccum._devices import Replicated
 from optaccum._trees import is_none
 
 NAME = "_overwrite_with_gradient"  # the collection, `flax.linen.fp8_ops.OVERWRITE_WITH_GRADIENT`
@@ -23,14 +22,14 @@ class Overwritten(NamedTuple):
     places: tuple[int, ...]
 
     @classmethod
-    def among(cls, which: Iterable[bool], devices: Replicated) -> "Overwritten":
-        """Returns the leaves that are to be replaced, or raises if the devices have several."""
+    def among(cls, which: Iterable[bool], axes: tuple[str, ...]) -> "Overwritten":
+        """Returns the leaves that are to be replaced, or raises if gradients vary over `axes`."""
         places = tuple(j for j, found in enumerate(which) if found)
-        if places and devices.axes:
+        if places and axes:
             raise ValueError(
-                f"parameters with the collection {NAME!r} cannot be trained with `reduce_axes`, "
-                "where each device would overwrite it with its own values; leave `reduce_axes` out "
-                "and use jax.jit"
+                f"parameters with the collection {NAME!r} cannot be trained with `reduce_axes`, or "
+                "in jax.shard_map, where each device would overwrite it with its own values; leave "
+                "`reduce_axes` out and use jax.jit"
             )
         return cls(places)
 

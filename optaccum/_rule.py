@@ -5,6 +5,7 @@ import dataclasses
 from typing import Any
 
 import jax
+from jax import lax
 from jax.custom_derivatives import SymbolicZero
 import jax.numpy as jnp
 
@@ -12,6 +13,7 @@ from optaccum import _devices, _passes, _window
 from optaccum._call import Call, Roles
 from optaccum._conditional import hoisted
 from optaccum._loop import Loop, Settings
+from optaccum._mesh_axes import vary, varying
 from optaccum._outputs import check_aux
 from optaccum._overwritten import Overwritten, overwritten
 from optaccum._trees import strongly_typed
@@ -36,6 +38,7 @@ class Rule:
         overwrites: Which leaves their gradients replace.
         structure: Of the arguments.
         roles: Of the arguments.
+        varies: The mesh axes of `jax.shard_map` over which each leaf varies.
         devices: How they share what has no rows.
         settings: Of the loop.
     """
@@ -48,6 +51,7 @@ class Rule:
     overwrites: list[bool]
     structure: Any
     roles: Roles
+    varies: list[frozenset[str]]
     devices: _devices.Replicated
     settings: Settings
 
@@ -86,8 +90,25 @@ class Rule:
                 )
         found: dict[int, Any] = dict.fromkeys(self.places)
         if not isinstance(of_loss, SymbolicZero):
-            found |= {k: g if self.overwrites[k] else _scaled(g, of_loss) for k, g in grads.items()}
+            found |= {k: self._scaled(k, g, of_loss) for k, g in grads.items()}
         return found, None
+
+    def _scaled(self, k: int, g: jax.Array, cotangent: jax.Array) -> jax.Array:
+        """Returns the gradient of leaf k times the cotangent of the loss, rounded once."""
+        if self.overwrites[k]:
+            return g
+        wide = _window.times(g.astype(_window.at_least_float32(g.dtype)), cotangent)
+        # What all devices share has the sum of their gradients.
+        if axes := tuple(varying(wide) - self.varies[k]):
+            with jax.named_scope("optaccum.reduce"):
+                wide = lax.psum(wide, axes)
+        return wide.astype(g.dtype)
+
+    @property
+    def axes(self) -> tuple[str, ...]:
+        """The mesh axes over which rows vary."""
+        rows = [x for x, j in zip(self.varies, self.owners, strict=True) if j in self.roles.rows]
+        return tuple(sorted(frozenset().union(*rows)))
 
     @property
     def places(self) -> list[int]:
@@ -101,7 +122,7 @@ class Rule:
             inexact = jnp.issubdtype(x.dtype, jnp.inexact)
             shares = inexact and self.owners[k] not in self.roles.rows
             carried = self.owners[k] in self.roles.carry
-            leaves[k] = self.devices.share(x) if shares or carried else x
+            leaves[k] = vary(self.devices.share(x), self.axes) if shares or carried else x
         return self.structure.unflatten(leaves)
 
     def arrays(self, args: list[Any]) -> Arrays:
@@ -133,7 +154,7 @@ class Rule:
             params=params,
             differentiate=differentiate if trained else forward_only,
             devices=self.devices,
-            overwritten=Overwritten.among((self.overwrites[k] for k in params), self.devices),
+            overwritten=Overwritten.among((self.overwrites[k] for k in params), self.axes),
             count=count,
             weight_fn=None if self.weight_fn is None else weight,
             **self.settings._asdict(),
@@ -164,6 +185,7 @@ def run(
         overwrites=overwritten(args),
         structure=structure,
         roles=roles,
+        varies=[varying(x) if isinstance(x, jax.Array) else frozenset() for x in leaves],
         devices=devices,
         settings=settings,
     )
@@ -210,12 +232,6 @@ def _of_arrays(
         return structure.unflatten([next(traced) if x is None else x for x in known])
 
     return of_arrays, closed_over
-
-
-def _scaled(g: jax.Array, cotangent: jax.Array) -> jax.Array:
-    """Returns a gradient times the cotangent of the loss, rounded once."""
-    wide = g.astype(_window.at_least_float32(g.dtype))
-    return _window.times(wide, cotangent).astype(g.dtype)
 
 
 def _is_primal(x: Any) -> bool:

@@ -243,7 +243,7 @@ def value_and_grad(
             differentiate=jax.value_and_grad(loss_fn, at, has_aux),
             weight_fn=None if weight_fn is None else call.by_position(weight_fn),
             devices=devices,
-            overwritten=Overwritten.among(overwritten(params), devices),
+            overwritten=Overwritten.among(overwritten(params), axes),
             count=count,
             **of_call._asdict(),
         )

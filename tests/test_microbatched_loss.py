@@ -5,6 +5,7 @@ import functools
 import equinox as eqx
 from flax import nnx
 from helpers import meshes
+from helpers.hlo import collectives
 import jax
 import jax.numpy as jnp
 from jax.sharding import AxisType, PartitionSpec as P
@@ -304,6 +305,35 @@ def test_devices_reduce_the_gradients_once(weighted):
         found,
         jax.value_and_grad(fun)(params, x, mask),
     )
+
+
+@pytest.mark.parametrize("form", ["mean of losses", "weighed losses", "varying parameters"])
+def test_in_shard_map_the_caller_may_reduce_losses_or_gradients(form):
+    """Parameters that all devices share get the sum of their gradients, in one reduction."""
+    mesh = meshes.make_mesh(AxisType.Auto)
+    x = jax.random.normal(jax.random.key(6), (4 * mesh.size, 4))
+    w = jnp.ones((4, 3))
+
+    def fun(w, x):
+        return jnp.mean(jnp.tanh(x @ w) ** 2)
+
+    def step(loss, w, x):
+        if form == "mean of losses":
+            return jax.grad(lambda w: jax.lax.pmean(loss(w, x), "data"))(w)
+        if form == "weighed losses":
+            weight = jax.lax.axis_index("data") + 1.0
+            return jax.grad(lambda w: jax.lax.psum(weight * loss(w, x), "data"))(w)
+        return jax.lax.pmean(jax.grad(loss)(meshes.vary(w), x), "data")
+
+    def mapped(loss):
+        one = functools.partial(step, loss)
+        return jax.jit(jax.shard_map(one, in_specs=(P(), P("data")), out_specs=P()))
+
+    with jax.set_mesh(mesh):
+        program = mapped(optaccum.microbatched_loss(fun, num_microbatches=4)).lower(w, x).compile()
+        found, expected = program(w, x), mapped(fun)(w, x)
+    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)
+    assert collectives(program, "all-reduce")[0].count(w.nbytes) == 1
 
 
 def test_an_object_that_fun_changes_in_place_is_refused():
