@@ -267,6 +267,7 @@ def test_none_and_masked_leaves_pass_through(step):
     assert new["none"] is None
     assert new["masked"] == optax.MaskedNode()
     np.testing.assert_array_equal(new["a"], np.zeros(2))
+    assert step(tx, None, tx.init(None), None)[0] is None  # nothing is trained
 
 
 @every_step

@@ -341,6 +341,9 @@ def test_what_cannot_be_taken_over_is_refused():
     wrong = held._replace(acc_grads={"w": jnp.ones(3)})
     with pytest.raises(ValueError, match=r"leaf \['w'\] is \(3,\) in the first and \(2,\)"):
         from_multi_steps(accumulate(4, optax.adam(0.1)), wrong, params)
+    link = optax.TraceState({"w": jnp.ones(3)})
+    with pytest.raises(ValueError, match=r"`state\[0\]"):
+        from_multi_steps(optax.chain(optax.trace(0.9), tx), (link, state), params)
 
 
 @needs_reshard
