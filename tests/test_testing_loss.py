@@ -173,6 +173,28 @@ def test_no_order_of_rows_is_exact_by_chance(seed):
         assert_equivalent(case.fun, reported.PARAMS, reported.make_batch(seed), num_microbatches=2)
 
 
+def test_what_is_hoisted_may_leave_a_sum():
+    """Followed by hand: advantages and the number of tokens are those of the whole batch."""
+
+    def loss(p, b):
+        each = jnp.exp(0.1 * reported.token_losses(p, b)) * b["advantage"][:, None]
+        return -jnp.sum(each * b["mask"]) / b["tokens"][0]
+
+    def prepared(b):
+        advantage = (b["reward"] - b["reward"].mean()) / b["reward"].std()
+        return {**b, "advantage": advantage, "tokens": jnp.full(len(advantage), b["mask"].sum())}
+
+    batch = reported.make_batch(0)
+    whole = lambda p, b: loss(p, prepared(b))  # noqa: E731
+    report = check_loss(whole, reported.PARAMS, batch, num_microbatches=4)
+    assert "before the batch is cut" in str(report.remedy)
+    assert "`use_grad_mean=False`" in str(report.remedy)
+    gradient = value_and_grad(loss, num_microbatches=4)(reported.PARAMS, prepared(batch))[1]
+    expected = jax.grad(whole)(reported.PARAMS, batch)
+    for a, e in zip(jax.tree.leaves(gradient), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(4 * a, e, rtol=1e-4, atol=1e-5)
+
+
 def test_structure_names_what_helps():
     for name, part in {
         "batch_norm": "no accumulation changes it",

@@ -451,6 +451,7 @@ def test_the_sign_of_rounding_is_no_mistake(optimizer, kind):
     assert report.kind == kind, report
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", trained.LAYOUTS)
 def test_parameters_are_found_by_their_tree(name):
     right = trained.in_layout(name, lambda k: optaccum.accumulate(k, ADAM))

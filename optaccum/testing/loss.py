@@ -36,6 +36,10 @@ REMEDIES = {
     "hand.",
     "hoisted": "compute what the lines above make of several rows before the batch is cut: it "
     "depends on the data alone.",
+    "summed": "Counts of the whole batch then divide it, so add up the gradients of microbatches "
+    "(`use_grad_mean=False`).",
+    "nothing": "nothing that was tried changes it: accept statistics of microbatches, or compute "
+    "the loss with all rows at once.",
     "factor": "sum against mean: divide the loss by its number of rows (`jnp.mean`), or multiply "
     "the gradient of the window, the mean over its microbatches, by {scale:.6g}.",
     "rows": "sum against mean: divide the loss by its number of rows (`jnp.mean`).",
@@ -197,14 +201,10 @@ def _by_numbers(loss: Loss, options: Options, read: Structure, structural: Repor
     bound = bound if tolerance is None else tolerance
     verdict = numbers.judge(cuts, bound)
     random = any(finding.kind == "stochastic" for finding in read.findings)
-    weighted, first = loss.weight_fn is not None, cuts[0].gradients
-    # If a count fits and the weights in use do not, rounding is not the cause.
-    proven = doubts or (verdict.source is not None and not structural.exact)
+    first = cuts[0].gradients
     if verdict.kind == "exact":
-        # Other weights that would not fit show that these do, however coarse the bound.
-        told = weighted and numbers.off(first, np.ones(n)) > bound
         compiled = _left(gradients.of_loop(loss, n), first)
-        if low and not (told or structural.exact):
+        if low and not structural.exact:
             verdict = Verdict("coarse", verdict.error)
         elif compiled <= bound:
             remedy = REMEDIES["doubt"] if doubts else None
@@ -213,7 +213,7 @@ def _by_numbers(loss: Loss, options: Options, read: Structure, structural: Repor
             verdict = Verdict("compiler", compiled)
     elif gradients.depends_on_keys(loss, bound) or (random and verdict.kind == "coupled"):
         verdict = Verdict("stochastic", verdict.error)
-    elif low and not proven and verdict.error <= 4 * rounding.LARGEST:
+    elif low and not doubts and verdict.error <= 4 * rounding.LARGEST:
         verdict = Verdict("coarse", verdict.error)
     return _explain(verdict, read, bound, loss, first)
 
@@ -249,13 +249,11 @@ def _explain(
     if kind == "coupled" and "terms" in kinds and not kinds & {*walk.COUPLING}:
         kind = "terms"
     left, parts = None, _parts(loss, kind, n)
+    remedy = _remedy(kind, parts, verdict, loss.weight_fn is not None)
     if kind in ("weights", "factor") and weights is not None:
         left = _left((scale or 1.0) * gradients.of_loop(loss, n, weights), first)
     elif parts is not None and parts.kind != "statistics":
-        try:
-            left = parts.error(first.full[0] * first.sizes[0], bound)
-        except Exception:  # an operation that microbatches have in another form
-            left = None
+        remedy, left = _try(parts, remedy, first.full[0] * first.sizes[0], bound)
     known = {*kinds} if kind in ("coarse", "stochastic") else {"unknown", *LINES.get(kind, ())}
     others = [f for f in read.findings if f.kind in known - {kind}]
     told = "unknown" if kind == "coarse" else kind
@@ -265,10 +263,25 @@ def _explain(
         scale,
         weights,
         (Finding(told, _line(read, kind), _detail(kind, verdict)), *others),
-        _remedy(kind, parts, verdict, loss.weight_fn is not None),
+        remedy,
         bound,
         left,
     )
+
+
+def _try(
+    parts: Split, remedy: str | None, full: np.ndarray, bound: float
+) -> tuple[str | None, float | None]:
+    """Returns a remedy and what it leaves, or that nothing helps if it leaves too much."""
+    try:
+        left = parts.error(full, bound)
+        if parts.kind == "hoisted" and left > bound:
+            summed = parts.error(full / parts.n, bound)
+            if summed < left:
+                left, remedy = summed, f"{remedy} {REMEDIES['summed']}"
+    except Exception:  # an operation that microbatches have in another form
+        return remedy, None
+    return (remedy, left) if left <= max(bound, rounding.COARSE) else (REMEDIES["nothing"], None)
 
 
 def _line(read: Structure, kind: str) -> str | None:

@@ -76,7 +76,8 @@ class Probe:
         if off <= 1e-4 * size:
             detail = "microbatches of the same rows have the same gradient: they share one key"
             return Mistake("dropout_keys", detail)
-        detail = "the gradient depends on the order of the rows: they draw random numbers"
+        detail = "the gradient depends on the order of the rows: they draw random numbers, or are "
+        detail += "mixed by their position"
         return Mistake("stochastic", detail)
 
     def _of_holds(self) -> Mistake | None:

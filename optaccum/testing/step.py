@@ -43,7 +43,8 @@ REMEDIES = {
     "`optaccum.accumulate` or `weight_fn` to `optaccum.value_and_grad`.",
     "dropout_keys": "give each microbatch a key of its own: `jax.random.fold_in(key, i)`, or "
     "`rng_argnums` of `optaccum.value_and_grad`.",
-    "stochastic": "check in a deterministic mode, without dropout.",
+    "stochastic": "check in a deterministic mode, without dropout. If rows are mixed by position, "
+    "mix them before the batch is cut.",
     "donated": "use what the step returned, and copy with `jnp.copy` what you keep of a donated "
     "argument or hold twice in the state.",
     "state": "let it change once per window, at the release (`optaccum.has_released`), by what all "
