@@ -33,8 +33,8 @@ JOBS = [  # model, chip, devices, parameters, contenders
     ("1b", targets.H100, 8, REPLICATED, SHARED),
     ("7b", targets.H100, 8, FSDP, (*SHARED, MAXTEXT)),
     ("7b", targets.H100, 8, HSDP, (VALUE_AND_GRAD, REDUCED_ONCE)),
-    ("1b", targets.V5E, 16, REPLICATED, SHARED),
-    ("7b", targets.V5E, 16, FSDP, (*SHARED, MAXTEXT)),
+    ("1b", targets.V5E, 16, FSDP, (*SHARED, MAXTEXT)),
+    ("7b", targets.V5E, 64, FSDP, (contenders.SCAN, VALUE_AND_GRAD, MAXTEXT)),
 ]
 
 
