@@ -5,13 +5,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from optaccum._trees import is_none
 from optaccum._validate import check_dtype, is_function, leaf_name
 
 _REMEDY = "pass the gradient of the same parameters that `init` was given"
 
 
-def dtypes_of_sums(params: Any, accumulator_dtype: Any) -> Any:
-    """Returns the dtype asked for each sum or None, a tree like `params`, or raises.
+def dtypes_of_sums(params: Any, accumulator_dtype: Any) -> list[Any]:
+    """Returns the dtype asked for the sum of each leaf, or None, or raises.
 
     Args:
         params: A pytree of parameters.
@@ -20,6 +21,8 @@ def dtypes_of_sums(params: Any, accumulator_dtype: Any) -> Any:
     leaves, structure = jax.tree_util.tree_flatten_with_path(params)
     if is_function(accumulator_dtype):
         wanted = [check_dtype(accumulator_dtype(path, p), path) for path, p in leaves]
+    elif jax.tree_util.all_leaves([accumulator_dtype], is_none):
+        wanted = [accumulator_dtype] * len(leaves)
     else:
         wanted = structure.flatten_up_to(_broadcast(accumulator_dtype, params))
     for (path, p), asked in zip(leaves, wanted, strict=True):
@@ -30,7 +33,7 @@ def dtypes_of_sums(params: Any, accumulator_dtype: Any) -> Any:
                 f"`accumulator_dtype` {asked} would drop the imaginary part of the {dtype} leaf "
                 f"{leaf_name(path)}; pass a complex dtype or leave it None"
             )
-    return structure.unflatten(wanted)
+    return wanted
 
 
 def _broadcast(dtypes: Any, params: Any) -> Any:

@@ -8,6 +8,7 @@ so that a microbatch costs one fused pass (read x, read the sums, write the sums
 be closed after any microbatch. The weights are summed like all else, with x = 1.
 """
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -88,17 +89,17 @@ def at_least_float32(dtype: Any) -> jnp.dtype:
     return jnp.dtype(jnp.float32) if jnp.finfo(dtype).bits < 32 else jnp.dtype(dtype)
 
 
-def open_sums(params: Any, dtypes: Any = None) -> Any:
+def open_sums(params: Any, dtypes: Sequence[Any] | None = None) -> Any:
     """Returns zeros in which gradients of `params` can be summed, with the same shardings.
 
     Args:
         params: A pytree of arrays, `jax.ShapeDtypeStruct`s or numbers. Integers and booleans, which
             have no gradient, keep their dtype and are never added to.
-        dtypes: A tree like `params` with the dtype of each sum, its real counterpart for a real
-            leaf; None for the leaf's dtype promoted to at least float32. None for a tree of None.
+        dtypes: The dtype of the sum of each leaf, its real counterpart for a real one; None for the
+            leaf's dtype promoted to at least float32. None for None each.
     """
 
-    def zeros(p, asked=None):
+    def zeros(p, asked):
         dtype = jnp.result_type(p)
         if jnp.issubdtype(dtype, jnp.complexfloating):
             dtype = asked or dtype
@@ -106,7 +107,8 @@ def open_sums(params: Any, dtypes: Any = None) -> Any:
             dtype = jnp.finfo(asked or at_least_float32(dtype)).dtype
         return jnp.zeros_like(p, dtype=dtype)
 
-    return jax.tree.map(zeros, params, *(() if dtypes is None else (dtypes,)))
+    leaves, structure = jax.tree.flatten(params)
+    return structure.unflatten(map(zeros, leaves, dtypes or [None] * len(leaves)))
 
 
 def is_summed(s: jax.Array) -> bool:
