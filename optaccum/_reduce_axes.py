@@ -79,7 +79,12 @@ def check_replicated(params: Any, devices: Replicated) -> None:
 def check_shares(axes: tuple[str, ...]) -> Replicated:
     """Returns how the devices of a `jax.shard_map` share parameters, or raises elsewhere."""
     devices = check_mesh(axes)
-    check_not_reduced(devices)
+    if isinstance(devices, Stacked):
+        raise AxisError(
+            f"`reduce_axes` names {axes[0]!r}, an Auto axis, over which only "
+            "optaccum.value_and_grad and optaccum.value_and_apply reduce once; use jax.shard_map, "
+            "or leave `reduce_axes` out"
+        )
     if isinstance(devices, Unreduced):
         raise AxisError(
             f"`reduce_axes` names {axes}, Explicit axes, over which gradients with respect to "
