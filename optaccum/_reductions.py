@@ -4,6 +4,7 @@ The key of a metric in `arg_sums` tells, so that a state can be read without its
 """
 
 from collections.abc import Callable, Mapping
+import functools
 from typing import Any
 
 import jax
@@ -102,6 +103,27 @@ def add(sums: dict[str, Any], values: dict[str, Any], microbatch: Microbatch) ->
     return {
         key: _window.add(sums[key], values[key], how.get(of_key(key)[0], microbatch))
         for key in sorted(sums)
+    }
+
+
+def add_to_first(
+    stacked: dict[str, Any], values: dict[str, Any], microbatch: Microbatch
+) -> dict[str, Any]:
+    """Returns `arg_sums` of several devices, along a first axis, with a microbatch of all of them.
+
+    The first device adds it. The others begin a window with nothing.
+    """
+    first = add(jax.tree.map(lambda x: x[0], stacked), values, microbatch)
+    resets = jnp.logical_and(microbatch.opens, microbatch.counts)
+
+    def leaf(nothing, x, new):
+        return jnp.where(resets, nothing, x).at[0].set(new)
+
+    return {
+        key: jax.tree.map(
+            functools.partial(leaf, -jnp.inf if of_key(key)[0] == MAX else 0), x, first[key]
+        )
+        for key, x in stacked.items()
     }
 
 

@@ -1,6 +1,7 @@
 """A training step that adds gradients to the window where the backward pass makes them."""
 
 from collections.abc import Callable, Sequence
+import dataclasses
 import functools
 import inspect
 from typing import Any, NamedTuple
@@ -10,7 +11,7 @@ from jax.core import Tracer
 import jax.numpy as jnp
 import optax
 
-from optaccum import _call, _reduce_axes, _validate, _window
+from optaccum import _call, _reduce_axes, _reductions, _validate, _window
 from optaccum._accumulate import accumulator_of, apply_gradients
 from optaccum._accumulator import Accumulator, Added, Call
 from optaccum._backward import Gradient
@@ -79,8 +80,8 @@ def value_and_apply(
 
         Under automatic sharding with `reduce_axes` each device computes the gradient of its rows,
         and a release reduces the sums. The loss is that of all rows, and leaves of `aux` get a
-        leading axis of devices. Weights come from `weight_fn`, which sees the rows of a device.
-        Sharding constraints in `fun` must not name these axes.
+        leading axis of devices. Weights come from `weight_fn`, which sees the rows of a device,
+        and extra arguments are those of all rows. Sharding constraints in `fun` must not name these axes.
 
     Raises:
         TypeError: (here) for arguments of another kind, (when traced) for `weight=` beside
@@ -194,38 +195,48 @@ def _add_on_each_device(
     by_position = _call.Call(loss.fun, loss.argnums, tuple(args), {})
     by_position.check(1, devices=devices.count)
     shapes = []
+    # Extra arguments are those of all rows: they are added once, to the sums of the first device.
+    named, state = accumulator.extra_args, call.state
+    without = dataclasses.replace(named, averages={}, metrics={})
+    local = dataclasses.replace(accumulator, extra_args=without)
+    local_call = call._replace(state=state._replace(inner_state=(), arg_sums={}), extra_args={})
 
     def fun(args, state):
         per_device = along(devices.axes)
-        new, added = _add(accumulator, loss, args, call._replace(state=state), per_device)
+        new, added = _add(local, loss, args, local_call._replace(state=state), per_device)
         value, aux = added.value
-        value = _mean_loss(value, added, per_device)
+        weight, value = _mean_loss(value, added, per_device)
         counts = added.microbatch.counts
         shapes[:] = jax.tree.map(_as_shape, (new.grads, added.values)), added.known_positive, counts
         counts = () if isinstance(counts, bool) else counts
-        return value, stack(aux, devices), added.sums, counts, added.skip_state
+        return (weight, value, counts, added.skip_state), (stack(aux, devices), added.sums)
 
     sharded: Any = jax.P(devices.axes)
     whole: Any = jax.P()
-    state = call.state._replace(inner_state=())
-    specs = AccumulateState(*[whole] * len(state))
-    specs = specs._replace(weight=sharded, grad_sum=sharded, arg_sums=sharded)
-    value, aux, sums, counts, skip_state = on_each_device(
-        fun, devices, by_position, (state,), (specs,), (whole, sharded, sharded, whole, whole)
+    specs = AccumulateState(*[whole] * len(state))._replace(weight=sharded, grad_sum=sharded)
+    (weight, value, counts, skip_state), (aux, sums) = on_each_device(
+        fun, devices, by_position, (local_call.state,), (specs,), (whole, sharded)
     )
     (grads, values), known_positive, decided = shapes
-    microbatch = Microbatch(counts=decided if isinstance(decided, bool) else counts)
+    counts = decided if isinstance(decided, bool) else counts
+    microbatch = Microbatch(weight, state.mini_step == 0, counts, summed=accumulator.summed)
+    extra_args = named.with_value(call.extra_args, value)
+    averaged = named.averaged(extra_args, jax.eval_shape(devices.load, state.arg_sums))
+    sums = sums._replace(
+        args=_reductions.add_to_first(state.arg_sums, averaged, microbatch.decided())
+    )
+    values = values._replace(args=averaged)
     added = Added(sums, values, microbatch, known_positive, skip_state, (value, aux))
     return call._replace(grads=grads), added
 
 
-def _mean_loss(loss: jax.Array, added: Added, devices: Replicated) -> jax.Array:
-    """Returns the loss of the rows of all devices."""
+def _mean_loss(loss: jax.Array, added: Added, devices: Replicated) -> tuple[jax.Array, jax.Array]:
+    """Returns the weight and the loss of the rows of all devices."""
     terms, how = Sums(added.values.weight, (), loss), added.microbatch._replace(opens=True)
     sums = _window.add(_window.open_sums(terms), terms, how._replace(counts=True))
     _, (weight, total) = devices.reduce((), (sums.weight, sums.args))
-    weight = jnp.ones_like(weight) if how.summed else weight
-    return _window.mean(Sums(weight, (), total), terms)[1]
+    divisor = jnp.ones_like(weight) if how.summed else weight
+    return weight, _window.mean(Sums(divisor, (), total), terms)[1]
 
 
 def _as_shape(x: Any) -> jax.ShapeDtypeStruct:

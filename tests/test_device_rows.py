@@ -216,6 +216,25 @@ OPTIONS = {
 }
 
 
+def test_extra_arguments_count_once():
+    """They are those of all rows, not of each device."""
+    kinds = {"value": "mean", "load": "sum", "logit": "max", "accuracy": "ratio"}
+    found = []
+    for axes in ((), "data"):
+        with jax.set_mesh(make_mesh(AxisType.Auto)):
+            tx = accumulate(2, optax.sgd(0.1), metrics=kinds, reduce_axes=axes)
+            params, state = PARAMS, tx.init(PARAMS)
+            step = jax.jit(value_and_apply(tx, loss_fn, weight_fn=tokens))
+            for i, batch in enumerate(BATCHES[:3]):
+                extra = {"load": 2.0 + i, "logit": -3.0 - i, "accuracy": (1.0 + i, 4.0)}
+                _, params, state = jax.block_until_ready(step(params, state, batch, **extra))
+                found.append(window_metrics(state))
+    for i in range(3):
+        assert_close(found[3 + i], found[i], 1e-4)
+    assert found[1]["load"] == 5
+    assert found[2]["logit"] == -5
+
+
 def run(step, params, opt_state, batches=BATCHES):
     """Returns losses, parameters and state; waits for each step.
 
