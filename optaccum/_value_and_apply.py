@@ -81,7 +81,8 @@ def value_and_apply(
         Under automatic sharding with `reduce_axes` each device computes the gradient of its rows,
         and a release reduces the sums. The loss is that of all rows, and leaves of `aux` get a
         leading axis of devices. Weights come from `weight_fn`, which sees the rows of a device,
-        and extra arguments are those of all rows. Sharding constraints in `fun` must not name these axes.
+        and extra arguments are those of all rows. Sharding constraints in `fun` must not name these
+        axes.
 
     Raises:
         TypeError: (here) for arguments of another kind, (when traced) for `weight=` beside
