@@ -9,6 +9,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 import optax
 
 from optaccum._mesh_axes import unreduced, varying
+from optaccum._reduce_axes import AxisError
 from optaccum._state import AccumulateState
 from optaccum._validate import check_transformation, leaf_name
 
@@ -83,10 +84,16 @@ def state_shardings(tx: optax.GradientTransformation, params: Any, shardings: An
     named = isinstance(layout.replicated, NamedSharding)
     mesh = layout.replicated.mesh.abstract_mesh if named else jax.sharding.get_abstract_mesh()
     with jax.sharding.use_abstract_mesh(mesh):
-        jax.eval_shape(trace, shapes)
-        specs, stacked = found
-        unreduced = not named and any(getattr(s, "unreduced", ()) for s in jax.tree.leaves(specs))
-        if stacked or unreduced:  # in `jax.shard_map` types say which leaves vary
+        try:
+            jax.eval_shape(trace, shapes)
+            specs, per_device = found
+            waits = any(getattr(s, "unreduced", ()) for s in jax.tree.leaves(specs))
+            per_device |= waits and not named
+        except AxisError:  # this JAX may have no other way for an Explicit axis
+            if named or mesh.empty:
+                raise
+            per_device = True
+        if per_device:  # in `jax.shard_map` types say which leaves vary
             mapped = jax.shard_map(trace, in_specs=PartitionSpec(), out_specs=PartitionSpec())
             jax.eval_shape(mapped, shapes)
     return found[0]

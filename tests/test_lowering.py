@@ -180,10 +180,9 @@ def _scopes(fun, *args):
     """Returns the paths of our scopes in the metadata of a lowered program."""
     module: Any = jax.jit(fun).lower(*args).compiler_ir("stablehlo")
     text = module.operation.get_asm(enable_debug_info=True, large_elements_limit=8)
-    return {
-        "/".join(re.findall(r"optaccum\.\w+", path))
-        for path in re.findall(r'loc\("([^"]*optaccum\.[^"]*)"', text)
-    }
+    ours = r"optaccum\.(?:add|reduce|release|hold)\b"  # and not modules, which JAX may name, too
+    paths = (re.findall(ours, path) for path in re.findall(r'loc\("([^"]*)"', text))
+    return {"/".join(path) for path in paths if path}
 
 
 def _layers_loss(params, x):
