@@ -276,7 +276,7 @@ class Accumulator:
         microbatch: Microbatch,
         total: Any,
     ) -> Sums:
-        """Returns the sums with a microbatch; `total` are those of gradients, if they are known."""
+        """Returns the sums with a microbatch; `total` are the sums of gradients, if known."""
         microbatch, sums = microbatch.decided(), (state.weight, state.grad_sum)
         if total is not None:
             values, sums = values._replace(grads=()), (state.weight, ())

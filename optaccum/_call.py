@@ -34,16 +34,19 @@ class Argnums(NamedTuple):
 
 
 def check_roles(
-    options: dict[str, Any], batch_argnames: Any, has_aux: bool = False, layout: Any = None
+    batch_argnames: Any, has_aux: bool = False, layout: Any = None, **argnums: Any
 ) -> Argnums:
-    """Returns the options `{option: argnums}`, checked; None is the default of the batch."""
+    """Returns the options that give roles, checked; None is the default of the batch."""
     if layout not in (None, "rows", "uneven", "stacked"):
         raise ValueError(f"`batch_layout` must be 'rows', 'uneven' or 'stacked', got {layout!r}")
     names = (batch_argnames,) if isinstance(batch_argnames, str) else batch_argnames
     if names is not None:
         names = check_names(NAMES, names, "a name or a tuple of names")
+    options = {f"`{option}`": each for option, each in argnums.items()}
     by_default = options[ROWS] is None
-    options = options | {ROWS: 1} if by_default else options
+    options[ROWS] = 1 if by_default else options[ROWS]
+    if CARRY in options:
+        options[CARRY] = () if options[CARRY] is None else (options[CARRY],)
     positions = {option: check_argnums(option, each) for option, each in options.items()}
     if positions.get(TRAINED) == ():
         raise ValueError(f"{TRAINED} must name at least one argument to differentiate, got ()")
@@ -153,8 +156,8 @@ class Call:
         for name, leaf in named_leaves(self.titled(trained)):
             if not isinstance(leaf, ARRAYS):
                 raise TypeError(
-                    f"{name} is no array but {describe(leaf)}, and {TRAINED} names it; take the "
-                    "arrays out, `params, static = equinox.partition(model, "
+                    f"{name} is not an array but {describe(leaf)}, and {TRAINED} names it; take "
+                    "the arrays out, `params, static = equinox.partition(model, "
                     "equinox.is_inexact_array)`, and let `fun` begin with "
                     "`model = equinox.combine(params, static)`"
                 )

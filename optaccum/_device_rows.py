@@ -13,14 +13,14 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 from optaccum._call import Call
-from optaccum._devices import Stacked
+from optaccum._devices import Automatic
 from optaccum._mesh_axes import vary
 from optaccum._passes import take_apart
 
 
 def on_each_device(
     fun: Callable[..., Any],
-    devices: Stacked,
+    devices: Automatic,
     call: Call,
     more: tuple[Any, ...] = (),
     specs: tuple[Any, ...] = (),
@@ -65,6 +65,6 @@ def on_each_device(
     return jax.jit(mapped)(jnp.arange(devices.count), whole, rows, more)
 
 
-def stack(tree: Any, devices: Stacked, axis: int = 0) -> Any:
+def as_shard(tree: Any, devices: Automatic, axis: int = 0) -> Any:
     """Returns what a device has with an axis of length 1, for all devices to be put together."""
     return jax.tree.map(lambda x: jnp.expand_dims(vary(jnp.asarray(x), devices.axes), axis), tree)

@@ -1,10 +1,10 @@
-"""Where sums are kept: replicated, one on each device, unreduced, or stacked.
+"""Where sums are kept: replicated, one on each device, unreduced, or with an axis of devices.
 
 Each device of data-parallel training has the gradient of its rows. Reduced as they come, gradients
 cost one reduction per microbatch. Summed on each device, and reduced in the release branch, they
 cost one per window. The type of a gradient says which it is; "On many devices" shows how users get
 one that is not reduced. Under Auto axes there is none, since `jax.jit` reduces gradients by itself:
-there `_rows_of_devices` computes gradients in a `jax.shard_map`.
+there `_device_rows` computes gradients in a `jax.shard_map`.
 """
 
 import functools
@@ -147,7 +147,7 @@ class Unreduced(Replicated):
         return jax.tree.map(whole, grads, grads if like is None else like), args
 
 
-class Stacked(Replicated):
+class Automatic(Replicated):
     """Under automatic sharding: arrays with an axis in front, along which each device has its sums.
 
     `PerDevice` adds to them in a `jax.shard_map`. A release adds up the axis.
@@ -159,13 +159,13 @@ class Stacked(Replicated):
         self.count = math.prod(mesh.shape[axis] for axis in axes)
 
     def store(self, sums):
-        return jax.jit(functools.partial(jax.tree.map, self._stack))(sums)
+        return jax.jit(functools.partial(jax.tree.map, self._divide))(sums)
 
-    def _stack(self, x):
-        stacked = jnp.broadcast_to(x, (self.count, *x.shape))
+    def _divide(self, x):
+        repeated = jnp.broadcast_to(x, (self.count, *x.shape))
         spec = PartitionSpec(self.axes, *[PartitionSpec.UNCONSTRAINED] * x.ndim)
         mesh: Any = jax.sharding.get_abstract_mesh()
-        return lax.with_sharding_constraint(stacked, NamedSharding(mesh, spec))
+        return lax.with_sharding_constraint(repeated, NamedSharding(mesh, spec))
 
     def load(self, sums):
         return jax.tree.map(lambda x: x[0], sums)
@@ -186,7 +186,7 @@ def along(axes: tuple[str, ...]) -> Replicated:
         return Replicated()
     mesh = jax.sharding.get_abstract_mesh()
     types = dict(zip(mesh.axis_names, mesh.axis_types, strict=True))
-    kinds = {AxisType.Manual: PerDevice, AxisType.Explicit: Unreduced, AxisType.Auto: Stacked}
+    kinds = {AxisType.Manual: PerDevice, AxisType.Explicit: Unreduced, AxisType.Auto: Automatic}
     return kinds[types[axes[0]]](axes)
 
 

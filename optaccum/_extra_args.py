@@ -61,7 +61,7 @@ class ExtraArgs:
     Attributes:
         averages: For each of `average_args` and `metrics` a tree like it; None for one like the
             parameters.
-        metrics: Reductions of those that `inner` does not get, by name.
+        metrics: Reductions of what `inner` does not get, by name.
         window_args: Names of arguments that stand for the whole window.
         inner_args: Names in the signature of `inner`.
     """

@@ -75,7 +75,7 @@ def check_fits(grads: Any, like: Any) -> None:
 
 
 def check_trained(params: Any, sums: Any, *, applied: bool) -> None:
-    """Raises if `params` are not those that the sums were opened for; a None fits anything.
+    """Raises if `params` are not what the sums were opened for; a None fits anything.
 
     Without `applied` a tree of another structure passes: only `inner` could read it, and some
     optimizers do not.

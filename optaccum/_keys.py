@@ -43,8 +43,8 @@ def check_keys(keys: dict[str, Any], others: dict[str, Any], *, may_carry: bool)
         for name, leaf in named_leaves({title: tree}):
             if not (typed or _is_raw_key(leaf)):
                 raise TypeError(
-                    f"`rng_argnums` names {name}, which is no PRNG key but {describe(leaf)}; pass "
-                    "one of `jax.random.key`"
+                    f"`rng_argnums` names {name}, which is not a PRNG key but {describe(leaf)}; "
+                    "pass one of `jax.random.key`"
                 )
             if typed and _is_raw_key(leaf) and "count" not in name:  # `flax.nnx.RngState` has one
                 raise TypeError(

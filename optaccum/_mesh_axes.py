@@ -13,7 +13,7 @@ def unreduced(x: Any) -> frozenset[str]:
 
 
 def unreduce(x: jax.Array, axes: tuple[str, ...]) -> jax.Array:
-    """Casts `x` to unreduced over those `axes` that do not shard it; needs no communication."""
+    """Casts `x` to unreduced over the `axes` that do not shard it; needs no communication."""
     sharded = partitions(x)
     wanted = unreduced(x) | (set(axes) - set(jax.tree.leaves(sharded)))
     if wanted == unreduced(x):

@@ -104,7 +104,7 @@ def microbatched(
             :func:`optaccum.value_and_grad`.
         rng_argnums: Positions of keys, or pytrees of them, as in :func:`optaccum.value_and_grad`:
             in microbatch i each key is `jax.random.fold_in(key, i)`.
-        accumulator_dtype: Dtype of all sums; None for that of each argument promoted to at least
+        accumulator_dtype: Dtype of all sums; None for each argument's own promoted to at least
             float32.
         reduce_axes: Axes of `jax.shard_map` over which to reduce gradients once. They are summed,
             as JAX would sum them microbatch after microbatch. Under explicit sharding pass
@@ -126,8 +126,9 @@ def microbatched(
     n = _validate.check_count("`num_microbatches`", num_microbatches)
     accumulator_dtype = _validate.check_dtype(accumulator_dtype)
     axes = _validate.check_axes(reduce_axes)
-    options = {"`batch_argnums`": batch_argnums, "`rng_argnums`": rng_argnums}
-    positions = _call.check_roles(options, batch_argnames)
+    positions = _call.check_roles(
+        batch_argnames, batch_argnums=batch_argnums, rng_argnums=rng_argnums
+    )
 
     @functools.wraps(fun)
     def microbatched_fn(*args, **kwargs):

@@ -49,7 +49,7 @@ def microbatched_loss(
         * One forward and one backward pass for each microbatch: where the loss is differentiated,
           the gradients are made in its forward pass, summed, and multiplied by the cotangent. Where
           it is not, it costs forward passes alone.
-        * Shapes, dtypes, rows, keys, weights and sums are those of :func:`optaccum.value_and_grad`.
+        * Shapes, dtypes, rows, keys, weights and sums are as in :func:`optaccum.value_and_grad`.
         * All arguments but rows, keys and the carry may be differentiated. A gradient is exact or
           refused: with respect to those, to a value that `fun` closes over, and of `aux`, an error
           says so.
@@ -69,7 +69,7 @@ def microbatched_loss(
         loss_reduction: "mean" or "sum".
         rng_argnums: Positions of keys.
         carry_argnum: Position of the carry.
-        accumulator_dtype: Dtype of all sums; None for that of each argument promoted to at least
+        accumulator_dtype: Dtype of all sums; None for each argument's own promoted to at least
             float32.
         reduce_axes: Axes of `jax.shard_map` over which to reduce loss and gradients once. Without
             it the loss is of the rows of a device, for a caller that reduces it, and gradients of
@@ -89,12 +89,14 @@ def microbatched_loss(
         fun, weight_fn, num_microbatches, has_aux, loss_reduction, accumulator_dtype
     )
     axes = _validate.check_axes(reduce_axes)
-    options = {
-        "`batch_argnums`": batch_argnums,
-        "`rng_argnums`": rng_argnums,
-        "`carry_argnum`": () if carry_argnum is None else (carry_argnum,),
-    }
-    positions = _call.check_roles(options, batch_argnames, has_aux, batch_layout)
+    positions = _call.check_roles(
+        batch_argnames,
+        has_aux,
+        batch_layout,
+        batch_argnums=batch_argnums,
+        rng_argnums=rng_argnums,
+        carry_argnum=carry_argnum,
+    )
 
     @functools.wraps(fun)
     def loss_fn(*args, **kwargs):

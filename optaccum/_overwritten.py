@@ -46,7 +46,7 @@ class Overwritten(NamedTuple):
         return structure.unflatten(rest), values
 
     def join(self, rest: Any, new: list[jax.Array], counts: jax.Array, params: Any) -> Any:
-        """Returns a tree with the largest of the new values, or those of `params` if none counts.
+        """Returns a tree with the largest of the new values, or the old ones if none counts.
 
         Args:
             rest: A tree with None in these places.

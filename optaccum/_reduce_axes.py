@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax.sharding import AxisType
 
 from optaccum import _devices
-from optaccum._devices import PerDevice, Replicated, Stacked, Unreduced
+from optaccum._devices import Automatic, PerDevice, Replicated, Unreduced
 from optaccum._mesh_axes import partitions, unreduced, varying
 from optaccum._validate import leaf_name
 
@@ -42,7 +42,7 @@ def check_mesh(axes: tuple[str, ...]) -> Replicated:
 
 def check_not_reduced(devices: Replicated) -> None:
     """Raises where `jax.jit` has reduced all gradients already."""
-    if isinstance(devices, Stacked):
+    if isinstance(devices, Automatic):
         raise AxisError(
             f"`reduce_axes` names {devices.axes[0]!r}, an Auto axis: jax.jit has summed the "
             "gradients over it; let optaccum.value_and_apply compute them, use jax.shard_map "
@@ -79,7 +79,7 @@ def check_replicated(params: Any, devices: Replicated) -> None:
 def check_shares(axes: tuple[str, ...]) -> Replicated:
     """Returns how the devices of a `jax.shard_map` share parameters, or raises elsewhere."""
     devices = check_mesh(axes)
-    if isinstance(devices, Stacked):
+    if isinstance(devices, Automatic):
         raise AxisError(
             f"`reduce_axes` names {axes[0]!r}, an Auto axis, over which only "
             "optaccum.value_and_grad and optaccum.value_and_apply reduce once; use jax.shard_map, "
@@ -151,7 +151,7 @@ def check_state(axes: tuple[str, ...], weight: jax.Array) -> Replicated:
             f"`weight` of shape {jnp.shape(weight)} there; make it with `init` in a jax.shard_map "
             f"with the axes {devices.axes}, and pass it with the specs of optaccum.state_shardings"
         )
-    if isinstance(devices, Stacked) and jnp.shape(weight) != (devices.count,):
+    if isinstance(devices, Automatic) and jnp.shape(weight) != (devices.count,):
         raise ValueError(
             f"the optimizer state must have one `weight`, and one of each sum, for each of the "
             f"{devices.count} devices along {devices.axes}, got `weight` of shape "

@@ -107,13 +107,13 @@ def add(sums: dict[str, Any], values: dict[str, Any], microbatch: Microbatch) ->
 
 
 def add_to_first(
-    stacked: dict[str, Any], values: dict[str, Any], microbatch: Microbatch
+    arg_sums: dict[str, Any], values: dict[str, Any], microbatch: Microbatch
 ) -> dict[str, Any]:
     """Returns `arg_sums` of several devices, along a first axis, with a microbatch of all of them.
 
     The first device adds it. The others begin a window with nothing.
     """
-    first = add(jax.tree.map(lambda x: x[0], stacked), values, microbatch)
+    first = add(jax.tree.map(lambda x: x[0], arg_sums), values, microbatch)
     resets = jnp.logical_and(microbatch.opens, microbatch.counts)
 
     def leaf(nothing, x, new):
@@ -123,7 +123,7 @@ def add_to_first(
         key: jax.tree.map(
             functools.partial(leaf, -jnp.inf if of_key(key)[0] == MAX else 0), x, first[key]
         )
-        for key, x in stacked.items()
+        for key, x in arg_sums.items()
     }
 
 

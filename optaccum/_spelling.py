@@ -22,8 +22,8 @@ def check_spelling(extra_args: Iterable[str], known: Iterable[str]) -> None:
         meant = _nearest(name, OURS)
         if meant and name.lower().startswith(meant[0]):  # `height` is a word of its own
             raise TypeError(
-                f"`{name}` is no argument of `accumulate`; did you mean `{meant}`? (If it is one "
-                "of `inner`, wrap `inner` so that the signature of its `update` names it)"
+                f"`{name}` is not an argument of `accumulate`; did you mean `{meant}`? (If it is "
+                "one of `inner`, wrap `inner` so that the signature of its `update` names it)"
             )
 
 
@@ -36,12 +36,12 @@ def check_fields(owner: type, fields: Iterable[str], update: Any, names: Iterabl
     for name in sorted(set(names).difference(known, OURS)):
         if name == "batch_stats":  # Optax would ignore it, and BatchNorm would never move
             raise TypeError(
-                f"`{name}` is no field of {owner.__name__}; to keep it in the state, subclass it, "
-                f"`class State({owner.__name__}): {name}: Any`"
+                f"`{name}` is not a field of {owner.__name__}; to keep it in the state, subclass "
+                f"it, `class State({owner.__name__}): {name}: Any`"
             )
         if meant := _nearest(name, known.difference(OURS, POSITIONAL)):
             raise TypeError(
-                f"`{name}` is no field of {owner.__name__} and no argument of its `tx`, did you "
+                f"`{name}` is not a field of {owner.__name__} and no argument of its `tx`, did you "
                 f"mean `{meant}`?"
             )
 

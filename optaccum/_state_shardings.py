@@ -77,8 +77,7 @@ def state_shardings(tx: optax.GradientTransformation, params: Any, shardings: An
     def trace(params):
         state = jax.tree.map(jnp.asarray, tx.init(params))
         states = optax.tree.get_all_with_path(state, AccumulateState.__name__)
-        stacked = any(jnp.ndim(each.weight) for _, each in states)
-        found[:] = layout.of_state(tx, state), stacked
+        found[:] = layout.of_state(tx, state), any(jnp.ndim(each.weight) for _, each in states)
         return ()
 
     named = isinstance(layout.replicated, NamedSharding)
@@ -115,7 +114,7 @@ class _Layout(NamedTuple):
                 transform_non_params=functools.partial(_shard, self.replicated, 0),
                 is_leaf=lambda _: True,  # a whole tree like the parameters at once
             )
-        except IndexError:  # an `init` that needs a leaf, such as that of `optax.lbfgs`
+        except IndexError:  # an `init` that needs a leaf, as `optax.lbfgs` has
             return jax.tree_util.tree_map_with_path(self.of_suffix, state)
 
     def of_leaf(self, path: tuple, x: Any) -> Any:

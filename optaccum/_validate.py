@@ -199,7 +199,7 @@ def check_reduce_dtype(dtype: Any, axes: tuple[str, ...]) -> jnp.dtype | None:
         result = jnp.dtype(dtype)
         wide = jnp.finfo(result).maxexp >= jnp.finfo(jnp.float32).maxexp
     except (TypeError, ValueError) as error:
-        raise TypeError(f"`reduce_dtype` {dtype!r} is no floating dtype: {error}") from None
+        raise TypeError(f"`reduce_dtype` {dtype!r} is not a floating dtype: {error}") from None
     if not wide:
         raise ValueError(f"weighted sums may overflow in `reduce_dtype` {result}; use bfloat16")
     return result

@@ -15,8 +15,8 @@ from optaccum import _call, _reduce_axes, _reductions, _validate, _window
 from optaccum._accumulate import accumulator_of, apply_gradients
 from optaccum._accumulator import Accumulator, Added, Call
 from optaccum._backward import Gradient
-from optaccum._device_rows import on_each_device, stack
-from optaccum._devices import Replicated, Stacked, along
+from optaccum._device_rows import as_shard, on_each_device
+from optaccum._devices import Automatic, Replicated, along
 from optaccum._state import AccumulateState, check_state, has_sums
 from optaccum._trees import fast
 from optaccum._window import Microbatch, Sums
@@ -79,9 +79,9 @@ def value_and_apply(
         (Under explicit sharding, `apply_gradients` is for `reduce_axes`.)
 
         Under automatic sharding with `reduce_axes` each device computes the gradient of its rows,
-        and a release reduces the sums. The loss is that of all rows, and leaves of `aux` get a
+        and a release reduces the sums. The loss is of all rows, and leaves of `aux` get a
         leading axis of devices. Weights come from `weight_fn`, which sees the rows of a device,
-        and extra arguments are those of all rows. Sharding constraints in `fun` must not name these
+        and extra arguments stand for all rows. Sharding constraints in `fun` must not name these
         axes.
 
     Raises:
@@ -95,8 +95,9 @@ def value_and_apply(
     _validate.check_flag("`has_aux`", has_aux)
     if weight_fn is not None:
         _validate.check_function("`weight_fn`", weight_fn)
-    options = {"`batch_argnums`": batch_argnums, "`rng_argnums`": rng_argnums}
-    argnums = _call.check_roles({"`argnums`": 0} | options, None)
+    argnums = _call.check_roles(
+        None, argnums=0, batch_argnums=batch_argnums, rng_argnums=rng_argnums
+    )
     loss = Loss(fun, has_aux, weight_fn, argnums)
     accumulator = accumulator_of(tx)
     parameters = inspect.signature(tx.update).parameters.values()
@@ -140,7 +141,7 @@ class Loss(NamedTuple):
         return (value if self.has_aux else (value, ())), grads
 
     def weigh(self, args: Sequence[Any], weight: Any) -> Any:
-        """Returns the weight of a microbatch: `weight`, if there is no function for it."""
+        """Returns the weight of a microbatch: `weight`, without a function for it."""
         return weight if self.weight_fn is None else self.weight_fn(*args)
 
 
@@ -155,7 +156,7 @@ def _take_in(accumulator: Accumulator, loss: Loss, args: Sequence[Any], call: Ca
     """
     check_state(call.state)
     devices = _reduce_axes.check_state(accumulator.reduce_axes, call.state.weight)
-    if isinstance(devices, Stacked):
+    if isinstance(devices, Automatic):
         call, added = _add_on_each_device(accumulator, loss, args, call, devices)
     else:
         call, added = _add(accumulator, loss, args, call, devices)
@@ -185,7 +186,7 @@ def _add(
 
 
 def _add_on_each_device(
-    accumulator: Accumulator, loss: Loss, args: Sequence[Any], call: Call, devices: Stacked
+    accumulator: Accumulator, loss: Loss, args: Sequence[Any], call: Call, devices: Automatic
 ) -> tuple[Call, Added]:
     """Returns what `_add` does, under automatic sharding: each device adds its rows."""
     if call.weight is not None:
@@ -196,7 +197,7 @@ def _add_on_each_device(
     by_position = _call.Call(loss.fun, loss.argnums, tuple(args), {})
     by_position.check(1, devices=devices.count)
     shapes = []
-    # Extra arguments are those of all rows: they are added once, to the sums of the first device.
+    # Extra arguments stand for all rows. They are added once, to the sums of the first device.
     named, state = accumulator.extra_args, call.state
     without = dataclasses.replace(named, averages={}, metrics={})
     local = dataclasses.replace(accumulator, extra_args=without)
@@ -210,7 +211,7 @@ def _add_on_each_device(
         counts = added.microbatch.counts
         shapes[:] = jax.tree.map(_as_shape, (new.grads, added.values)), added.known_positive, counts
         counts = () if isinstance(counts, bool) else counts
-        return (weight, value, counts, added.skip_state), (stack(aux, devices), added.sums)
+        return (weight, value, counts, added.skip_state), (as_shard(aux, devices), added.sums)
 
     sharded: Any = jax.P(devices.axes)
     whole: Any = jax.P()

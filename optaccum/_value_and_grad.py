@@ -7,8 +7,8 @@ from typing import Any, Concatenate, Literal, ParamSpec, TypedDict, TypeVar, Unp
 import jax
 
 from optaccum import _call, _reduce_axes, _validate, _window
-from optaccum._device_rows import on_each_device, stack
-from optaccum._devices import Stacked
+from optaccum._device_rows import as_shard, on_each_device
+from optaccum._devices import Automatic
 from optaccum._in_place import refuse_changes
 from optaccum._loop import Loop, Settings
 from optaccum._overwritten import Overwritten, overwritten
@@ -209,19 +209,21 @@ def value_and_grad(
             "`overlap_reduction` runs the last microbatch apart, but `num_microbatches` is a "
             "function, so which one is last is not known; leave one of them out"
         )
-    options = {
-        "`argnums`": argnums,
-        "`batch_argnums`": batch_argnums,
-        "`rng_argnums`": rng_argnums,
-        "`carry_argnum`": () if carry_argnum is None else (carry_argnum,),
-    }
-    positions = _call.check_roles(options, batch_argnames, has_aux, batch_layout)
+    positions = _call.check_roles(
+        batch_argnames,
+        has_aux,
+        batch_layout,
+        argnums=argnums,
+        batch_argnums=batch_argnums,
+        rng_argnums=rng_argnums,
+        carry_argnum=carry_argnum,
+    )
 
     @functools.wraps(fun)
     def value_and_grad_fn(*args, **kwargs):
         call = _call.Call(fun, positions, args, kwargs)
         devices = _reduce_axes.check_mesh(axes)
-        if isinstance(devices, Stacked):
+        if isinstance(devices, Automatic):
             loss, aux, grads = from_jit(call, devices)
         else:
             loss, aux, new, grads = make_loop(call, call.args, *settings.of_call(call))()
@@ -265,12 +267,12 @@ def value_and_grad(
             _, (total, loss) = loop.devices.reduce((), (sums.weight, sums.args))
             _, loss = _window.mean(Sums(total, (), loss), like)
             grads = cast_floating(sums.grads, reduce_dtype)
-            return loss, total, stack(grads, devices), stack(each.aux, devices, axis=1)
+            return loss, total, as_shard(grads, devices), as_shard(each.aux, devices, axis=1)
 
         out_specs = jax.P(), jax.P(), jax.P(devices.axes), jax.P(None, devices.axes)
-        loss, total, stacked, aux = on_each_device(on_device, devices, call, out_specs=out_specs)
+        loss, total, grads, aux = on_each_device(on_device, devices, call, out_specs=out_specs)
         # Reduced out here, sums can be scattered to where their parameters are divided.
-        sums = devices.reduce_stored(Sums((), stacked, ()), None)._replace(weight=total)
+        sums = devices.reduce_stored(Sums((), grads, ()), None)._replace(weight=total)
         trained = tuple(call.args[j] for j in call.roles.trained)
         like = trained if isinstance(argnums, tuple | list) else trained[0]
         grads, _ = _window.mean(sums, Sums(None, like, ()))

@@ -162,9 +162,9 @@ def mean(sums: Sums, like: Sums, *, of_grads: bool = True, cast: bool = True) ->
     Args:
         sums: The sums of a window.
         like: What a microbatch added to it. For a None, which others may have added to, the mean
-            has the dtype of the sum; it stays None if there is no sum.
+            has the dtype of the sum; it stays None without a sum.
         of_grads: Whether to average the gradients, too, or to return their sums.
-        cast: Whether to cast to the dtypes of `like`, or to keep those of the sums.
+        cast: Whether to cast to the dtypes of `like`, or to keep the dtypes of the sums.
     """
     values = sums.grads, sums.args
     # In double precision only if a sum is (it cannot be without `jax_enable_x64`).

@@ -581,11 +581,15 @@ STACK = {
 }
 
 
-def _scanned(params, x):
+def _features(params, x):
     def layer(h, w):
         return h + jnp.tanh(h @ w["a"]) @ w["b"], None
 
-    return jnp.mean(jax.lax.scan(jax.checkpoint(layer), x, params)[0] ** 2)
+    return jax.lax.scan(jax.checkpoint(layer), x, params)[0]
+
+
+def _scanned(params, x):
+    return jnp.mean(_features(params, x) ** 2)
 
 
 def _temporaries(target, step, *args, donate=()):
@@ -687,7 +691,7 @@ def test_a_weighted_lookup_needs_no_more_than_an_unweighted_one(target):
 
 
 def _on_four_chips(target, step, names, spec, tx=None):
-    """Returns temporaries, and what is sent of the model in `_embedded`, in sizes of it.
+    """Returns temporaries, and what is sent, in sizes of a model with a table and scanned layers.
 
     Args:
         target: The chip.
@@ -732,17 +736,24 @@ def _along(axis):
     return lambda x: P(*[None] * (x.ndim - 2), axis)
 
 
-def _gradients(reduce_axes, **options):
+def _language_model(params, ids):
+    """Layers in a scan, and a table that is looked up and used in a product."""
+    h = _features(params["layers"], params["table"][ids])
+    return jnp.mean(jax.nn.logsumexp(h @ params["table"].T, -1))
+
+
+def _gradients(reduce_axes, loss=_embedded, **options):
     options |= {"weight_fn": _tokens, "reduce_axes": reduce_axes}
-    return optaccum.grad(_embedded, num_microbatches=4, **options)
+    return optaccum.grad(loss, num_microbatches=4, **options)
 
 
 def test_a_plain_jit_reduces_once_and_not_in_a_loop(target):
     """Under automatic sharding alone gradients of scanned layers are reduced in the loops."""
     whole = lambda _: P()  # noqa: E731
-    before, sent = _on_four_chips(target, _gradients(()), ("data",), whole)
+    step = functools.partial(_gradients, loss=_language_model)
+    before, sent = _on_four_chips(target, step(()), ("data",), whole)
     assert sum(parts for (_, looped, _), parts in sent.items() if looped) > 2
-    after, sent = _on_four_chips(target, _gradients("data"), ("data",), whole)
+    after, sent = _on_four_chips(target, step("data"), ("data",), whole)
     assert sent == {("all-reduce", False, False): pytest.approx(1, rel=0.01)}
     assert after < before + 0.1
 
@@ -753,42 +764,69 @@ def test_sums_in_bfloat16_are_half_as_much_to_send(target):
     assert sent == {("all-reduce", False, False): pytest.approx(0.5, rel=0.01)}
 
 
-def test_the_backward_pass_of_the_last_microbatch_hides_reductions():
-    """Between the start and the end of a reduction are products of matrices."""
-    target = _need(targets.H100)
-    layers = {
-        f"{name}{i}": x.update(shape=x.shape[1:]) for i in range(4) for name, x in STACK.items()
-    }
+UNROLLED = {
+    f"{name}{i}": x.update(shape=x.shape[1:]) for i in range(4) for name, x in STACK.items()
+}
 
-    def loss(params, batch):
-        h = batch["x"]
-        for i in range(4):
-            h += jnp.tanh(h @ params[f"a{i}"]) @ params[f"b{i}"]
-        return jnp.mean(h**2)
 
-    def hidden(overlap_reduction):
-        step = optaccum.grad(
-            loss, num_microbatches=4, reduce_axes="data", overlap_reduction=overlap_reduction
-        )
-        mesh = Mesh(np.array(targets.devices(target, 4)), ("data",))
-        batch = {"x": jax.ShapeDtypeStruct((64, 256, 1024), jnp.float32)}
-        args = (
-            _place(layers, NamedSharding(mesh, P())),
-            _place(batch, NamedSharding(mesh, P("data"))),
-        )
-        with jax.set_mesh(mesh):
-            compiled: Any = jax.jit(step).lower(*args).compile()
-        lines = compiled.as_text().splitlines()
-        found = []
-        for at, line in enumerate(lines):
-            if made := re.match(r"\s*%?(\S+) = .*all-reduce-start\(", line):
-                end = next(j for j in range(at, len(lines)) if f"%{made[1]})" in lines[j])
-                found.append(any("gemm" in between for between in lines[at:end]))
-        return sum(found), len(found)
+def _unrolled(params, batch):
+    h = batch["x"]
+    for i in range(4):
+        h += jnp.tanh(h @ params[f"a{i}"]) @ params[f"b{i}"]
+    return jnp.mean(h**2)
 
-    assert hidden(False)[0] == 0
-    some, count = hidden(True)
-    assert some > count / 2
+
+def _in_step(params, state, batch, **options):
+    step = value_and_grad(_unrolled, num_microbatches=4, reduce_axes="data", **options)
+    return step(params, batch)[1], state
+
+
+def _in_call(params, state, batch, **options):
+    step = value_and_apply(accumulate(4, ADAMW, reduce_axes="data"), _unrolled)
+    return step(params, state, batch, **options)[1:]
+
+
+@pytest.mark.parametrize(
+    ("step", "options", "hides"),
+    [
+        (_in_step, {"overlap_reduction": False}, False),
+        (_in_step, {"overlap_reduction": True}, True),
+        (_in_call, {"release": None}, False),
+        (_in_call, {"release": True}, True),
+    ],
+)
+def test_a_backward_pass_hides_reductions(step, options, hides):
+    """On GPUs products of matrices run between the start and the end of most reductions."""
+    text = _program_of(_need(targets.H100), step, options)
+    lines, found = text.splitlines(), []
+    for at, line in enumerate(lines):
+        if made := re.match(r"\s*%?(\S+) = .*all-reduce-start\(", line):
+            end = next(j for j in range(at, len(lines)) if f"%{made[1]})" in lines[j])
+            found.append(any("gemm" in between for between in lines[at:end]))
+    assert found
+    assert sum(found) > len(found) / 2 if hides else not any(found)
+
+
+def test_on_a_v5e_nothing_hides_them():
+    text = _program_of(_need(targets.V5E), _in_step, {"overlap_reduction": True})
+    assert "all-reduce(" in text
+    assert "all-reduce-start" not in text
+    assert "async" not in text
+
+
+def _program_of(target, step, options):
+    """Returns the program for four devices."""
+    mesh = Mesh(np.array(targets.devices(target, 4)), ("data",))
+    batch = {"x": jax.ShapeDtypeStruct((64, 256, 1024), jnp.float32)}
+    tx = accumulate(4, ADAMW, reduce_axes="data")
+    with jax.set_mesh(mesh):
+        params = _place(UNROLLED, NamedSharding(mesh, P()))
+        shardings = state_shardings(tx, params)
+        state = jax.tree.map(_place, jax.eval_shape(tx.init, UNROLLED), shardings)
+        args = params, state, _place(batch, NamedSharding(mesh, P("data")))
+        step = jax.jit(functools.partial(step, **options), donate_argnums=(0, 1))
+        compiled: Any = step.lower(*args).compile()
+    return compiled.as_text()
 
 
 def test_parameters_that_are_divided_over_the_axis_are_gathered_once_and_scattered_once(target):

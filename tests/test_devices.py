@@ -266,6 +266,26 @@ def test_value_and_grad_reduces_once(explicit, n):
         step(params, *batch)
 
 
+def test_unreduced_sums_may_be_sent_in_bfloat16(explicit):
+    params, place = replicated(explicit)
+    x, mask = jnp.tile(X[0], (4, 1)), jnp.concatenate(MASK[:4])
+    step = value_and_grad(
+        loss_fn,
+        num_microbatches=4,
+        batch_argnums=(1, 2),
+        weight_fn=lambda params, x, mask: mask.sum(),
+        reduce_axes="data",
+        reduce_dtype=jnp.bfloat16,
+    )
+    _, grads = jax.jit(lambda params, *batch: step(prepare(params), *batch))(
+        params, place(x), place(mask)
+    )
+    expected = jax.grad(loss_fn)(PARAMS, x, mask)["w"]
+    off = jnp.abs(grads["w"] - expected).max()
+    # A rounding of each of 8 sums, and one for each of 7 additions.
+    assert 1e-5 * jnp.abs(expected).max() < off < 15 * 2**-8 * jnp.abs(expected).max()
+
+
 def test_state_shardings_gives_what_init_gives(explicit):
     tx = optax.chain(optax.clip(1.0), accumulate(K, INNER, reduce_axes="data"))
     params, _ = replicated(explicit)

@@ -440,7 +440,7 @@ TWOS = {"w": jnp.full(2, 2.0)}
 @pytest.mark.parametrize("every_k", [1, 2])
 def test_a_mistyped_extra_argument_is_refused_with_what_was_meant(typed, meant, every_k):
     tx = optaccum.accumulate(every_k, optax.adam(0.1))
-    message = rf"`{typed}` is no argument of `accumulate`; did you mean `{meant}`\?"
+    message = rf"`{typed}` is not an argument of `accumulate`; did you mean `{meant}`\?"
     for step in (tx.update, lambda *args, **kwargs: optaccum.apply_gradients(tx, *args, **kwargs)):
         with pytest.raises(TypeError, match=message):
             step(TWOS, tx.init(ONES), ONES, **{typed: 3.0})

@@ -244,7 +244,7 @@ def test_a_loss_is_taken_in_as_its_gradient_is(tx):
         assert (loss, aux) == (wanted, sums)
     jax.tree.map(np.testing.assert_array_equal, found, expected)
     assert (found.step, found.seen) == (K, K)
-    with pytest.raises(TypeError, match="`sen` is no field of State"):
+    with pytest.raises(TypeError, match="`sen` is not a field of State"):
         start.value_and_apply(loss_fn, x, y, has_aux=True, sen=1)
 
 
@@ -271,7 +271,7 @@ def test_extra_arguments_reach_another_transformation(flavour):
 def test_a_collection_that_is_no_field_is_refused(tx):
     """Optax takes any argument and says nothing: BatchNorm would never move."""
     state = optaccum.flax.TrainState.create(apply_fn=None, params={"w": jnp.ones(2)}, tx=tx)
-    with pytest.raises(TypeError, match=r"`batch_stats` is no field of TrainState.*subclass it"):
+    with pytest.raises(TypeError, match=r"`batch_stats` is not a field of TrainState.*subclass it"):
         state.apply_gradients(grads={"w": jnp.ones(2)}, batch_stats={"mean": jnp.ones(2)})
 
 
@@ -555,7 +555,7 @@ def test_a_keyword_that_is_almost_a_field_is_refused(every_k, jit):
         return state.apply_gradients(grads=GRADS, **kwargs)
 
     step = jax.jit(step) if jit else step
-    message = r"`keey` is no field of State and no argument of its `tx`, did you mean `key`\?"
+    message = r"`keey` is not a field of State and no argument of its `tx`, did you mean `key`\?"
     with pytest.raises(TypeError, match=message):
         step(state, keey=jax.random.key(1))
     with pytest.raises(TypeError, match="did you mean `apply_fn`"):

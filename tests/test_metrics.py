@@ -331,6 +331,15 @@ def reduced(window):
     return whole | {"load": load}
 
 
+def assert_reduced(found, window, tolerance):
+    for name, expected in reduced(window).items():
+        jax.tree.map(
+            lambda a, e: np.testing.assert_allclose(a, e, rtol=tolerance, atol=tolerance),
+            found[name],
+            expected,
+        )
+
+
 @pytest.mark.parametrize("jitted", [False, True], ids=["eager", "jit"])
 @pytest.mark.parametrize(
     "k", [1, 3, lambda step: 3, jnp.int32(3)], ids=["one", "constant", "function", "array"]
@@ -358,13 +367,8 @@ def test_metrics_are_reduced_over_the_microbatches_of_a_window_that_count(k, jit
         else:
             window.append((weight, values))
         params, state, found = run(params, state, grads, jnp.float32(weight), values)
-        for name, expected in reduced(window).items():
-            jax.tree.map(
-                # At most three products and additions of float32, and a quotient.
-                lambda a, e: np.testing.assert_allclose(a, e, rtol=5e-7, atol=5e-7),
-                found[name],
-                expected,
-            )
+        # At most three products and additions of float32, and a quotient.
+        assert_reduced(found, window, 5e-7)
 
 
 def test_a_resumed_window_goes_on_with_its_metrics():
@@ -441,12 +445,7 @@ def test_metrics_of_devices_are_reduced_as_one(inside):
     window = [
         (float(weights[i, d]), values_of(i * count + d)) for i in range(2) for d in range(count)
     ]
-    for name, expected in reduced(window).items():
-        jax.tree.map(
-            lambda a, e: np.testing.assert_allclose(a, e, rtol=2e-6, atol=2e-6),
-            found[name],
-            expected,
-        )
+    assert_reduced(found, window, 2e-6)
 
 
 def test_metrics_of_an_nnx_optimizer_are_arrays():

@@ -134,7 +134,7 @@ def test_a_traced_number_of_microbatches_is_refused():
             (PARAMS, BATCH, {"d": 3}),
             {},
             TypeError,
-            r"argument 2\['d'\], which is no PRNG key but int32\[\]",
+            r"argument 2\['d'\], which is not a PRNG key but int32\[\]",
         ),
         (
             {"weight_fn": lambda *_: jnp.ones(2)},
@@ -263,7 +263,7 @@ def test_a_carry_may_be_narrower_than_it_began():
 def test_a_whole_module_in_one_step_says_how_to_take_it_apart():
     model = eqx.nn.MLP(2, 1, 4, 1, key=jax.random.key(0))
     step = optaccum.value_and_grad(lambda model, x: jnp.mean(x), num_microbatches=2)
-    with pytest.raises(TypeError, match=r"argument 0\.activation is no array.*equinox\.partition"):
+    with pytest.raises(TypeError, match=r"argument 0\.activation is not an array.*equinox\.partition"):
         step(model, jnp.ones((4, 2)))
 
 
@@ -293,7 +293,7 @@ def _in(n, fun=_fun, **options):
         ({}, (W, (X, X[:6])), {}, ValueError, r"1\[0\] has 12 and argument 1\[1\] has 6"),
         ({}, (W, X, KEY), {}, TypeError, r"argument 2 is a PRNG key.*`rng_argnums`"),
         ({}, (W, X), {"k": KEY}, TypeError, r"argument `k` is a PRNG key"),
-        ({"rng_argnums": 2}, (W, X, W), {}, TypeError, r"argument 2, which is no PRNG key"),
+        ({"rng_argnums": 2}, (W, X, W), {}, TypeError, r"argument 2, which is not a PRNG key"),
         (
             {"fun": lambda w, x: {"loss": jnp.mean(x @ w), "y": x}},
             (W, X),

@@ -13,12 +13,11 @@ import pytest
 import optaccum
 from optaccum.testing import check_step, runs, step
 
-ROWS, FEATURES, K = 12, 5, 4
-_keys = jax.random.split(jax.random.key(0), 4)
-PARAMS = {"w": 0.5 * jax.random.normal(_keys[0], (FEATURES, 3)), "b": jnp.full(3, 0.1)}
+ROWS, FEATURES, K = trained.ROWS, trained.WIDTH, trained.K
+PARAMS = trained.PARAMS
 BATCH = {
-    "x": jax.random.normal(_keys[1], (ROWS, FEATURES)),
-    "y": jax.random.normal(_keys[2], (ROWS, 3)),
+    "x": trained.BATCH["x"],
+    "y": trained.BATCH["y"],
     "mask": jnp.array([1.0, 1, 1, 1, 0, 1, 1, 1, 0, 0, 1, 1]),
 }
 

@@ -180,7 +180,7 @@ def of_loop(loss: Loss, n: int, weights: np.ndarray | None = None) -> np.ndarray
     """Returns the gradient that the compiled loop over all microbatches takes, f64[P].
 
     The arrays lie where the caller put them, so that compilers do here what they do in training.
-    `weights`, of the microbatches, are in place of those in use.
+    `weights`, of the microbatches, replace the ones in use.
     """
     keys, rows = loss.some(*loss.keys), jax.tree.map(jnp.asarray, loss.some(*loss.rows))
     weight_fn = loss.weight_fn and (lambda params, given: loss.weight(keys, params, given[0]))

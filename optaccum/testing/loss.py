@@ -103,13 +103,14 @@ def _make_loss(fun: Callable[..., Any], args: tuple, options: Options) -> Loss:
     numbers.check_tolerance(options.tolerance)
     if not isinstance(kwargs, dict) or not all(isinstance(name, str) for name in kwargs):
         raise TypeError(f"`kwargs` must be the keyword arguments of `fun`, a dict, got {kwargs!r}")
-    given = {
-        "`argnums`": options.argnums,
-        "`batch_argnums`": options.batch_argnums,
-        "`rng_argnums`": options.rng_argnums,
-        "`carry_argnum`": (),
-    }
-    roles = _call.check_roles(given, options.batch_argnames, options.has_aux)
+    roles = _call.check_roles(
+        options.batch_argnames,
+        options.has_aux,
+        argnums=options.argnums,
+        batch_argnums=options.batch_argnums,
+        rng_argnums=options.rng_argnums,
+        carry_argnum=None,
+    )
     call = _call.Call(fun, roles, args, kwargs)
     trained, rows, keys, *_ = call.roles
     of_batch = jax.tree.map(

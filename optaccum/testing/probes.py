@@ -27,7 +27,7 @@ class Mistake(NamedTuple):
     scale: float | None = None
     weights: np.ndarray | None = None
     left: float | None = None
-    remedy: str | None = None  # if it is another one than that of the kind
+    remedy: str | None = None  # if the kind has another one
 
 
 @dataclasses.dataclass(frozen=True)
@@ -185,7 +185,7 @@ class Probe:
         paths = map(keystr, self.full.held)
         named = any("batch_stats" in path or "BatchNorm" in path for path in paths)
         if named or self.program.has_statistics():
-            detail = "the state has batch statistics, which are those of each microbatch"
+            detail = "the state has batch statistics, of each microbatch alone"
             return Mistake("batch_norm", detail)
         seen = self._gradients()
         if seen is None:

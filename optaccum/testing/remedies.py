@@ -106,7 +106,7 @@ class Split:
 
     @functools.cached_property
     def _alike(self) -> list[tuple[Any, Any]]:
-        """The equations of both programs, without those that only one of them has."""
+        """The equations that both programs have."""
         full, small = self.full.eqns, self.small.eqns
         names = ([e.primitive.name for e in eqns] for eqns in (full, small))
         blocks = difflib.SequenceMatcher(None, *names, autojunk=False).get_matching_blocks()
@@ -114,7 +114,7 @@ class Split:
 
     @functools.cached_property
     def _small(self) -> dict[Any, Any]:
-        """The variables of the small program for those of the full one."""
+        """The small program's variables for the full one's."""
         pairs = dict(zip(self.full.jaxpr.invars, self.small.jaxpr.invars, strict=True))
         for a, b in self._alike:
             pairs |= zip(a.outvars, b.outvars, strict=True)

@@ -1,10 +1,8 @@
 """Run a user's training step and keep what it leaves behind after every call."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable
 import copy
 import dataclasses
-import functools
-import sys
 from typing import Any
 
 import jax
@@ -12,12 +10,11 @@ import jax.numpy as jnp
 from jax.tree_util import GetAttrKey, keystr
 import numpy as np
 
-from optaccum.testing import rounding
+from optaccum.testing import layouts, rounding
+from optaccum.testing.layouts import Path, Tree
 
 ROUNDING = rounding.bound(rounding.EPS, 1000)  # of a gradient, relative to its size
 WINDOWS = 3  # what cancels in one or two shows in three
-Path = tuple[Any, ...]
-Tree = dict[Path, np.ndarray]
 
 
 class NotFoundError(Exception):
@@ -40,9 +37,9 @@ class Program:
 
     def start(self, every_k: int) -> tuple[Any, Callable[[Any, Any], Any]]:
         """Returns a state and a step, which may donate its buffers or change a module in place."""
-        if _is_module(self.params):
+        if layouts.is_module(self.params):
             return self.make_step(copy.deepcopy(self.params), every_k)
-        fresh = jax.tree.map(lambda x: jnp.array(x) if _is_array(x) else x, self.params)
+        fresh = jax.tree.map(lambda x: jnp.array(x) if layouts.is_array(x) else x, self.params)
         return self.make_step(fresh, every_k)
 
     def run(
@@ -56,12 +53,12 @@ class Program:
             state, step = self.start(every_k)
             cut = every_k > 1 and not self.inside_step
             rows = [take(batch, i, every_k) for i in range(every_k)] if cut else [batch]
-            trained, states = [self._trained(state)], [named(state)]
+            trained, states = [self._trained(state)], [layouts.named(state)]
             for i, each in enumerate(rows * windows):
-                state = _with(state, given[i // len(rows)]) if given else state
+                state = layouts.with_values(state, given[i // len(rows)]) if given else state
                 state = _next(state, step(state, _copied(each)))
                 trained.append(self._trained(state))
-                states.append(named(state))
+                states.append(layouts.named(state))
             return _make_run(trained, states, len(rows))
         except NotFoundError:
             raise
@@ -72,24 +69,31 @@ class Program:
         """Returns a program that knows where in its state the parameters are.
 
         They have the tree that `make_step` got. Of several, such as averages and moments, they are
-        those with its values and the name "params", on the highest level, that move the most.
+        the ones with its values and the name "params", on the highest level, that move the most.
         """
         if self.get_params is not None:
             return self
-        before = _alike(self.params, self._after(None))
+        before = layouts.alike(self.params, self._after(None))
         if not before:
             raise NotFoundError("the parameters were not found in the state")
-        after = _alike(self.params, self._after(batch)) if len(before) > 1 else before
+        after = layouts.alike(self.params, self._after(batch)) if len(before) > 1 else before
 
         def rank(path):
-            first, then = (_flat(named(plain(x)).values()) for x in (before[path], after[path]))
+            first, then = (
+                layouts.flat(layouts.named(layouts.plain(x)).values())
+                for x in (before[path], after[path])
+            )
             equal = len(first) == len(wanted) and np.allclose(first, wanted, rtol=0.01, atol=1e-6)
             called = any(keystr((key,), simple=True) == "params" for key in path)
             return equal, called, -len(path), np.linalg.norm(then - first)
 
-        wanted = _flat(named(plain(_needles(self.params)[0])).values())
+        wanted = layouts.flat(
+            layouts.named(layouts.plain(layouts.needles(self.params)[0])).values()
+        )
         path = max(before, key=rank)
-        return dataclasses.replace(self, get_params=lambda state: _alike(self.params, state)[path])
+        return dataclasses.replace(
+            self, get_params=lambda state: layouts.alike(self.params, state)[path]
+        )
 
     def _after(self, batch: Any) -> Any:
         """Returns the state after a step on the full batch, or of None before it."""
@@ -102,18 +106,18 @@ class Program:
     def _trained(self, state: Any) -> dict[Path, np.ndarray]:
         """Returns the parameters in a state: of a module of `flax.nnx`, its `nnx.Param`."""
         assert self.get_params is not None  # of the user, or of `located`
-        found = named(plain(self.get_params(state), "Param"))
+        found = layouts.named(layouts.plain(self.get_params(state), "Param"))
         return {path: x for path, x in found.items() if x.dtype.kind == "f"}
 
     def has_statistics(self) -> bool:
         """Returns whether the parameters are a module with statistics of batches."""
-        stats = plain(self.params, "BatchStat")
-        return _is_module(self.params) and bool(jax.tree.leaves(stats))
+        stats = layouts.plain(self.params, "BatchStat")
+        return layouts.is_module(self.params) and bool(jax.tree.leaves(stats))
 
     def is_low_precision(self, batch: Any) -> bool:
         """Returns whether a step computes with less than float32, as far as it can be traced."""
         state, step = self.start(1)
-        eps = rounding.coarsest((plain(self.params), batch))
+        eps = rounding.coarsest((layouts.plain(self.params), batch))
         try:
             program = jax.make_jaxpr(lambda rows: step(state, rows))(batch)
         except Exception:  # a step that changes what it is given, or looks at numbers
@@ -180,7 +184,7 @@ class Run:
     def mean(self) -> np.ndarray | None:
         """Returns what the optimizer keeps of the first window's gradient, if it keeps a mean."""
         means = [x for path, x in self.held.items() if {"mu", "trace"} & {*self.names(path)}]
-        whole = _flat(x[self.per_window] for x in means)
+        whole = layouts.flat(x[self.per_window] for x in means)
         return whole if whole.any() else None
 
     def seen(self) -> np.ndarray:
@@ -225,7 +229,7 @@ def _make_run(trained: list[Tree], states: list[Tree], per_window: int) -> Run:
 
     Its path ends before the parameter's, which may be named "mu" and be no mean of Adam's.
     """
-    params = np.stack([_flat(each.values()) for each in trained])
+    params = np.stack([layouts.flat(each.values()) for each in trained])
     sizes = {path: x.size for path, x in trained[0].items()}
     ends = dict(zip(sizes, np.cumsum([*sizes.values()]), strict=True))
     held: Tree = {}
@@ -272,7 +276,7 @@ def _next(state: Any, result: Any) -> Any:
     for found in (result, *(result if isinstance(result, tuple) else ())):
         if jax.tree.structure(found) == wanted:
             return found
-    if any(map(_is_module, state if isinstance(state, tuple | list) else [state])):
+    if any(map(layouts.is_module, state if isinstance(state, tuple | list) else [state])):
         return state  # changed in place; what is returned is a loss
     raise TypeError(
         "`step` must return the state that it was given, changed, or a tuple that holds it, "
@@ -283,94 +287,3 @@ def _next(state: Any, result: Any) -> Any:
 
 def _copied(batch: Any) -> Any:
     return jax.tree.map(jnp.array, batch)
-
-
-def _needles(params: Any) -> list[Any]:
-    """Returns what the parameters may be in a state: all, or what Flax calls "params" of them."""
-    if _is_module(params):
-        nnx = sys.modules["flax.nnx"]
-        return [params, nnx.state(params), nnx.state(params, nnx.Param)]
-    inner = params["params"] if isinstance(params, Mapping) and "params" in params else None
-    return [params] if inner is None else [inner, params]
-
-
-def _alike(params: Any, state: Any) -> dict[Path, Any]:
-    """Returns the parts of a state that look like the parameters."""
-
-    def looks(x, wanted):
-        if _is_module(wanted):
-            return type(x) is type(wanted)
-        pair = [*map(jax.tree.structure, (x, wanted))]
-        return pair[0] == pair[1] and [*map(np.shape, jax.tree.leaves(x))] == [
-            *map(np.shape, jax.tree.leaves(wanted))
-        ]
-
-    for wanted in _needles(params):
-        is_leaf = functools.partial(looks, wanted=wanted)
-        leaves = jax.tree_util.tree_leaves_with_path(state, is_leaf=is_leaf)
-        found = {path: x for path, x in leaves if is_leaf(x)}
-        if found:
-            return found
-    named = getattr(state, "params", state.get("params") if isinstance(state, Mapping) else None)
-    return {} if named is None else {(): named}
-
-
-def _with(state: Any, values: Tree) -> Any:
-    """Returns a state with some of its leaves replaced."""
-
-    def put(path, x):
-        if _changes(x):
-            nnx = sys.modules["flax.nnx"]
-            variables = nnx.state(x)
-            new = jax.tree_util.tree_map_with_path(
-                lambda inner, leaf: put((*path, *inner), leaf), nnx.to_pure_dict(variables)
-            )
-            nnx.replace_by_pure_dict(variables, new)
-            nnx.update(x, variables)
-            return x
-        return jnp.asarray(values[path], jnp.result_type(x)) if path in values else x
-
-    return jax.tree_util.tree_map_with_path(put, state, is_leaf=_changes)
-
-
-def _is_module(x: Any) -> bool:
-    nnx = sys.modules.get("flax.nnx")
-    return nnx is not None and isinstance(x, nnx.Module)
-
-
-def _changes(x: Any) -> bool:
-    """Returns whether it is an object of `flax.nnx` that a step changes in place."""
-    nnx = sys.modules.get("flax.nnx")
-    return nnx is not None and isinstance(x, (nnx.Module, nnx.Optimizer))
-
-
-def _is_array(x: Any) -> bool:
-    return isinstance(x, jax.Array | np.ndarray | np.generic)
-
-
-def plain(tree: Any, kind: str | None = None) -> Any:
-    """Returns a tree of arrays for modules of `flax.nnx`, of one kind of their variables."""
-    nnx = sys.modules.get("flax.nnx")
-    if nnx is None:
-        return tree
-    kept = ... if kind is None else getattr(nnx, kind)
-
-    def pure(x):
-        return nnx.to_pure_dict(nnx.state(x, kept)) if _changes(x) else x
-
-    return jax.tree.map(pure, tree, is_leaf=_changes)
-
-
-def named(tree: Any) -> dict[Path, np.ndarray]:
-    """Returns {path: array} of a state, floating-point numbers as f64."""
-    found = {}
-    for path, leaf in jax.tree_util.tree_leaves_with_path(plain(tree)):
-        leaf = jnp.asarray(leaf) if isinstance(leaf, int | float) else leaf
-        if _is_array(leaf) and not jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
-            inexact = jnp.issubdtype(leaf.dtype, jnp.floating)
-            found[path] = np.array(leaf, np.float64 if inexact else None)
-    return found
-
-
-def _flat(arrays: Iterable[np.ndarray]) -> np.ndarray:
-    return np.concatenate([np.zeros(0), *(x.ravel() for x in arrays)])

@@ -29,7 +29,7 @@ class Structure:
     value: Value | None  # the loss, if the program could be followed
     findings: tuple[Finding, ...]  # what makes it so, in the order of the program
     traced: bool = True  # whether it could be traced, also with twice the rows
-    leaves: tuple[str, ...] = ()  # of the batch that it uses, those that divisors count first
+    leaves: tuple[str, ...] = ()  # of the batch that it uses, first what divisors count
 
 
 def read(loss: Loss) -> Structure:
@@ -43,7 +43,7 @@ def read(loss: Loss) -> Structure:
     walk = Walk(len(jax.tree.leaves(loss.some(*loss.rows))[0]))
     try:
         (value,) = walk.run(once.jaxpr, twice.jaxpr, inputs(loss))
-    except Exception as error:  # a primitive with other parameters than those known here
+    except Exception as error:  # a primitive with unknown parameters
         detail = f"the program could not be followed ({str(error)[:200]})"
         return Structure(None, (Finding("unknown", None, detail),))
     shown = tuple(f for f in walk.findings if value.active and f in value.findings)
