@@ -173,7 +173,7 @@ def stale_shape(x: Any, change: Callable[[Any], Any]) -> tuple[int, ...] | None:
 
 
 def _kept_shapes(x: Any, shapes: list[tuple[int, ...]]) -> Iterator[tuple[int, ...]]:
-    """Yields those of `shapes` that an object has among its attributes."""
+    """Yields each of `shapes` that an object has among its attributes."""
     if not is_object(x) or jax.tree_util.all_leaves([x]):
         return
     for name in (*getattr(x, "__dict__", ()), *getattr(type(x), "__slots__", ())):

@@ -176,7 +176,7 @@ class ExtraArgs:
         """Returns what `inner` gets, but for the means of the window.
 
         Args:
-            extra_args: Those of the microbatch that closes it.
+            extra_args: What the microbatch brings that closes it.
             grads: Its gradients, which stand for the window's until these are known.
         """
         args = self.for_inner(extra_args)

@@ -27,7 +27,7 @@ Arrays = list[jax.Array]
 
 
 def take_apart(args: list[Any], roles: Roles) -> tuple[Arrays, Arrays, Callable[..., list[Any]]]:
-    """Returns the arrays without rows, those with rows, and a function that joins both again.
+    """Returns the arrays without rows, the arrays with rows, and a function that joins both.
 
     `join(i, *whole, *rows)` returns the arguments of microbatch i, with its keys. It keeps no
     array: rules of differentiation outlive the trace that arrays belong to.
@@ -56,7 +56,7 @@ class Passes:
     """A function of microbatches and its rule of differentiation.
 
     `run`, `forward` and `backward` are what `jax.custom_vjp` wants. They take the arrays without
-    rows, those with rows as [m, n, ...], and what the function closes over.
+    rows, the ones with rows as [m, n, ...], and what the function closes over.
 
     Attributes:
         fun: `(closed_over, i, *whole, *rows)` returns the outputs of microbatch i, leaves [m, ...].

@@ -109,7 +109,7 @@ def _factor(cuts: list[Cut], weights: list[np.ndarray], tolerance: float) -> flo
 def _fit(gradients: Gradients, used: np.ndarray, tolerance: float) -> np.ndarray | None:
     """Returns factors with which the microbatches sum to the full batch, or None.
 
-    Of all that fit, those nearest to `used`: a microbatch without a gradient keeps its share.
+    Of all that fit, the nearest to `used`: a microbatch without a gradient keeps its share.
     """
     parts, full, n = gradients.parts, gradients.full.ravel(), len(used)
     finite: Any = np.isfinite(parts).all((0, 2))

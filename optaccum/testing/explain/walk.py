@@ -163,7 +163,7 @@ def _read(known: dict[Any, Value], once: list[Any], twice: list[Any]) -> list[Va
 
 
 def axes(once: Any, twice: Any) -> tuple[int, ...]:
-    """Returns the axes of rows: those that grow with them."""
+    """Returns the axes of rows, which grow with them."""
     sizes = enumerate(zip(once.aval.shape, twice.aval.shape, strict=True))
     return tuple(i for i, (x, y) in sizes if x != y)
 
