@@ -27,7 +27,7 @@ Arrays = list[jax.Array]
 
 
 def take_apart(args: list[Any], roles: Roles) -> tuple[Arrays, Arrays, Callable[..., list[Any]]]:
-    """Returns the arrays without rows, the arrays with rows, and a function that joins both.
+    """Returns the arrays without rows, the arrays with rows, and what joins both.
 
     `join(i, *whole, *rows)` returns the arguments of microbatch i, with its keys. It keeps no
     array: rules of differentiation outlive the trace that arrays belong to.

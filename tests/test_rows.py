@@ -263,7 +263,8 @@ def test_a_carry_may_be_narrower_than_it_began():
 def test_a_whole_module_in_one_step_says_how_to_take_it_apart():
     model = eqx.nn.MLP(2, 1, 4, 1, key=jax.random.key(0))
     step = optaccum.value_and_grad(lambda model, x: jnp.mean(x), num_microbatches=2)
-    with pytest.raises(TypeError, match=r"argument 0\.activation is not an array.*equinox\.partition"):
+    message = r"argument 0\.activation is not an array.*equinox\.partition"
+    with pytest.raises(TypeError, match=message):
         step(model, jnp.ones((4, 2)))
 
 
