@@ -47,7 +47,10 @@ def main(argv: list[str] | None = None) -> None:
     jax.config.update("jax_enable_compilation_cache", False)
     backend = jax.default_backend()
     scale = 0 if args.quick else 1 if backend == "cpu" else 2
-    file = RESULTS / f"{names[0]}{'' if names[0] in COMPILED else f'-{backend}'}.json"
+    suffix = "" if names[0] in COMPILED else f"-{backend}"
+    if names[0] == "large":  # of which the newest and an older JAX are compared
+        suffix = f"-jax{'.'.join(jax.__version__.split('.')[:2])}"
+    file = RESULTS / f"{names[0]}{suffix}.json"
     measure(names[0], report.BENCHMARKS[names[0]].measure(scale), None if args.quick else file)
     if not args.quick:
         report.write()

@@ -80,7 +80,7 @@ def _plan(jaxpr: core.Jaxpr, targets: Targets) -> tuple[dict, set[int]]:
         while isinstance(v, core.Var) and v in made and reads[v] == 1:
             at, j = made[v]
             eqn = jaxpr.eqns[at]
-            slices = not target.apart and _can_hold_slices(eqn, j)
+            slices = not target.apart and _can_hold_slices(eqn, j, target)
             if slices or _is_lookup(eqn, target, made, jaxpr):
                 plan.setdefault(at, {})[j] = i, target
                 skipped |= set(map(id, passed))
@@ -107,17 +107,22 @@ def _permutes(step: Any) -> bool:
     return isinstance(step, tuple)
 
 
-def _can_hold_slices(eqn: core.JaxprEqn, j: int) -> bool:
-    """Returns whether result `j` of an equation may be a stack of slices."""
+def _can_hold_slices(eqn: core.JaxprEqn, j: int, target: Target) -> bool:
+    """Returns whether result `j` of an equation may be a stack of slices, or a call that has one.
+
+    Other calls do not get the sum: behind the barrier of a checkpoint, XLA for TPUs would copy it.
+    """
     if eqn.effects:
         return False
     if eqn.primitive.name == "scan":
         return eqn.params["length"] > 1 and j >= _carries(eqn)
     if eqn.primitive.name in ("jit", "pjit"):
         shardings = *eqn.params["in_shardings"], *eqn.params["out_shardings"]
-        return all(type(s).__name__ == "UnspecifiedValue" for s in shardings)
-    checkpoint = eqn.primitive.name in ("remat2", "checkpoint")
-    return checkpoint and isinstance(eqn.params["prevent_cse"], bool)
+        calls = all(type(s).__name__ == "UnspecifiedValue" for s in shardings)
+    else:
+        checkpoint = eqn.primitive.name in ("remat2", "checkpoint")
+        calls = checkpoint and isinstance(eqn.params["prevent_cse"], bool)
+    return calls and bool(_plan(opened(eqn.params["jaxpr"])[0], {j: target})[0])
 
 
 def _is_lookup(eqn: core.JaxprEqn, target: Target, made: dict, jaxpr: core.Jaxpr) -> bool:

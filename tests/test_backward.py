@@ -230,6 +230,24 @@ def test_sums_are_the_same_bits_in_less_memory(name, weighted, monkeypatch):
     assert less[0] - less[1] > 0.2 * size(params["layers"])
 
 
+def test_layers_without_a_scan_are_added_as_before(monkeypatch):
+    """Behind the barrier of a checkpoint XLA for TPUs would copy sums."""
+    params = [{"a": jnp.ones((4, 8)), "b": jnp.ones((8, 4))} for _ in range(2)]
+
+    def loss(params, x):
+        for w in params:
+            x += jax.checkpoint(lambda w, x: jnp.tanh(x @ w["a"]) @ w["b"])(w, x)
+        return jnp.mean(x**2)
+
+    def text():
+        step = optaccum.value_and_grad(loss, num_microbatches=N)
+        return jax.jit(step).lower(params, jnp.ones((2 * N, 4))).as_text()
+
+    folded = text()
+    without_folding(monkeypatch)
+    assert folded == text()
+
+
 @pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16])
 def test_a_weight_does_not_overflow_the_dtype_of_a_table(dtype):
     table, ids = jnp.ones((5, 3), dtype), jnp.arange(4)
