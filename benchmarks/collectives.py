@@ -56,12 +56,13 @@ def traffic(programs: list[Any], every_k: int) -> dict[str, list[Any]]:
 
 
 def summed(found: Iterable[hlo.Collective]) -> list[dict[str, Any]]:
-    """Returns how many times collectives of each kind and size run, the largest first."""
+    """Returns how many times collectives of each kind, size and group run, the largest first."""
     times = Counter()
     for one in found:
-        times[one.bytes, one.kind] += one.trips
+        times[one.bytes, one.kind, one.group or 0] += one.trips
     runs = sorted(times.items(), reverse=True)
-    return [{"kind": kind, "bytes": size, "times": count} for (size, kind), count in runs]
+    names = "bytes", "kind", "group", "times"
+    return [dict(zip(names, (*key, count), strict=True)) for key, count in runs]
 
 
 def total(found: list[dict[str, Any]]) -> int:

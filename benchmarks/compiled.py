@@ -242,12 +242,17 @@ def traffic_table(result: Result) -> str:
 
 
 def sent(found: list[Result], row: Result) -> str:
-    """Returns the size in P of the arrays that are reduced or gathered, by kind."""
+    """Returns the size in P of the arrays that are reduced or gathered, by kind.
+
+    It says between how many devices, if not between all.
+    """
     totals = Counter()
     for one in found:
+        group = one.get("group") or row["devices"]
         # An array that is gathered is as many times larger as there are devices with a part of it.
-        whole = row["devices"] if one["kind"] == "all-gather" else 1
-        totals[one["kind"]] += whole * one["bytes"] * one["times"] / row["parameter_bytes"]
+        whole = group if one["kind"] == "all-gather" else 1
+        kind = one["kind"] + (f" of {group}" if group < row["devices"] else "")
+        totals[kind] += whole * one["bytes"] * one["times"] / row["parameter_bytes"]
     cells = [f"{kind} {size:.2f}" for kind, size in totals.items() if size >= REDUCED]
     return ", ".join(cells) or ("scalars" if found else "none")
 

@@ -32,7 +32,7 @@ SCAN, BY_HAND = "hand-written scan", "hand-written, shard_map"
 CALLS_DEFERRED, CALLS_EXPLICIT = f"{APPLY_GRADIENTS}, shard_map", f"{APPLY_GRADIENTS}, explicit"
 IN_STEP_DEFERRED, IN_STEP_EXPLICIT = f"{VALUE_AND_GRAD}, shard_map", f"{VALUE_AND_GRAD}, explicit"
 VALUE_AND_APPLY, REDUCED_ONCE = "optaccum.value_and_apply", f"{VALUE_AND_GRAD}, reduce_axes"
-MAXTEXT = "MaxText's form"
+MAXTEXT, LEVANTER = "MaxText's form", "Levanter's form"
 FSDP, ZERO_2 = f"{APPLY_GRADIENTS}, FSDP", f"{APPLY_GRADIENTS}, ZeRO-2"
 
 
@@ -256,18 +256,24 @@ def fully_sharded(made: Contender, inner: Inner, inside: int = 1) -> Contender:
     return dataclasses.replace(made, specs=specs, inside=inside)
 
 
-def maxtext(inner: Inner, every_k: int) -> Contender:
-    """Parameters are cast and gathered once, and sums are divided like the parameters."""
+def placed(inner: Inner, every_k: int, gathered: bool) -> Contender:
+    """A scan by hand that divides its sums like the parameters, as trainers for TPUs have it.
+
+    MaxText casts and gathers the parameters once. Levanter gathers them in each microbatch, and
+    divides its gradients too.
+    """
 
     def differentiate(loss_fn, weight_fn, params, batch):
         place = functools.partial(jax.tree.map, lax.with_sharding_constraint)
-        whole = jax.tree.map(
-            lambda p: lax.with_sharding_constraint(p.astype("bfloat16"), P()), params
-        )
-        specs = divided(params)
+        specs, used = divided(params), params
+        if gathered:
+            used = jax.tree.map(
+                lambda p: lax.with_sharding_constraint(p.astype("bfloat16"), P()), params
+            )
 
         def body(sums, rows):
-            loss, grads = jax.value_and_grad(loss_fn)(whole, rows)
+            loss, grads = jax.value_and_grad(loss_fn)(used, rows)
+            grads = grads if gathered else place(grads, specs)
             return (sums[0] + loss, place(optax.tree.add(sums[1], grads), specs)), None
 
         split = jax.tree.map(lambda x: x.reshape(-1, every_k, *x.shape[1:]).swapaxes(0, 1), batch)
@@ -338,7 +344,8 @@ ADAPTERS: dict[str, Callable[[Inner, int], Contender]] = {
     ZERO_2: functools.partial(sharded, ZERO_2),
     VALUE_AND_APPLY: value_and_apply,
     REDUCED_ONCE: functools.partial(in_step, reduce_axes=AXIS),
-    MAXTEXT: maxtext,
+    MAXTEXT: functools.partial(placed, gathered=True),
+    LEVANTER: functools.partial(placed, gathered=False),
     IN_STEP_DEFERRED: functools.partial(manual, in_step),
     IN_STEP_EXPLICIT: functools.partial(explicit, in_step),
     BY_HAND: functools.partial(hand_written, zeroing=False, axis=AXIS),

@@ -26,6 +26,10 @@ _CALLEES = re.compile(
     r"\b(body|condition|to_apply|calls|called_computations|branch_computations|true_computation"
     r"|false_computation)=(?:\{([^}]*)\}|(%?[\w.\-]+))"
 )
+_GROUP = re.compile(
+    r"replica_groups=(?:\{\{(?P<ids>[\d,]+)\}|\[\d+,(?P<size>\d+)\]<="
+    r"|mesh\[(?P<mesh>.*?)\] \{(?P<axes>.*?)\})"
+)
 _NAMES = re.compile(r"%([\w.\-]+)")
 _ARRAYS = re.compile(r"\b(pred|[a-z]+(\d*)\w*)\[([\d,]*)\](\{[^}]*\})?")
 # These name arrays that another instruction made, or end what is counted at its start.
@@ -46,6 +50,7 @@ class Collective:
     bytes: int  # of its operands on one device
     trips: int  # times that a call of the program runs it
     conditional: bool  # whether it stands in the step, which not every call takes
+    group: int | None = None  # devices that it runs between, if the program says how many
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,10 +67,10 @@ def collectives(text: str) -> list[Collective]:
     """Returns the collectives of a program, from `compiled.as_text()`."""
     program, found, seen = _Program(text), [], set()
     for one, times, in_step in program.runs():
-        for kind, size, channel in program.collectives_in(one):
+        for kind, size, channel, group in program.collectives_in(one):
             # A TPU starts one in a fusion, goes on with it in others and ends it in the last.
             if channel is None or channel not in seen:
-                found.append(Collective(kind, size, times, in_step))
+                found.append(Collective(kind, size, times, in_step, group))
                 seen.add(channel)
     return found
 
@@ -83,6 +88,22 @@ def moved(text: str) -> Moved:
     kernels = [(times, in_step) for size, times, in_step in runs if size >= release / 1000]
     of_hold = sum(times for times, in_step in kernels if not in_step)
     return Moved(hold, release, of_hold, sum(times for times, _ in kernels))
+
+
+def hidden(text: str) -> tuple[int, int]:
+    """Returns how many collectives a GPU runs beside a product, and how many there are.
+
+    Instructions of a scheduled program run in the order of its text.
+    """
+    program, found = _Program(text), []
+    for body in program.computations.values():
+        order = list(body.values())
+        for at, one in enumerate(order):
+            if one.opcode.endswith("-start") and any(program.collectives_in(one)):
+                done = (x for x in one.users if x.opcode.endswith("-done"))
+                between = order[at : order.index(next(done))]
+                found.append(any("gemm" in x.name + x.attributes for x in between))
+    return sum(found), len(found)
 
 
 def forgotten(text: str) -> list[str]:
@@ -214,15 +235,15 @@ class _Program:
 
     def collectives_in(
         self, one: _Instruction, fused: bool = False
-    ) -> Iterator[tuple[str, int, str | None]]:
-        """Yields kind, bytes and, in a fusion, channel of a collective, or of those inside it."""
+    ) -> Iterator[tuple[str, int, str | None, int | None]]:
+        """Yields kind, bytes, channel (in a fusion) and group of a collective, or of all inside."""
         kind = one.opcode.removesuffix("-start")
         if kind in KINDS:
             if one.computation.startswith("all-reduce-scatter"):
                 kind = "reduce-scatter"  # as a TPU fuses one
             channel = re.search(r"channel_id=(\d+)", one.attributes) if fused else None
             sizes = (_size(operand.shape, on_chip=True) for operand in one.operands)
-            yield kind, sum(sizes), channel and channel[1]
+            yield kind, sum(sizes), channel and channel[1], _group(one.attributes)
             return
         for callee in one.callees("calls", "called_computations"):
             for inside in self.computations[callee].values():
@@ -274,6 +295,20 @@ class _Program:
                     zero.add(branch)
         chosen = any(a in carry and b in zero for a, b in (branches, branches[::-1]))
         return chosen and any(x.opcode == "partition-id" for x, _ in self.behind(predicate))
+
+
+def _group(attributes: str) -> int | None:
+    """Returns how many devices a collective runs between, of which JAXs write three forms."""
+    found = _GROUP.search(attributes)
+    if not found:
+        return None
+    if found["ids"]:
+        return found["ids"].count(",") + 1
+    if found["size"]:
+        return int(found["size"])
+    sizes = dict(re.findall(r"'([^']+)'=(\d+)", found["mesh"]))
+    axes = re.findall(r"'([^']+)'(?::\(\d+\)(\d+))?", found["axes"])  # whole, or a part of one
+    return math.prod(int(part or sizes[name]) for name, part in axes)
 
 
 def _read(array: _Instruction) -> int:

@@ -14,13 +14,13 @@ import jax
 from benchmarks import contenders, hlo, targets, transformer
 from benchmarks.collectives import traffic
 from benchmarks.compiled import EVERY_K, TITLES, model_task, sent
-from benchmarks.contender import Contender, Inner
-from benchmarks.contenders import ADAPTERS, MAXTEXT, MULTI_STEPS, REDUCED_ONCE, VALUE_AND_GRAD
+from benchmarks.contender import AXIS, INSIDE, Contender, Inner
+from benchmarks.contenders import ADAPTERS, LEVANTER, MAXTEXT, REDUCED_ONCE, VALUE_AND_GRAD
 from benchmarks.programs import Window, progress
 from benchmarks.tables import Result, rows_of, table, versions
 
 ONE = (
-    MULTI_STEPS,
+    contenders.MULTI_STEPS,
     contenders.MICROBATCH,
     contenders.SCAN,
     VALUE_AND_GRAD,
@@ -28,27 +28,33 @@ ONE = (
 )
 SHARED = contenders.SCAN, VALUE_AND_GRAD, REDUCED_ONCE
 REPLICATED, FSDP, HSDP = "replicated", "FSDP", "HSDP, 2 replicas"
+DIVIDED = *SHARED, MAXTEXT, LEVANTER
 JOBS = [  # model, chip, devices, parameters, contenders
     ("1b", targets.H100, 1, REPLICATED, ONE),
     ("1b", targets.H100, 8, REPLICATED, SHARED),
-    ("7b", targets.H100, 8, FSDP, (*SHARED, MAXTEXT)),
+    ("7b", targets.H100, 8, FSDP, DIVIDED),
     ("7b", targets.H100, 8, HSDP, (VALUE_AND_GRAD, REDUCED_ONCE)),
-    ("1b", targets.V5E, 16, FSDP, (*SHARED, MAXTEXT)),
-    ("7b", targets.V5E, 64, FSDP, (contenders.SCAN, VALUE_AND_GRAD, MAXTEXT)),
+    ("1b", targets.V5E, 16, FSDP, DIVIDED),
+    ("7b", targets.V5E, 256, FSDP, (VALUE_AND_GRAD, MAXTEXT, LEVANTER)),
+    ("1b", targets.V6E, 8, FSDP, (VALUE_AND_GRAD, REDUCED_ONCE, LEVANTER)),
 ]
 
 
 def contender(name: str, inner: Inner, devices: int, placed: str) -> Contender:
     """Returns a contender whose parameters are placed so."""
     made = ADAPTERS[name](inner, EVERY_K)
-    if placed == REPLICATED or name == MAXTEXT:
+    if placed == REPLICATED or name in (MAXTEXT, LEVANTER):
         return made
     return contenders.fully_sharded(made, inner, 1 if placed == FSDP else devices // 2)
 
 
 def row(model: str, target: str, devices: int, placed: str, name: str, tokens: int) -> Result:
     """Returns what a window needs and sends."""
-    task = model_task(target, transformer.PRESETS[model], 1, tokens, devices)
+    axes = {REPLICATED: (), FSDP: (AXIS,), HSDP: (AXIS, INSIDE)}[placed]
+    if name == REDUCED_ONCE:
+        axes = tuple(axis for axis in axes if axis != AXIS)  # which is the loop's
+    config = dataclasses.replace(transformer.PRESETS[model], axes=axes)
+    task = model_task(target, config, 1, tokens, devices)
     task = dataclasses.replace(task, optimized=False)
     result: Result = {"model": model, "target": target, "devices": devices, "placed": placed}
     result |= {"name": name, "parameter_bytes": task.size}
@@ -65,12 +71,23 @@ def row(model: str, target: str, devices: int, placed: str, name: str, tokens: i
         **{"fits": True, "peak_bytes": window.peak_bytes},
         **{"temporaries": window.temporary_bytes / task.size, "moved": total / task.size},
         "forgets": any(map(hlo.forgotten, texts.values())),
+        "hidden": hlo.hidden(texts[window.programs[-1]]) if target == targets.H100 else None,
         **traffic(window.programs, EVERY_K),
     }
 
 
+def cells(row: Result) -> tuple[str, str]:
+    """Returns what is sent in each microbatch, and once in a window."""
+    if row["devices"] == 1 or not row["fits"]:
+        return "-", "-"
+    left = {(one["kind"], one["bytes"], one["group"]): dict(one) for one in row["window"]}
+    for one in row["hold"]:
+        left[one["kind"], one["bytes"], one["group"]]["times"] -= EVERY_K * one["times"]
+    return sent(row["hold"], row), sent([one for one in left.values() if one["times"]], row)
+
+
 def measure(scale: int) -> Iterator[Result]:
-    remedies = {x: targets.missing(x) for x in (targets.H100, targets.V5E)}
+    remedies = {x: targets.missing(x) for x in (targets.H100, targets.V5E, targets.V6E)}
     jobs = [
         (*setting, name) for *setting, names in JOBS for name in names if not remedies[setting[1]]
     ]
@@ -94,7 +111,9 @@ def tables(result: Result) -> dict[str, str]:
         ),
         "temporaries, P": ("temporaries",),
         "moved, P": ("moved", "{:.0f}"),
-        "sent": lambda row: sent(row["window"], row) if row["devices"] > 1 and row["fits"] else "-",
+        "sent in each microbatch": lambda row: cells(row)[0],
+        "once": lambda row: cells(row)[1],
+        "hidden": lambda row: "{} of {}".format(*row["hidden"]) if row.get("hidden") else "-",
     }
     wrong = any(row.get("forgets") for row in result["rows"])
     notes = ["‡ Its gradient of the embedding is wrong (openxla/xla issue 49143)."] if wrong else []

@@ -6,6 +6,7 @@ from typing import Any
 import jax
 from jax import lax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
 import numpy as np
 import optax
 
@@ -29,6 +30,9 @@ class Model:
     # Whether tokens are looked up by a product. Under explicit sharding only the gradient of a
     # parameter that stands in a product can stay unreduced.
     one_hot: bool = False
+    # Axes of the mesh that divide the rows of activations. Under automatic sharding with divided
+    # parameters XLA otherwise divides activations along other axes, and sends them.
+    axes: tuple[str, ...] = ()
 
     def mean_loss(self, params: Any, batch: Any) -> jax.Array:
         """Returns the mean cross-entropy of the tokens that count, f32[]."""
@@ -53,6 +57,7 @@ class Model:
             x = jax.nn.one_hot(tokens, self.vocabulary, dtype=table.dtype) @ table
         else:
             x = table[tokens]
+        x = self._rows(x)
         block = jax.checkpoint(self._block) if self.remat else self._block
         if self.scanned:
             x, _ = lax.scan(lambda x, one: (block(x, one), None), x, params["blocks"])
@@ -76,8 +81,13 @@ class Model:
         causal = jnp.tril(jnp.ones((x.shape[1],) * 2, bool))
         weights = jax.nn.softmax(jnp.where(causal, scores, -1e9)).astype(x.dtype)
         attended = jnp.einsum("bhts,bshe->bthe", weights, v)
-        x = x + jnp.einsum("bthe,hed->btd", attended, params["output"])
-        return x + jax.nn.gelu(self._norm(x, params["mlp_norm"]) @ params["up"]) @ params["down"]
+        x = self._rows(x + jnp.einsum("bthe,hed->btd", attended, params["output"]))
+        return self._rows(
+            x + jax.nn.gelu(self._norm(x, params["mlp_norm"]) @ params["up"]) @ params["down"]
+        )
+
+    def _rows(self, x: jax.Array) -> jax.Array:
+        return lax.with_sharding_constraint(x, P(self.axes)) if self.axes else x
 
 
 PRESETS = {

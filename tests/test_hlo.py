@@ -259,6 +259,53 @@ ENTRY %main (x: bf16[64], y: f32[4,2]) -> bf16[8] {
     assert found == [("reduce-scatter", 128, 1), ("all-gather", 32, 1)]
 
 
+@pytest.mark.parametrize(
+    ("groups", "size"),
+    [
+        ("{{0,4},{1,5},{2,6},{3,7}}", 2),
+        ("[2,4]<=[8]", 4),
+        ("[4,2]<=[2,4]T(1,0)", 2),
+        ("mesh['a'=2,'b'=1,'c'=4] {'c'}", 4),
+        ("mesh['a'=2,'b'=4] {'a','b':(2)2}", 4),
+        ("mesh['a'=8] {'a'}", 8),
+        ("{}", None),
+    ],
+)
+def test_a_collective_says_between_how_many_devices_it_runs(groups, size):
+    text = f"""HloModule m
+
+%sum (a: f32[], b: f32[]) -> f32[] {{
+  %a = f32[] parameter(0)
+  %b = f32[] parameter(1)
+  ROOT %add = f32[] add(%a, %b)
+}}
+
+ENTRY %main (x: f32[4]) -> f32[4] {{
+  %x = f32[4]{{0}} parameter(0)
+  ROOT %y = f32[4]{{0}} all-reduce(%x), channel_id=1, replica_groups={groups}, to_apply=%sum
+}}
+"""
+    (found,) = hlo.collectives(text)
+    assert (found.group, found.bytes) == (size, 16)
+
+
+def test_a_reduction_is_hidden_if_a_product_runs_between_its_start_and_its_end():
+    text = """HloModule m
+
+ENTRY %main (x: f32[4], y: f32[4,4]) -> f32[4] {
+  %x = f32[4]{0} parameter(0)
+  %y = f32[4,4]{1,0} parameter(1)
+  %s = f32[4]{0} all-reduce-start(%x), to_apply=%sum
+  %g = f32[4]{0} custom-call(%y, %x), custom_call_target="__cublas$gemm"
+  %d = f32[4]{0} all-reduce-done(%s)
+  %t = f32[4]{0} all-reduce-start(%g), to_apply=%sum
+  %e = f32[4]{0} all-reduce-done(%t)
+  ROOT %r = f32[4]{0} add(%d, %e)
+}
+"""
+    assert hlo.hidden(text) == (1, 2)
+
+
 def test_the_loop_of_a_tpu_has_the_trips_that_its_condition_counts_to_and_what_it_keeps_is_free():
     text = """HloModule m
 
