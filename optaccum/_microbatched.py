@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 import functools
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -13,9 +13,12 @@ from optaccum._batch import named_leaves
 from optaccum._conditional import hoisted
 from optaccum._in_place import refuse_changes
 
+Outputs = TypeVar("Outputs")
+Arguments = ParamSpec("Arguments")
+
 
 def microbatched(
-    fun: Callable[..., Any],
+    fun: Callable[Arguments, Outputs],
     *,
     num_microbatches: int,
     batch_argnums: int | Sequence[int] | None = None,
@@ -23,7 +26,7 @@ def microbatched(
     rng_argnums: int | Sequence[int] = (),
     accumulator_dtype: jax.typing.DTypeLike | None = None,
     reduce_axes: str | tuple[str, ...] = (),
-) -> Callable[..., Any]:
+) -> Callable[Arguments, Outputs]:
     """Return `fun` that runs its rows in n microbatches, exactly for losses that couple all rows.
 
     For the microbatches i = 0..n-1 of the batch, a loss L of all outputs Y, and y-bar_i, the rows

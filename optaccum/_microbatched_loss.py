@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 import functools
-from typing import Any
+from typing import Any, Literal, ParamSpec, TypeVar
 
 import jax
 
@@ -10,22 +10,25 @@ from optaccum import _call, _reduce_axes, _rule, _validate
 from optaccum._in_place import refuse_changes
 from optaccum._loop import Settings
 
+Value = TypeVar("Value")  # the loss, or with `has_aux` `(loss, aux)`
+Arguments = ParamSpec("Arguments")
+
 
 def microbatched_loss(
-    fun: Callable[..., Any],
+    fun: Callable[Arguments, Value],
     has_aux: bool = False,
     *,
     num_microbatches: int | Callable[..., Any],
     batch_argnums: int | Sequence[int] | None = None,
     batch_argnames: str | Sequence[str] | None = None,
-    batch_layout: str = "rows",
+    batch_layout: Literal["rows", "uneven", "stacked"] = "rows",
     weight_fn: Callable[..., Any] | None = None,
-    loss_reduction: str = "mean",
+    loss_reduction: Literal["mean", "sum"] = "mean",
     rng_argnums: int | Sequence[int] = (),
     carry_argnum: int | None = None,
     accumulator_dtype: jax.typing.DTypeLike | None = None,
     reduce_axes: str | tuple[str, ...] = (),
-) -> Callable[..., Any]:
+) -> Callable[Arguments, Value]:
     """Return the loss `fun` with a derivative that runs the batch in n microbatches.
 
     Loss and gradient are what :func:`optaccum.value_and_grad` computes, by the same scan::
@@ -99,7 +102,7 @@ def microbatched_loss(
     )
 
     @functools.wraps(fun)
-    def loss_fn(*args, **kwargs):
+    def loss_fn(*args, **kwargs) -> Any:
         call = _call.Call(fun, positions, args, kwargs)
         of_call, count = settings.of_call(call)
         of_args = refuse_changes(call.by_position(fun), call.title, call.roles.carry)

@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 import dataclasses
 import functools
 import inspect
-from typing import Any, NamedTuple
+from typing import Any, Concatenate, NamedTuple, TypeVar
 
 import jax
 from jax.core import Tracer
@@ -21,16 +21,19 @@ from optaccum._state import AccumulateState, check_state, has_sums
 from optaccum._trees import fast
 from optaccum._window import Microbatch, Sums
 
+Params = TypeVar("Params")
+Value = TypeVar("Value")  # the loss, or with `has_aux` `(loss, aux)`
+
 
 def value_and_apply(
     tx: optax.GradientTransformation,
-    fun: Callable[..., Any],
+    fun: Callable[Concatenate[Params, ...], Value],
     has_aux: bool = False,
     *,
     weight_fn: Callable[..., Any] | None = None,
     batch_argnums: int | Sequence[int] | None = None,
     rng_argnums: int | Sequence[int] = (),
-) -> Callable[..., tuple[Any, Any, Any]]:
+) -> Callable[..., tuple[Value, Params, Any]]:
     """Return a training step: `jax.value_and_grad(fun)` and :func:`apply_gradients` in one.
 
     The step takes `(params, opt_state, *args, **extra_args)` and computes::
@@ -103,7 +106,7 @@ def value_and_apply(
     parameters = inspect.signature(tx.update).parameters.values()
     takes_value = any(p.name == "value" or p.kind is p.VAR_KEYWORD for p in parameters)
 
-    def step(params, opt_state, /, *args, weight=None, release=None, **extra_args):
+    def step(params, opt_state, /, *args, weight=None, release=None, **extra_args) -> Any:
         if weight is not None and weight_fn is not None:
             raise TypeError("`weight` was passed beside `weight_fn`; leave one of them out")
         args = fast(params), *args

@@ -25,7 +25,7 @@ class Options(TypedDict, total=False):
 
     batch_argnums: int | Sequence[int] | None
     batch_argnames: str | Sequence[str] | None
-    batch_layout: str
+    batch_layout: Literal["rows", "uneven", "stacked"]
     weight_fn: Callable[..., Any] | None
     loss_reduction: Literal["mean", "sum"]
     rng_argnums: int | Sequence[int]
@@ -66,7 +66,7 @@ def value_and_grad(
     num_microbatches: int | Callable[..., Any],
     batch_argnums: int | Sequence[int] | None = None,
     batch_argnames: str | Sequence[str] | None = None,
-    batch_layout: str = "rows",
+    batch_layout: Literal["rows", "uneven", "stacked"] = "rows",
     weight_fn: Callable[..., Any] | None = None,
     loss_reduction: Literal["mean", "sum"] = "mean",
     rng_argnums: int | Sequence[int] = (),
@@ -279,6 +279,28 @@ def value_and_grad(
         return loss, aux, grads
 
     return value_and_grad_fn
+
+
+@overload
+def grad(
+    fun: Callable[Concatenate[Params, Rest], Any],
+    argnums: Literal[0] = 0,
+    has_aux: Literal[False] = False,
+    *,
+    num_microbatches: int | Callable[..., Any],
+    **options: Unpack[Options],
+) -> Callable[Concatenate[Params, Rest], Params]: ...
+
+
+@overload
+def grad(
+    fun: Callable[Rest, Any],
+    argnums: int | Sequence[int] = 0,
+    has_aux: bool = False,
+    *,
+    num_microbatches: int | Callable[..., Any],
+    **options: Unpack[Options],
+) -> Callable[Rest, Any]: ...
 
 
 def grad(
