@@ -32,6 +32,7 @@ and in nnx::
     opt_state, params = pure(old.opt_state), pure(nnx.state(model, nnx.Param))
     optimizer = Optimizer(model, tx, wrt=nnx.Param)
     nnx.update(optimizer.opt_state, nnx.state(from_multi_steps(tx, opt_state, params)))
+    optimizer.step[...] = old.step[...]
 
 To change `every_k`, set `state.replace(tx=new)` or `optimizer.tx = new`. An `Optimizer` whose
 `every_k` was the constant 1 has no sums, so make a new one and
