@@ -80,7 +80,8 @@ def measure(name: str, figures: Iterator[Result], file: pathlib.Path | None) -> 
             result = more
     except KeyboardInterrupt:
         stopped = True
-        print("Stopped: these are the figures so far.", file=sys.stderr)
+        found = "these are the figures so far" if result else "there are no figures yet"
+        print(f"Stopped: {found}.", file=sys.stderr)
     if result:
         result = origin(name) | result | {"seconds": round(time.perf_counter() - start)}
         result |= {"complete": False} if stopped else {}

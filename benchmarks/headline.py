@@ -6,6 +6,7 @@ trained here, on whole batches and on microbatches with different numbers of tok
 
 from collections.abc import Iterator
 import dataclasses
+import sys
 from typing import Any
 
 import jax
@@ -13,9 +14,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from benchmarks import transformer
+from benchmarks import targets, transformer
 from benchmarks.compiled import TITLES, model_task
-from benchmarks.contenders import ADAPTERS, APPLY_GRADIENTS, FULL_BATCH
+from benchmarks.contenders import ADAPTERS, APPLY_GRADIENTS, FULL_BATCH, MULTI_STEPS
 from benchmarks.programs import Window
 from benchmarks.tables import Result, rows_of, table, versions
 from optaccum import accumulate, apply_gradients
@@ -32,7 +33,7 @@ def memory(target: str, model: transformer.Model, every_k: int, rows: int, seque
     task = dataclasses.replace(task, every_k=every_k)
     peaks = {
         name: Window(ADAPTERS[name](task.inner, every_k), task).peak_bytes
-        for name in (FULL_BATCH, APPLY_GRADIENTS)
+        for name in (FULL_BATCH, MULTI_STEPS, APPLY_GRADIENTS)
     }
     figures = {"target": target, "every_k": every_k, "microbatch": rows, "sequence": sequence}
     return figures | {"parameters": task.size // 4, "peak_bytes": peaks}
@@ -76,7 +77,13 @@ def losses(every_k: int, batches: list[Any]) -> list[float]:
 
 
 def measure(scale: int) -> Iterator[Result]:
-    found = memory("h100", LARGE, 64, 8, 1024) if scale else memory("cpu", SMALL, EVERY_K, 1, 32)
+    if scale and (remedy := targets.missing(targets.H100)):
+        sys.exit(f"compiling for an H100 needs packages: {remedy}")
+    found = (
+        memory(targets.H100, LARGE, 64, 8, 1024)
+        if scale
+        else memory(targets.CPU, SMALL, EVERY_K, 1, 32)
+    )
     batches = make_batches(80 if scale else 3, 4 * EVERY_K, 32)
     ways = {FULL_BATCH: 1, APPLY_GRADIENTS: EVERY_K}
     trained = {name: losses(every_k, batches) for name, every_k in ways.items()}
@@ -95,19 +102,18 @@ def gigabytes(result: Result) -> list[float]:
 
 
 def tables(result: Result) -> dict[str, str]:
-    of = result["memory"]
-    found = zip((FULL_BATCH, APPLY_GRADIENTS), gigabytes(result), strict=True)
+    of, losses = result["memory"], result["losses"]
     columns = {
         "contender": lambda one: one[0],
-        "peak GB": lambda one: f"{one[1]:.1f}",
-        "last loss": lambda one: f"{result['losses'][one[0]][-1]:.6f}",
+        "peak GB": lambda one: f"{one[1] / 1e9:.1f}",
+        "last loss": lambda one: f"{losses[one[0]][-1]:.6f}" if one[0] in losses else "-",
     }
     notes = (
         f"Peak: one step of AdamW for {of['parameters'] / 1e6:.0f} million parameters and "
         f"{of['every_k'] * of['microbatch']} sequences of {of['sequence']:,} tokens, whole or as "
         f"{of['every_k']} microbatches, compiled for {TITLES[of['target']]}.",
-        f"Loss: a small transformer after {len(result['losses'][FULL_BATCH])} steps, whole or as "
+        f"Loss: a small transformer after {len(losses[FULL_BATCH])} steps, whole or as "
         f"{result['every_k']} microbatches. No loss differs by more than {apart(result):.0e}.",
         f"Made with {versions(result)}",
     )
-    return {"headline": table(rows_of(found, columns), *notes)}
+    return {"headline": table(rows_of(of["peak_bytes"].items(), columns), *notes)}

@@ -62,7 +62,7 @@ def missing(target: str) -> str | None:
     if fits and _nvcc():
         return None
     pinned = " ".join(f"{package}=={version}" for package in packages)
-    return f"pip install {pinned} nvidia-cuda-nvcc-cu12"
+    return f"pip install --no-deps {pinned} nvidia-cuda-nvcc-cu12"
 
 
 @functools.cache
