@@ -84,7 +84,9 @@ class Settings(NamedTuple):
         call.check(n, devices=devices)
         count = call.by_position(self.n)(*call.args)
         _validate.check_scalar("`num_microbatches(...)`", count, jnp.integer)
-        return self._replace(n=n), jnp.clip(jnp.asarray(count), 0, n).astype(jnp.int32)
+        count = jnp.asarray(count)
+        n_or_less = min(n, jnp.iinfo(count.dtype).max)  # n itself might wrap in a narrow dtype
+        return self._replace(n=n), jnp.clip(count, 0, n_or_less).astype(jnp.int32)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
