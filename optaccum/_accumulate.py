@@ -12,7 +12,7 @@ from optaccum import _callbacks, _validate
 from optaccum._accumulator import Accumulator
 from optaccum._extra_args import ExtraArgs
 from optaccum._spelling import named_by
-from optaccum._state import AccumulateState
+from optaccum._state import AccumulateState, has_sums
 from optaccum._trees import apply_updates
 from optaccum._window_of_one import WindowOfOne
 
@@ -249,7 +249,8 @@ def _warn_if_misplaced(state: Any) -> None:
     bare = False
     for link in jax.tree.leaves(state, is_leaf=lambda x: type(x) is not tuple):
         if isinstance(link, AccumulateState):
-            bare = not jax.tree.leaves(link.inner_state)
+            # With `every_k` 1, which keeps no sums, nothing holds.
+            bare = has_sums(link) and not jax.tree.leaves(link.inner_state)
         elif bare and jax.tree.leaves(link):
             message = (
                 "`accumulate` stands in front of a link that keeps state, "
