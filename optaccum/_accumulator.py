@@ -188,8 +188,10 @@ class Accumulator:
             return result, cast_like(new, state.inner_state)
 
         def shapes():
-            parts = map(self.extra_args.for_means, (sums, values))
-            mean, means = eval_shape(self._mean, *parts, microbatch)
+            kept, like = map(self.extra_args.for_means, (sums, values))
+            if devices.axes:  # the sums may be unreduced, the mean is not
+                kept = jax.eval_shape(devices.reduce_stored, kept, trained)
+            mean, means = eval_shape(self._mean, kept, like, microbatch)
             args = self.extra_args.with_means(inner_args, means, mean)
             return eval_shape(self.inner.update, mean, state.inner_state, params, **args)[:1]
 
