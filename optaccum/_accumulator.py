@@ -178,19 +178,23 @@ class Accumulator:
         # Step, or hold.
         trained = None if params is None else fast(params)
 
+        def reduce(kept):
+            sent = kept._replace(grads=cast_floating(kept.grads, self.reduce_dtype))
+            with jax.named_scope("optaccum.reduce"):
+                reduced = devices.reduce_stored(sent, trained)
+            return reduced._replace(grads=cast_like(reduced.grads, kept.grads))
+
         def take_step(*start):
             kept, like = map(self.extra_args.for_means, (sums, values))
-            grads = cast_floating(kept.grads, self.reduce_dtype)
-            with jax.named_scope("optaccum.reduce"):
-                reduced = devices.reduce_stored(kept._replace(grads=grads), trained)
-            mean, means = self._mean(reduced._replace(weight=total), like, microbatch)
+            kept = reduce(kept) if devices.axes else kept
+            mean, means = self._mean(kept._replace(weight=total), like, microbatch)
             result, new = step(*start, mean, self.extra_args.with_means(inner_args, means, mean))
             return result, cast_like(new, state.inner_state)
 
         def shapes():
             kept, like = map(self.extra_args.for_means, (sums, values))
             if devices.axes:  # the sums may be unreduced, the mean is not
-                kept = jax.eval_shape(devices.reduce_stored, kept, trained)
+                kept = jax.eval_shape(reduce, kept)
             mean, means = eval_shape(self._mean, kept, like, microbatch)
             args = self.extra_args.with_means(inner_args, means, mean)
             return eval_shape(self.inner.update, mean, state.inner_state, params, **args)[:1]

@@ -354,6 +354,21 @@ def test_a_train_state_has_it_too():
         assert_close(state.params, expected)
 
 
+def test_a_mean_that_is_not_cast_has_the_dtype_of_sums_that_are_sent_in_another():
+    seen = []
+
+    def update_fn(updates, state, params=None):
+        seen.append(jax.tree.map(jnp.dtype, updates))
+        return updates, state
+
+    inner = optax.GradientTransformation(optax.init_empty_state, update_fn)
+    options = {"reduce_axes": "data", "reduce_dtype": jnp.bfloat16, "cast_mean": False}
+    with jax.set_mesh(mesh := make_mesh(AxisType.Auto)):
+        tx, params = accumulate(K, inner, **options), place(mesh)
+        jax.jit(value_and_apply(tx, loss_fn)).lower(params, tx.init(params), rows(mesh, BATCHES[0]))
+    assert all(dtype == jnp.float32 for dtype in jax.tree.leaves(seen))
+
+
 def test_mistakes_are_refused():
     step = value_and_grad(loss_fn, num_microbatches=2, reduce_axes="data")
     batch = BATCHES[0]
