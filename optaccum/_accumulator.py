@@ -43,6 +43,7 @@ class Added(NamedTuple):
     """What a window is after a microbatch was added to it.
 
     Attributes:
+        devices: Where sums are kept.
         sums: As a state keeps them.
         values: What the microbatch added, or its shapes and dtypes.
         microbatch: How it was added.
@@ -51,6 +52,7 @@ class Added(NamedTuple):
         value: `(loss, aux)`, if they were computed here.
     """
 
+    devices: Replicated
     sums: Sums
     values: Sums
     microbatch: Microbatch
@@ -161,14 +163,19 @@ class Accumulator:
             added: The window with the microbatch, if it is in it already.
         """
         grads, state, params, *_ = call
-        devices, length, release, inner_args = self._check(call, bool(carried))
         if added is None:
+            devices = self.check_state(state)
             _reduce_axes.check_not_reduced(devices)
+            self.check_grads(call, devices, applied=bool(carried))
             added = self.add(call, devices)
-        sums, values, microbatch, known_positive, skip_state, _ = added
+        devices, sums, values, microbatch, known_positive, skip_state, _ = added
         counts = microbatch.counts
 
         # Does it close the window?
+        release = self._check_release(as_release(call.release))
+        length = _callbacks.length(self.every_k, state.gradient_step)
+        _reduce_axes.check_agreed(length if release is None else release, devices)
+        inner_args = self._inner_args(call.extra_args, grads)
         count = jnp.asarray(optax.safe_increment(state.mini_step))
         closes = both(counts, count >= length if release is None else release)
         with jax.named_scope("optaccum.reduce"):
@@ -225,7 +232,7 @@ class Accumulator:
         """Returns the window with a microbatch.
 
         Args:
-            call: Its arguments, which `check_sums` let pass.
+            call: Its arguments, which `check_grads` let pass.
             devices: Where sums are kept.
             gradient: The program of its gradients, of which `call` has the shapes. None if `call`
                 has the gradients.
@@ -252,7 +259,7 @@ class Accumulator:
         weighed = self.summed and microbatch.weight is not None
         values = Sums(microbatch.weight if weighed else jnp.float32(1), grads, averaged)
         sums = self._add(state, devices, values, microbatch, total)
-        return Added(sums, values, microbatch, known_positive, skip_state, value)
+        return Added(devices, sums, values, microbatch, known_positive, skip_state, value)
 
     def _microbatch(
         self, state: AccumulateState, weight: Any, devices: Replicated, counts: Any
@@ -297,32 +304,18 @@ class Accumulator:
         """Returns G and the means of the arguments of the window that the microbatch closes."""
         return _window.mean(sums, values, of_grads=self.use_grad_mean, cast=self.cast_mean)
 
-    def _check(
-        self, call: Call, applied: bool
-    ) -> tuple[Replicated, jax.Array, bool | jax.Array | None, dict[str, Any]]:
-        """Raises if a microbatch cannot be taken in.
+    def check_state(self, state: Any) -> Replicated:
+        """Returns where sums are kept, or raises unless a state is what `init` returns here."""
+        check_state(state)
+        self.extra_args.check_state(state.arg_sums)
+        return _reduce_axes.check_state(self.reduce_axes, state.weight)
 
-        Returns:
-            Where sums are kept; the length of the window, i32[]; None to count, or whether the
-            window closes; the extra arguments of `inner`, but for the means of the window.
-        """
-        devices = self.check_sums(call, applied)
-        release = self._check_release(as_release(call.release))
-        length = _callbacks.length(self.every_k, call.state.gradient_step)
-        _reduce_axes.check_agreed(length if release is None else release, devices)
-        return devices, length, release, self._inner_args(call.extra_args, call.grads)
-
-    def check_sums(self, call: Call, applied: bool) -> Replicated:
-        """Returns where the sums are kept, or raises unless the gradients fit them."""
-        check_state(call.state)
-        self.extra_args.check_state(call.state.arg_sums)
-        devices = _reduce_axes.check_state(self.reduce_axes, call.state.weight)
-        self._check_grads(call, devices, applied)
-        _reduce_axes.check_unreduced(call.grads, devices)
-        return devices
-
-    def _check_grads(self, call: Call, devices: Replicated, applied: bool) -> None:
+    def check_grads(self, call: Call, devices: Replicated, *, applied: bool) -> None:
         """Raises unless gradients and parameters fit the sums."""
+        self._check_fits(call, devices, applied)
+        _reduce_axes.check_unreduced(call.grads, devices)
+
+    def _check_fits(self, call: Call, devices: Replicated, applied: bool) -> None:
         if not has_sums(call.state) and jax.tree.leaves(call.grads):
             raise ValueError(
                 "the optimizer state has no accumulator: it was made with `every_k=1`; give it one "

@@ -8,10 +8,16 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import AxisType
 
-from optaccum import _devices
 from optaccum._devices import Automatic, PerDevice, Replicated, Unreduced
 from optaccum._mesh_axes import partitions, unreduced, varying
 from optaccum._validate import leaf_name
+
+# Where sums are kept, by the type of the axes over which they are reduced.
+BY_TYPE = {
+    AxisType.Manual: PerDevice,
+    AxisType.Explicit: Unreduced,
+    AxisType.Auto: Automatic,
+}
 
 
 class AxisError(ValueError):
@@ -20,6 +26,8 @@ class AxisError(ValueError):
 
 def check_mesh(axes: tuple[str, ...]) -> Replicated:
     """Returns where sums are kept, or raises if the current mesh has no such axes for them."""
+    if not axes:
+        return Replicated()
     mesh = jax.sharding.get_abstract_mesh()
     types = dict(zip(mesh.axis_names, mesh.axis_types, strict=True))
     for axis in axes:
@@ -37,7 +45,7 @@ def check_mesh(axes: tuple[str, ...]) -> Replicated:
             )
     if len(kinds := {types[axis] for axis in axes}) > 1:
         raise AxisError(f"`reduce_axes` {axes} mix axes of the kinds {sorted(map(str, kinds))}")
-    return _devices.along(axes)
+    return BY_TYPE[kinds.pop()](axes)
 
 
 def check_not_reduced(devices: Replicated) -> None:

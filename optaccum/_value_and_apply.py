@@ -16,8 +16,8 @@ from optaccum._accumulate import accumulator_of, apply_gradients
 from optaccum._accumulator import Accumulator, Added, Call
 from optaccum._backward import Gradient
 from optaccum._device_rows import as_shard, on_each_device
-from optaccum._devices import Automatic, Replicated, along
-from optaccum._state import AccumulateState, check_state, has_sums
+from optaccum._devices import Automatic, PerDevice, Replicated
+from optaccum._state import AccumulateState, has_sums
 from optaccum._trees import fast
 from optaccum._window import Microbatch, Sums
 
@@ -154,8 +154,7 @@ def _take_in(accumulator: Accumulator, loss: Loss, args: Sequence[Any], call: Ca
         args: Its arguments.
         call: The arguments of the step, without gradients.
     """
-    check_state(call.state)
-    devices = _reduce_axes.check_state(accumulator.reduce_axes, call.state.weight)
+    devices = accumulator.check_state(call.state)
     if isinstance(devices, Automatic):
         call, added = _add_on_each_device(accumulator, loss, args, call, devices)
     else:
@@ -180,7 +179,7 @@ def _add(
         scalar, grads = program.shapes()
     _reduce_axes.check_gradients(scalar, grads, None, devices)
     call = call._replace(grads=grads)
-    accumulator.check_sums(call, applied=True)
+    accumulator.check_grads(call, devices, applied=True)
     added = accumulator.add(call._replace(extra_args=extra_args), devices, program)
     return call, added if value is None else added._replace(value=value)
 
@@ -204,7 +203,7 @@ def _add_on_each_device(
     local_call = call._replace(state=state._replace(inner_state=(), arg_sums={}), extra_args={})
 
     def fun(args, state):
-        per_device = along(devices.axes)
+        per_device = PerDevice(devices.axes)
         new, added = _add(local, loss, args, local_call._replace(state=state), per_device)
         value, aux = added.value
         weight, value = _mean_loss(value, added, per_device)
@@ -228,7 +227,7 @@ def _add_on_each_device(
         args=_reductions.add_to_first(state.arg_sums, averaged, microbatch.decided())
     )
     values = values._replace(args=averaged)
-    added = Added(sums, values, microbatch, known_positive, skip_state, (value, aux))
+    added = Added(devices, sums, values, microbatch, known_positive, skip_state, (value, aux))
     return call._replace(grads=grads), added
 
 

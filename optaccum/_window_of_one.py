@@ -48,7 +48,7 @@ class WindowOfOne(Accumulator):
         )
         return mean, means
 
-    def _check_grads(self, call, devices, applied):
+    def _check_fits(self, call, devices, applied):
         check_fits(call.grads, call.grads if call.params is None else fast(call.params))
 
     def _check_release(self, release):

@@ -406,6 +406,9 @@ def test_mistakes_are_refused():
         alone = accumulate(K, optax.sgd(0.1)).init(PARAMS)
         with pytest.raises(ValueError, match=r"for each of the 8 devices along \('data',\)"):
             by_loss(PARAMS, alone, batch)
+        logs = accumulate(K, optax.sgd(0.1), reduce_axes="data", metrics=("value",))
+        with pytest.raises(ValueError, match=r"averages of \(\), but .* name \('value',\)"):
+            value_and_apply(logs, loss_fn)(PARAMS, state, batch)
         with pytest.raises(TypeError, match="name that in `rng_argnums`"):
             value_and_apply(tx, lambda params, batch, key: loss_fn(params, batch))(
                 PARAMS, state, batch, jax.random.key(0)
