@@ -100,26 +100,38 @@ def value_and_apply(
     )
     loss = Loss(fun, has_aux, weight_fn, argnums)
     accumulator = accumulator_of(tx)
-    parameters = inspect.signature(tx.update).parameters.values()
-    takes_value = any(p.name == "value" or p.kind is p.VAR_KEYWORD for p in parameters)
 
     def step(params, opt_state, /, *args, weight=None, release=None, **extra_args):
-        if weight is not None and weight_fn is not None:
-            raise TypeError("`weight` was passed beside `weight_fn`; leave one of them out")
+        check_one_weight(weight, weight_fn)
         args = fast(params), *args
         call = Call((), opt_state, params, weight, release, extra_args)
         if accumulator is not None:
             value, params, opt_state = _take_in(accumulator.for_state(opt_state), loss, args, call)
         else:
             value, grads = loss.value_and_grad(args)
-            if takes_value:
-                extra_args = {"value": value[0]} | extra_args
+            extra_args = with_value(tx, extra_args, value[0])
             given = {"weight": loss.weigh(args, weight), "release": release}
             extra_args |= {name: x for name, x in given.items() if x is not None}
             params, opt_state = apply_gradients(tx, grads, opt_state, params, **extra_args)
         return (value if has_aux else value[0]), params, opt_state
 
     return step
+
+
+def check_one_weight(weight: Any, weight_fn: Callable[..., Any] | None) -> None:
+    """Raises if a microbatch has a weight and a function for it."""
+    if weight is not None and weight_fn is not None:
+        raise TypeError("`weight` was passed beside `weight_fn`; leave one of them out")
+
+
+def with_value(tx: Any, extra_args: dict[str, Any], loss: jax.Array) -> dict[str, Any]:
+    """Returns extra arguments with `value`, the loss, if `tx` takes it and it is not given."""
+    accumulator = accumulator_of(tx)
+    if accumulator is not None:
+        return accumulator.extra_args.with_value(extra_args, loss)
+    parameters = inspect.signature(tx.update).parameters.values()
+    takes_value = any(p.name == "value" or p.kind is p.VAR_KEYWORD for p in parameters)
+    return {"value": loss} | extra_args if takes_value else extra_args
 
 
 class Loss(NamedTuple):

@@ -60,7 +60,7 @@ from optaccum._accumulate import apply_gradients
 from optaccum._flax_fp8 import OverwriteState
 from optaccum._spelling import OURS, check_fields
 from optaccum._state import accumulates, get_state, has_released
-from optaccum._value_and_apply import value_and_apply
+from optaccum._value_and_apply import check_one_weight, value_and_apply, with_value
 
 __all__ = ("Optimizer", "OverwriteState", "TrainState")
 
@@ -175,8 +175,10 @@ class TrainState(_Counters, train_state.TrainState):
         """
         if _flax_fp8.holds(self.params):
             value, grads = jax.value_and_grad(fun, has_aux=has_aux)(self.params, *args)
+            check_one_weight(kwargs.get("weight"), weight_fn)
             if weight_fn is not None:
-                kwargs = {"weight": weight_fn(self.params, *args)} | kwargs
+                kwargs["weight"] = weight_fn(self.params, *args)
+            kwargs = with_value(self.tx, kwargs, value[0] if has_aux else value)
             return value, self.apply_gradients(grads=grads, **kwargs)
         fields, extra_args = self._divide(kwargs)
         options = {"batch_argnums": batch_argnums, "rng_argnums": rng_argnums}
