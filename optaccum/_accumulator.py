@@ -165,7 +165,6 @@ class Accumulator:
         grads, state, params, *_ = call
         if added is None:
             devices = self.check_state(state)
-            _reduce_axes.check_not_reduced(devices)
             self.check_grads(call, devices, applied=bool(carried))
             added = self.add(call, devices)
         devices, sums, values, microbatch, known_positive, skip_state, _ = added

@@ -94,20 +94,17 @@ def conditional(
     Unreduced values cannot enter a loop: XLA would reduce them before it, in every call. With them
     a GPU gets `lax.cond`, and its copies.
     """
-    run_step, closed_over, _ = hoisted(lambda *x: step(list(x)), *start)
-
-    def call(start, closed_over):
-        return run_step(closed_over, *start)
+    call, closed_over, _ = hoisted(lambda *x: step(list(x)), *start)
 
     def by_cond(predicate, start, closed_over):
         def release():
-            return _fence(call(start, closed_over), inwards=False)
+            return _fence(call(closed_over, *start), inwards=False)
 
         return lax.cond(predicate, release, lambda: _hold(like, start))
 
     def by_loop(predicate, start, closed_over):
         def body(_, carry):
-            return _fence(call(_fence(carry[1], inwards=True), closed_over), inwards=False)
+            return _fence(call(closed_over, *_fence(carry[1], inwards=True)), inwards=False)
 
         return lax.fori_loop(0, predicate.astype(jnp.int32), body, _hold(like, start))
 
@@ -143,6 +140,7 @@ def hoisted(fun: Callable[..., Any], *example: jax.Array) -> tuple[Callable[...,
     def evaluate(closed_over, *arrays):
         return core.jaxpr_as_fun(core.ClosedJaxpr(closed.jaxpr, closed_over))(*arrays)
 
+    # Traced again, since in newer JAX the first program still refers to the tracers.
     run = core.jaxpr_as_fun(jax.make_jaxpr(evaluate)(closed.consts, *example))
     tree = jax.tree.structure(shapes)
 

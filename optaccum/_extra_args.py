@@ -19,7 +19,7 @@ from optaccum import _reductions, _window
 from optaccum._mesh_axes import unreduced
 from optaccum._metrics import check_own_names
 from optaccum._spelling import OURS, POSITIONAL, check_spelling
-from optaccum._trees import ARRAYS
+from optaccum._trees import ARRAYS, is_none
 from optaccum._validate import check_names, check_scalar, describe, leaf_name
 from optaccum._window import SMALLEST, Sums
 
@@ -247,7 +247,7 @@ def _as_terms(name: str, tree: Any, sums: Any) -> Any:
             )
         return jnp.asarray(x)
 
-    leaves, structure = jax.tree_util.tree_flatten_with_path(tree, is_leaf=lambda x: x is None)
+    leaves, structure = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_none)
     try:
         expected = structure.flatten_up_to(sums)
     except ValueError as error:

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from optaccum import _devices, _reductions
 from optaccum._reductions import AVERAGE, of_key
-from optaccum._state import as_array, is_variable, read
+from optaccum._state import as_array, has_sums, is_variable, read
 from optaccum._validate import check_loss_reduction
 from optaccum._window import Sums
 
@@ -84,8 +84,8 @@ def window_metrics(
         if of_key(key)[0] != AVERAGE or [*map(jnp.ndim, jax.tree.leaves(x))] == ndims
     }
     check_own_names(of_key(key)[1] for key in sums)
-    has_sums = jax.tree.structure(state.grad_sum) != jax.tree.structure(())
-    if not has_sums and grads is None:
+    summed_grads = has_sums(state)
+    if not summed_grads and grads is None:
         raise ValueError(
             "`opt_state` has no sums of gradients, since `every_k` is the constant 1 or the "
             "parameters are (); pass `grads`, those of the update before it, with every k"
@@ -97,10 +97,10 @@ def window_metrics(
     def mean(x):
         return jnp.where(known, x / divisor, 0).astype(x.dtype)
 
-    norm = jnp.sqrt(_devices.squared_norm(grad_sum if has_sums else grads))
-    if has_sums or summed:
+    norm = jnp.sqrt(_devices.squared_norm(grad_sum if summed_grads else grads))
+    if summed_grads or summed:
         norm = mean(norm)
-    if not has_sums:
+    if not summed_grads:
         norm = jnp.where(state.released, norm, 0)
     counters = {name: getattr(state, name) for name in KEYS[:4]}
     metrics = {}

@@ -20,12 +20,12 @@ from typing import Any
 
 import jax
 from jax import lax
-from jax.core import Tracer
 from jax.extend import core
 from jax.interpreters import ad, batching, mlir
 import jax.numpy as jnp
 
 from optaccum._cotangents import flat_jaxpr
+from optaccum._trees import tracing
 
 # The first version of jaxlib with the fault, and the first without it.
 AFFECTED = (0, 10, 1), (0, 12, 0)
@@ -41,7 +41,7 @@ def trace(fun: Callable[[], Any]) -> tuple[Any, list[bool]]:
     With a version that is right it returns `fun()` and []. So it does if nothing is traced (one
     microbatch outside `jax.jit`, or `jax.disable_jit`): `fun` may read its arguments.
     """
-    if not (_affected() and isinstance(jnp.zeros([]), Tracer)):
+    if not (_affected() and tracing()):
         return fun(), []
     closed, structure = flat_jaxpr(fun)
     closed, holds = with_fences(closed)

@@ -11,6 +11,7 @@ import optax
 from optaccum._mesh_axes import unreduced, varying
 from optaccum._reduce_axes import AxisError
 from optaccum._state import AccumulateState
+from optaccum._trees import is_none
 from optaccum._validate import check_transformation, leaf_name
 
 
@@ -162,7 +163,7 @@ def _layout(params: Any, shardings: Any) -> _Layout:
     """Returns the layout of parameters with these shardings, after checking them."""
     leaves, structure = jax.tree_util.tree_flatten_with_path(params)
     try:
-        wanted = jax.tree.broadcast(shardings, params, is_leaf=lambda x: x is None)
+        wanted = jax.tree.broadcast(shardings, params, is_leaf=is_none)
     except ValueError as error:
         raise ValueError(
             "`shardings` must be a tree like `params`, or a prefix of it such as one for all, got "

@@ -5,6 +5,7 @@ import functools
 from typing import Any
 
 import jax
+from jax.core import Tracer
 import jax.numpy as jnp
 import numpy as np
 import optax
@@ -116,6 +117,11 @@ def keep_untrained(params: Any, new: Any, grads: Any) -> Any:
         params,
         is_leaf=is_none,
     )
+
+
+def tracing() -> bool:
+    """Returns whether a program is being traced, even if its arguments are constants."""
+    return isinstance(jnp.zeros([]), Tracer)
 
 
 def is_none(x: Any) -> bool:

@@ -7,7 +7,6 @@ import inspect
 from typing import Any, NamedTuple
 
 import jax
-from jax.core import Tracer
 import jax.numpy as jnp
 import optax
 
@@ -18,7 +17,7 @@ from optaccum._backward import Gradient
 from optaccum._device_rows import as_shard, on_each_device
 from optaccum._devices import Automatic, PerDevice, Replicated
 from optaccum._state import AccumulateState, has_sums
-from optaccum._trees import fast
+from optaccum._trees import fast, tracing
 from optaccum._window import Microbatch, Sums
 
 
@@ -183,7 +182,7 @@ def _add(
     # Over `reduce_axes` JAX would sum the gradients of what all devices share.
     run = functools.partial(loss.value_and_grad, (devices.share(args[0]), *args[1:]))
     must_see = accumulator.judge is not None or not has_sums(call.state)
-    if must_see or not isinstance(jnp.zeros([]), Tracer):
+    if must_see or not tracing():
         program, (value, grads) = None, run()
         scalar, extra_args = value[0], accumulator.extra_args.with_value(call.extra_args, value[0])
     else:

@@ -74,9 +74,9 @@ class Microbatch(NamedTuple):
         return lax.select(self.adds, x if self.summed else times(x, self.weight), nothing)
 
 
-def counts(weight: jax.Array, before: Any = 0, largest: float = LARGEST) -> jax.Array:
-    """Returns whether `weight >= 0` and the running total stays <= `largest`."""
-    return (weight >= 0) & (before + weight <= largest)
+def counts(weight: jax.Array, before: Any) -> jax.Array:
+    """Returns whether `weight >= 0` and the running total stays <= `LARGEST`."""
+    return (weight >= 0) & (before + weight <= LARGEST)
 
 
 def adds(weight: jax.Array, before: Any = 0, largest: float = LARGEST) -> jax.Array:
@@ -175,16 +175,14 @@ def mean(sums: Sums, like: Sums, *, of_grads: bool = True, cast: bool = True) ->
     reciprocal = 1 / divisor.astype(jnp.float64 if wide else jnp.float32)
 
     def tree(like, sums, averaged):
-        def leaf(s, dtype):
+        def leaf(x, s):
+            if x is None:
+                return jax.tree.map(lambda s: leaf(s, s) if is_summed(s) else None, s)
             total = s.astype(at_least_float32(s.dtype))
-            return (times(total, reciprocal) if averaged else total).astype(dtype)
+            total = times(total, reciprocal) if averaged else total
+            return total.astype(jnp.result_type(x) if cast else s.dtype)
 
-        def leaves(x, s):
-            if x is not None:
-                return leaf(s, jnp.result_type(x) if cast else s.dtype)
-            return jax.tree.map(lambda s: leaf(s, s.dtype) if is_summed(s) else None, s)
-
-        return jax.tree.map(leaves, like, sums, is_leaf=is_none)
+        return jax.tree.map(leaf, like, sums, is_leaf=is_none)
 
     return tree(like.grads, sums.grads, of_grads), tree(like.args, sums.args, True)
 
