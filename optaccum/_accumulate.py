@@ -79,8 +79,8 @@ def accumulate(
 
     Guarantees:
         * A hold does not run `inner` and does not touch its state. Its updates are exact zeros.
-        * `inner` never calls a function of one microbatch, such as the `value_fn` of a line search,
-          in place of the window's. An optimizer that would makes the trace of `update` raise.
+        * `inner` never takes a function of one microbatch, such as the `value_fn` of a line search,
+          for one of the window. If it calls such a function, the trace of `update` raises.
         * Nothing of one window, a NaN included, reaches the next.
         * The sums are at least float32, and no leaf of the state ever changes its dtype.
         * One fused addition per microbatch. With :func:`optaccum.apply_gradients` and donated
@@ -120,16 +120,16 @@ def accumulate(
         average_args: Names of scalar extra arguments that `inner` should see as the window's
             weighted mean, not as the last microbatch's value: `("value",)` for a loss. For trees,
             pass a dict from each name to a tree of arrays or `jax.ShapeDtypeStruct`s. `"grad"` is
-            like the parameters and costs one more accumulator; name it only if it is not what
-            `update` is given, as behind a link that clips.
+            like the parameters and costs one more accumulator. Name it only if it differs from the
+            updates, as it does behind a link that clips.
         metrics: Names of scalar extra arguments that are averaged in the same way for
             :func:`optaccum.window_metrics` alone: `inner` does not get them. For another reduction
             pass a dict, `{"loss": "mean", "tokens": "sum", "logit": "max", "accuracy": "ratio"}`.
-            Over the microbatches that count, "sum" and "max" do not weigh, and "ratio", which is
-            given (numerator, denominator), is sum / sum. For a tree pass a pair, `"load": ("sum",
-            jax.ShapeDtypeStruct((experts,), jnp.float32))`.
-        window_args: Names of extra arguments that stand for the whole window as they are:
-            `("value_fn",)` for a loss of its whole data, as a line search needs one.
+            "sum", "max" and "ratio" are over the microbatches that count and do not weigh them. A
+            "ratio" is given (numerator, denominator) and divides their sums. For a tree pass a
+            pair, `"load": ("sum", jax.ShapeDtypeStruct((experts,), jnp.float32))`.
+        window_args: Names of extra arguments that belong to the whole window and reach `inner` as
+            they are: `("value_fn",)` for the loss of all its data, which a line search needs.
         reduce_axes: Mesh axes over which gradients are not reduced yet. They are reduced once per
             window. Under automatic sharding :func:`optaccum.value_and_apply` makes the gradients.
         reduce_dtype: Dtype in which sums are sent; None for their own. With bfloat16 devices send

@@ -40,16 +40,16 @@ class Call(NamedTuple):
 
 
 class Added(NamedTuple):
-    """What a window is after a microbatch was added to it.
+    """A window with a microbatch added to it.
 
     Attributes:
         devices: Where sums are kept.
-        sums: As a state keeps them.
+        sums: The sums of the window, as a state keeps them.
         values: What the microbatch added, or its shapes and dtypes.
         microbatch: How it was added.
         known_positive: Whether its weight is known to be positive.
-        skip_state: Of the state.
-        value: `(loss, aux)`, if they were computed here.
+        skip_state: The new `skip_state`.
+        value: `(loss, aux)` of the microbatch, if they were computed here.
     """
 
     devices: Replicated

@@ -115,6 +115,6 @@ def _check_same_state(name: str, tree: Any, like: Any) -> None:
         if kind(x) > kind(y):
             raise TypeError(
                 f"`{name}` returned a state whose leaf {leaf_name(path)} is "
-                f"{jnp.result_type(x)}, but began as {jnp.result_type(y)}, to which it would be "
-                f"cut off; begin with {jnp.result_type(x)}"
+                f"{jnp.result_type(x)}, but began as {jnp.result_type(y)}, and a cast back would "
+                f"lose a part of it; begin with {jnp.result_type(x)}"
             )

@@ -42,8 +42,8 @@ def branch(
 ) -> Any:
     """Returns `step(*start)` if the predicate holds, else `(zeros, *start)`.
 
-    A Python bool leaves no conditional in the program. Outside `jax.jit` the predicate is a number,
-    and so it does not either: JAX would compile a conditional anew in every call.
+    A Python bool leaves no conditional in the program. Nor is there one outside `jax.jit`, where
+    the predicate is a number: JAX would compile a conditional anew in every call.
 
     Args:
         predicate: bool[].

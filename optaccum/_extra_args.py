@@ -187,9 +187,9 @@ class ExtraArgs:
         others = sorted(set(args) - named)
         if others and "value_fn" in self.window_args:
             raise ValueError(
-                f"`{others[0]}` is that of one microbatch, but a line search compares it with the "
-                "`value_fn` of the window (`window_args`), or calls that with it; name it too, in "
-                "`average_args`, or in `window_args` if it is the window's"
+                f"`{others[0]}` belongs to one microbatch, but a line search uses it with the "
+                "`value_fn` of the window (`window_args`); name it in `average_args`, or in "
+                "`window_args` if it belongs to the window"
             )
         for name in others:
             if _is_function(args[name]):
@@ -271,11 +271,10 @@ def _of_one_microbatch(name: str, function: Callable[..., Any]) -> Callable[...,
     @functools.wraps(function)  # a line search reads its signature
     def refuse(*args, **kwargs):
         raise TypeError(
-            f"`inner` calls `{name}`, but steps for a window, for which a function of one "
-            "microbatch cannot stand; take the gradient of the whole batch with "
-            "optaccum.value_and_grad and step without `accumulate`, or pass a function of the "
-            "whole window's data (or of no data) and say so: "
-            f"`accumulate(..., window_args=({name!r},))`"
+            f"`inner` calls `{name}`, which is a function of one microbatch, but steps for a "
+            "window; take the gradient of the whole batch with optaccum.value_and_grad and step "
+            "without `accumulate`, or pass a function of the whole window's data (or of no data) "
+            f"and say so: `accumulate(..., window_args=({name!r},))`"
         )
 
     return refuse

@@ -233,7 +233,7 @@ class Loop:
     def weigh(self, args: list[Any], total: Any) -> tuple[Any, jax.Array | None]:
         """Returns the weight of a microbatch, and whether it counts after a `total` of others.
 
-        None means that it does: a positive Python number, which is then the same for all.
+        The second is None for a positive Python number, which counts and is the same for all.
         """
         weight, dtype = 1.0, _dtype()
         if self.weight_fn is not None:

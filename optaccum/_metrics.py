@@ -53,10 +53,10 @@ def window_metrics(
     Guarantees:
         * It adds no NaN. Metrics and norm are 0 before the first microbatch that counts, and a
           ratio is 0 if its denominator is.
-        * At the constant `every_k` 1, which keeps no sums, the same program has the same numbers
-          if it passes that call's `grads`. The norm is then 0 unless the call released.
-        * With `reduce_axes` all numbers are over all devices. Whoever uses `grad_norm` reduces the
-          sums for it.
+        * The constant `every_k` 1 keeps no sums. There the numbers are the same if `grads` are
+          passed, and the norm is 0 unless the call released.
+        * With `reduce_axes` all numbers are over all devices. The sums are reduced only if
+          `grad_norm` is used.
         * In `jax.shard_map` a sharded model has one norm, by its types. With `check_vma=False` and
           in `jax.pmap` gradients count as replicated.
         * The norm is computed of the sums, so weights from 2**-40 to 2**40 are safe.

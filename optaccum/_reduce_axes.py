@@ -56,9 +56,9 @@ def check_sums(params: Any, axes: tuple[str, ...]) -> Replicated:
         if isinstance(devices, PerDevice) and (sharded := set(axes) & varying(p)):
             raise TypeError(
                 f"parameter leaf {leaf_name(path)} varies over {sorted(sharded)} of `reduce_axes`, "
-                "so that its gradients belong to different pieces: train pieces by an `accumulate` "
-                "of their own, without these axes, on gradients and weights that you have reduced; "
-                "and pass what all devices share as it came in, before jax.lax.pcast"
+                "so each device has the gradient of another piece; train such parameters with a "
+                "second `accumulate` without these axes, on gradients and weights that you reduce, "
+                "and pass replicated parameters as they came in, before jax.lax.pcast"
             )
         if isinstance(devices, Unreduced) and jnp.iscomplexobj(p):
             raise TypeError(

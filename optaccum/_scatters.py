@@ -132,7 +132,7 @@ def _mixes(eqn: core.JaxprEqn) -> bool:
 
 
 def _inside(inner: Any, eqn: core.JaxprEqn, inputs: list[bool]) -> tuple[Any, list[bool]]:
-    """Does what `_with_fences` does with a jaxpr of an equation, of which `inputs` hold one."""
+    """Does what `_with_fences` does with a jaxpr in an equation, whose `inputs` hold scatters."""
     jaxpr = inner.jaxpr if isinstance(inner, core.ClosedJaxpr) else inner
     count = len(jaxpr.invars)  # the last inputs; what comes before them is for another jaxpr
     holds = ([False] * count + inputs)[len(inputs) :]

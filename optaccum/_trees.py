@@ -99,9 +99,9 @@ def fast(params: Any) -> Any:
 
 
 def keep_untrained(params: Any, new: Any, grads: Any) -> Any:
-    """Returns `new`, and the leaves of `params` without a gradient that cannot have one.
+    """Returns `new` with the leaves of `params` that have no gradient and cannot have one.
 
-    A branch would turn Python numbers, such as settings in a module, into arrays.
+    A branch would have turned Python numbers, such as settings in a module, into arrays.
     """
     if isinstance(params, optax.LookaheadParams):
         return new

@@ -52,12 +52,12 @@ def value_and_apply(
     18.0 [0.5 0.5]
 
     Guarantees:
-        * The sums have the bits that :func:`apply_gradients` gives them, but for roundings that XLA
-          leaves out in bfloat16, and for the rows of a weighted lookup, which are multiplied by the
-          weight before they are added up.
+        * The sums have the bits that :func:`apply_gradients` gives them, except for roundings that
+          XLA leaves out in bfloat16, and for the rows of a weighted lookup, which are multiplied by
+          the weight before they are added up.
         * A microbatch of weight 0 adds nothing, whatever its gradients are. It is computed.
-        * With `should_skip_update_fn`, with the constant `every_k` 1 and outside `jax.jit` the
-          gradients are made first. So they are for any other transformation.
+        * The gradients are made first with `should_skip_update_fn`, with the constant `every_k` 1,
+          outside `jax.jit`, and for any other transformation.
 
     Args:
         tx: Any Optax transformation; an :func:`accumulate` outermost.
@@ -72,9 +72,9 @@ def value_and_apply(
     Returns:
         A function `(params, opt_state, *args, **extra_args) -> (loss, params, opt_state)`, or with
         `has_aux` `((loss, aux), params, opt_state)`. `args` are for `fun`, `extra_args` for `tx`:
-        `weight=` and `release=` for :func:`accumulate`. `value=` is the loss: of the window in an
-        :func:`accumulate` that names it in `average_args` or `metrics`, which an `inner` needs that
-        reads it. In `jax.shard_map` with `reduce_axes` the loss is the one of this device's rows.
+        `weight=` and `release=` for :func:`accumulate`. `value=` is the loss. If `inner` reads it,
+        name it in `average_args` of :func:`accumulate`, and `inner` gets the loss of the window. In
+        `jax.shard_map` with `reduce_axes` the loss that is returned is of this device's rows.
         (Under explicit sharding, `apply_gradients` is for `reduce_axes`.)
 
         Under automatic sharding with `reduce_axes` each device computes the gradient of its rows,

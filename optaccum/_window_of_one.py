@@ -54,9 +54,8 @@ class WindowOfOne(Accumulator):
     def _check_release(self, release):
         if release is not None and release is not True:
             raise ValueError(
-                "`release` must be None or True where `every_k` is 1, which has no accumulator to "
-                f"hold a gradient in, got {release}; build with every_k >= 2 (`release` then "
-                "overrides the count)"
+                "`release` must be None or True with `every_k` 1, which keeps no sums and cannot "
+                f"hold, got {release}; build with every_k >= 2 (`release` then overrides the count)"
             )
         return True
 
