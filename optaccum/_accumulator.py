@@ -28,7 +28,7 @@ from optaccum._validate import check_denominator
 from optaccum._window import Microbatch, Sums
 
 
-class Call(NamedTuple):
+class Arguments(NamedTuple):
     """The arguments of `update`, as they came."""
 
     grads: Any
@@ -119,7 +119,7 @@ class Accumulator:
         def step(inner_state, mean, args):
             return self.inner.update(mean, inner_state, params, **args)
 
-        call = Call(updates, state, params, weight, release, extra_args)
+        call = Arguments(updates, state, params, weight, release, extra_args)
         return self.for_state(state).take_in(call, step, ())
 
     def apply(
@@ -134,10 +134,10 @@ class Accumulator:
         **extra_args: Any,
     ) -> tuple[Any, Any]:
         """Takes in one microbatch; returns the parameters, untouched on a hold, and the state."""
-        call = Call(grads, state, params, weight, release, extra_args)
+        call = Arguments(grads, state, params, weight, release, extra_args)
         return self.for_state(state).apply_call(call)
 
-    def apply_call(self, call: Call, added: Added | None = None) -> tuple[Any, Any]:
+    def apply_call(self, call: Arguments, added: Added | None = None) -> tuple[Any, Any]:
         """Returns what `apply` does; `added` if the microbatch is in the sums already."""
 
         def step(params, inner_state, mean, args):
@@ -152,7 +152,11 @@ class Accumulator:
         return self
 
     def take_in(
-        self, call: Call, step: Callable[..., tuple], carried: tuple, added: Added | None = None
+        self,
+        call: Arguments,
+        step: Callable[..., tuple],
+        carried: tuple,
+        added: Added | None = None,
     ) -> tuple:
         """Adds a microbatch to its window and, if that closes it, takes the step.
 
@@ -227,7 +231,7 @@ class Accumulator:
             inner_state=inner_state,
         )
 
-    def add(self, call: Call, devices: Replicated, gradient: Gradient | None = None) -> Added:
+    def add(self, call: Arguments, devices: Replicated, gradient: Gradient | None = None) -> Added:
         """Returns the window with a microbatch.
 
         Args:
@@ -309,12 +313,12 @@ class Accumulator:
         self.extra_args.check_state(state.arg_sums)
         return _reduce_axes.check_state(self.reduce_axes, state.weight)
 
-    def check_grads(self, call: Call, devices: Replicated, *, applied: bool) -> None:
+    def check_grads(self, call: Arguments, devices: Replicated, *, applied: bool) -> None:
         """Raises unless gradients and parameters fit the sums."""
         self._check_fits(call, devices, applied)
         _reduce_axes.check_unreduced(call.grads, devices)
 
-    def _check_fits(self, call: Call, devices: Replicated, applied: bool) -> None:
+    def _check_fits(self, call: Arguments, devices: Replicated, applied: bool) -> None:
         if not has_sums(call.state) and jax.tree.leaves(call.grads):
             raise ValueError(
                 "the optimizer state has no accumulator: it was made with `every_k=1`; give it one "

@@ -19,7 +19,7 @@ from optaccum._mesh_axes import vary, varying
 from optaccum._outputs import as_carry_and_aux, check_aux, check_carry
 from optaccum._overwritten import Overwritten
 from optaccum._trees import cast_floating, cast_like, strongly_typed, where
-from optaccum._window import Sums
+from optaccum._window import Microbatch, Sums
 
 
 class Carried(NamedTuple):
@@ -30,8 +30,8 @@ class Carried(NamedTuple):
     carry: Any  # the argument `carry_argnum` of the next microbatch; None if there is none
 
 
-class Microbatch(NamedTuple):
-    """What the scan stacks of each microbatch, with a leading axis of length n."""
+class Outputs(NamedTuple):
+    """What a microbatch returns; the scan stacks it, with a leading axis of length n."""
 
     loss: jax.Array  # l_i, a scalar
     aux: Any  # what `fun` returned beside the loss, without the carry
@@ -153,7 +153,7 @@ class Loop:
         grads, loss = _window.mean(Sums(total, grads, loss), like)
         return loss, each.aux, carry, self._with_new(grads, each.new, each.counts)
 
-    def sums(self) -> tuple[Sums, Microbatch, Any]:
+    def sums(self) -> tuple[Sums, Outputs, Any]:
         """Returns sums over all microbatches on this device, what each returned, and the carry."""
         carry = self._first_carry()
         # Zeros of the gradients' type: if it is `unreduced`, that of `params` is not.
@@ -177,11 +177,11 @@ class Loop:
         sums, total, carry = carried
         if each.weight is None and not self.summed:
             total = jnp.asarray(self.n if self.count is None else self.count, total.dtype)
-        all_of_them = _window.Microbatch(each.weight, True, adds=each.counts, summed=self.summed)
+        all_of_them = Microbatch(each.weight, True, adds=each.counts, summed=self.summed)
         losses = _window.add(_window.open_sums(each.loss), each.loss, all_of_them)
         return Sums(total, sums, losses.sum()), each, carry
 
-    def trip(self, carried: Carried, i: jax.Array) -> tuple[Carried, Microbatch]:
+    def trip(self, carried: Carried, i: jax.Array) -> tuple[Carried, Outputs]:
         """Runs microbatch i and adds it to the sums."""
         sums, total, carry = carried
         args = self.arguments(i, carry)
@@ -191,14 +191,14 @@ class Loop:
             weight = jnp.asarray(weight, _dtype())
             counts = real if counts is None else real & counts
         unequal = None if counts is None else weight  # equal weights cancel
-        microbatch = _window.Microbatch(unequal, adds=counts, summed=self.summed)
+        microbatch = Microbatch(unequal, adds=counts, summed=self.summed)
         run = functools.partial(self.run, args, weight, counts)
         (loss, aux, new), sums = add_gradients(run, sums, microbatch, total)
         carry, aux = self.carry_on(args, counts, aux)
         total += weight if counts is None else jnp.where(counts, weight, 0)
-        return Carried(sums, total, carry), Microbatch(loss, aux, unequal, counts, new)
+        return Carried(sums, total, carry), Outputs(loss, aux, unequal, counts, new)
 
-    def _real_trips(self, start: Carried) -> tuple[Carried, Microbatch]:
+    def _real_trips(self, start: Carried) -> tuple[Carried, Outputs]:
         """Does what a scan does, in the time of the microbatches that are real on some device."""
         trips = self.count
         if axes := tuple(varying(trips)):  # `fun` may communicate, so devices run alike

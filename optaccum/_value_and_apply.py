@@ -12,7 +12,7 @@ import optax
 
 from optaccum import _call, _reduce_axes, _reductions, _validate, _window
 from optaccum._accumulate import accumulator_of, apply_gradients
-from optaccum._accumulator import Accumulator, Added, Call
+from optaccum._accumulator import Accumulator, Added, Arguments
 from optaccum._backward import Gradient
 from optaccum._device_rows import as_shard, on_each_device
 from optaccum._devices import Automatic, PerDevice, Replicated
@@ -103,7 +103,7 @@ def value_and_apply(
     def step(params, opt_state, /, *args, weight=None, release=None, **extra_args):
         check_one_weight(weight, weight_fn)
         args = fast(params), *args
-        call = Call((), opt_state, params, weight, release, extra_args)
+        call = Arguments((), opt_state, params, weight, release, extra_args)
         if accumulator is not None:
             value, params, opt_state = _take_in(accumulator.for_state(opt_state), loss, args, call)
         else:
@@ -156,7 +156,7 @@ class Loss(NamedTuple):
         return weight if self.weight_fn is None else self.weight_fn(*args)
 
 
-def _take_in(accumulator: Accumulator, loss: Loss, args: Sequence[Any], call: Call) -> tuple:
+def _take_in(accumulator: Accumulator, loss: Loss, args: Sequence[Any], call: Arguments) -> tuple:
     """Returns `(loss, aux)`, the parameters and the state after a microbatch.
 
     Args:
@@ -175,8 +175,8 @@ def _take_in(accumulator: Accumulator, loss: Loss, args: Sequence[Any], call: Ca
 
 
 def _add(
-    accumulator: Accumulator, loss: Loss, args: Sequence[Any], call: Call, devices: Replicated
-) -> tuple[Call, Added]:
+    accumulator: Accumulator, loss: Loss, args: Sequence[Any], call: Arguments, devices: Replicated
+) -> tuple[Arguments, Added]:
     """Returns the call with gradients, or their shapes, and the window with the microbatch."""
     call = call._replace(weight=loss.weigh(args, call.weight))
     # Over `reduce_axes` JAX would sum the gradients of what all devices share.
@@ -196,8 +196,8 @@ def _add(
 
 
 def _add_on_each_device(
-    accumulator: Accumulator, loss: Loss, args: Sequence[Any], call: Call, devices: Automatic
-) -> tuple[Call, Added]:
+    accumulator: Accumulator, loss: Loss, args: Sequence[Any], call: Arguments, devices: Automatic
+) -> tuple[Arguments, Added]:
     """Returns what `_add` does, under automatic sharding: each device adds its rows."""
     if call.weight is not None:
         raise TypeError(

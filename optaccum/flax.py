@@ -243,12 +243,11 @@ class Optimizer(_Counters, nnx.Optimizer):
         """
         if not accumulates(self.opt_state):
             return super().update(model, grads, **extra_args)
-        options = {"graph": self.graph} if hasattr(self, "graph") else {}  # of newer Flax
-        old = _as_arrays(nnx.state(model, self.wrt, **options))
+        old = _as_arrays(nnx.state(model, self.wrt, **self._options))
         chosen = (self.wrt,) if hasattr(nnx, "as_pure") else ()  # newer Flax selects in grads too
         new, opt_state = apply_gradients(
             self.tx,
-            _as_arrays(nnx.state(grads, *chosen, **options)),
+            _as_arrays(nnx.state(grads, *chosen, **self._options)),
             _as_arrays(self.opt_state),
             old,
             **_as_arrays(extra_args),
@@ -319,11 +318,15 @@ class Optimizer(_Counters, nnx.Optimizer):
         self._replace(model, new, opt_state)
         return (loss, aux) if has_aux else loss
 
+    @property
+    def _options(self) -> dict[str, Any]:
+        """Options of `nnx.state`, in newer Flax."""
+        return {"graph": self.graph} if hasattr(self, "graph") else {}
+
     def _replace(self, model: Any, params: Any, opt_state: Any) -> None:
         """Puts new parameters into the model, and a new state into the optimizer."""
-        options = {"graph": self.graph} if hasattr(self, "graph") else {}  # of newer Flax
         nnx.update(model, params)
-        nnx.update(self.opt_state, nnx.state(opt_state, **options))
+        nnx.update(self.opt_state, nnx.state(opt_state, **self._options))
         self.step[...] += 1
 
 
