@@ -250,8 +250,17 @@ class Accumulator:
             verdict = self.judge(grads, state.gradient_step, params, skip_state)
             skip, report = devices.agree(*verdict)
             counts, skip_state = ~skip, cast_like(report, skip_state)
-        microbatch, known_positive = self._microbatch(state, weight, devices, counts)
+        opens = self._opens(state)
+        known_positive = weight is None or (isinstance(weight, float) and weight > 0)
+        if isinstance(weight, jax.Array):
+            so_far = devices.load(jnp.asarray(state.weight))
+            before = 0.0 if opens is True else jnp.where(opens, 0, so_far)
+            accepted, weight = devices.weigh(weight, before)
+            counts = both(counts, accepted)
+        weight = None if weight is None else jnp.asarray(weight, jnp.float32)
+        microbatch = Microbatch(weight, opens, counts, summed=self.summed)
 
+        # Add it.
         value, total = None, None
         if gradient is not None:
             seen = jnp.asarray(state.mini_step, jnp.float32)
@@ -259,24 +268,10 @@ class Accumulator:
             extra_args = self.extra_args.with_value(extra_args, value[0])
         arg_sums = jax.eval_shape(devices.load, state.arg_sums)
         averaged = self.extra_args.averaged(extra_args, arg_sums)
-        weighed = self.summed and microbatch.weight is not None
-        values = Sums(microbatch.weight if weighed else jnp.float32(1), grads, averaged)
+        weighed = self.summed and weight is not None
+        values = Sums(weight if weighed else jnp.float32(1), grads, averaged)
         sums = self._add(state, devices, values, microbatch, total)
         return Added(devices, sums, values, microbatch, known_positive, skip_state, value)
-
-    def _microbatch(
-        self, state: AccumulateState, weight: Any, devices: Replicated, counts: Any
-    ) -> tuple[Microbatch, bool]:
-        """Returns how a microbatch is added, and whether its weight is known to be positive."""
-        opens = self._opens(state)
-        if isinstance(weight, jax.Array):
-            total = devices.load(jnp.asarray(state.weight))
-            before = 0.0 if opens is True else jnp.where(opens, 0, total)
-            accepted, weight = devices.weigh(weight, before)
-            counts = both(counts, accepted)
-        known = weight is None or (isinstance(weight, float) and weight > 0)
-        weight = None if weight is None else jnp.asarray(weight, jnp.float32)
-        return Microbatch(weight, opens, counts, summed=self.summed), known
 
     def _open_sums(self, params: Any, dtypes: Any) -> Any:
         return _window.open_sums(params, dtypes)

@@ -11,9 +11,10 @@ from jax.extend import core
 from jax.extend.mlir.dialects import sdy
 from jax.interpreters import ad, batching, mlir
 import jax.numpy as jnp
+import optax
 
 from optaccum._mesh_axes import unreduced
-from optaccum._trees import take_apart, where
+from optaccum._trees import take_apart
 
 
 def both(a: jax.Array | bool, b: jax.Array | bool) -> jax.Array | bool:
@@ -72,7 +73,7 @@ def branch(
 
     like = () if shapes is None else jax.eval_shape(run, arrays)[0]
     if by_select:
-        zeros, arrays = where(predicate, run(arrays), _hold(like, arrays))
+        zeros, arrays = optax.tree.where(predicate, run(arrays), _hold(like, arrays))
     else:
         zeros, arrays = conditional(predicate, run, arrays, like)
     return *zeros, *join(arrays)

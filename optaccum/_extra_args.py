@@ -109,9 +109,8 @@ class ExtraArgs:
     @property
     def keys(self) -> dict[str, str]:
         """The keys in `arg_sums` of all that is averaged."""
-        average = _reductions.AVERAGE
         return {
-            name: _reductions.key_of(name, self.metrics.get(name, average))
+            name: _reductions.key_of(name, self.metrics.get(name, _reductions.AVERAGE))
             for name in self.averages
         }
 

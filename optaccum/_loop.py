@@ -9,6 +9,7 @@ import jax
 from jax import lax
 from jax.extend import core
 import jax.numpy as jnp
+import optax
 
 from optaccum import _devices, _extra_args, _reduce_axes, _scatters, _validate, _window
 from optaccum._backward import add_gradients
@@ -18,7 +19,7 @@ from optaccum._gradients import dtypes_of_sums
 from optaccum._mesh_axes import vary, varying
 from optaccum._outputs import as_carry_and_aux, check_aux, check_carry
 from optaccum._overwritten import Overwritten
-from optaccum._trees import cast_floating, cast_like, strongly_typed, where
+from optaccum._trees import cast_floating, cast_like, strongly_typed
 from optaccum._window import Microbatch, Sums
 
 
@@ -139,7 +140,7 @@ class Loop:
             grads, loss = _window.mean(each, each)
         if counts is not None:
             zeros = jax.tree.map(jnp.zeros_like, (loss, grads))
-            loss, grads = where(counts, (loss, grads), zeros)
+            loss, grads = optax.tree.where(counts, (loss, grads), zeros)
         aux, new, counts = jax.tree.map(lambda x: jnp.asarray(x)[None], (aux, new, counts))
         return loss, aux, carry, self._with_new(grads, new, counts)
 
@@ -275,7 +276,7 @@ class Loop:
         new, aux = as_carry_and_aux(aux)
         check_carry(new, old)
         new = _scatters.fence(self.devices.share(cast_like(new, old)))
-        return (new if counts is None else where(counts, new, old)), aux
+        return (new if counts is None else optax.tree.where(counts, new, old)), aux
 
     def _first_carry(self) -> Any:
         if not self.roles.carry:

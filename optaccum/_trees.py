@@ -1,7 +1,6 @@
 """Pytrees: dtypes, ownership of arrays, and non-array leaves."""
 
 from collections.abc import Callable
-import functools
 from typing import Any
 
 import jax
@@ -11,11 +10,6 @@ import numpy as np
 import optax
 
 ARRAYS = jax.Array, np.ndarray, np.generic, int, float, complex
-
-
-def where(predicate: jax.Array, on_true: Any, on_false: Any) -> Any:
-    """`jnp.where` on two trees."""
-    return jax.tree.map(functools.partial(jnp.where, predicate), on_true, on_false)
 
 
 def strongly_typed(x: Any) -> Any:
@@ -94,7 +88,7 @@ def eval_shape(fun: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
 
 
 def fast(params: Any) -> Any:
-    """Returns the tree that gradients are taken of: the slow copy of lookahead has none."""
+    """Returns the tree that has gradients and sums: not the slow copy of lookahead."""
     return params.fast if isinstance(params, optax.LookaheadParams) else params
 
 
