@@ -154,8 +154,8 @@ def hoisted(fun: Callable[..., Any], *example: jax.Array) -> tuple[Callable[...,
 def _fence(tree: Any, *, inwards: bool) -> Any:
     """Lets shardings propagate into a branch but not out of it.
 
-    Otherwise sharding propagation gives the carry the step's sharding (parameters that of divided
-    moments, for example), and every hold all-gathers.
+    Otherwise sharding propagation gives the carry the step's sharding, for example parameters the
+    sharding of divided moments, and every hold all-gathers.
     """
     return jax.tree.map(lambda x: _fence_p.bind(x, inwards=inwards), tree)
 

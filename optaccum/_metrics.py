@@ -88,7 +88,7 @@ def window_metrics(
     if not summed_grads and grads is None:
         raise ValueError(
             "`opt_state` has no sums of gradients, since `every_k` is the constant 1 or the "
-            "parameters are (); pass `grads`, those of the update before it, with every k"
+            "parameters are (); pass the `grads` of the update before it, with every k"
         )
     weight, grad_sum, sums = _reductions.of_all(Sums(state.weight, state.grad_sum, sums))
     known = weight > 0

@@ -84,8 +84,8 @@ def value_and_apply(
         axes.
 
     Raises:
-        TypeError: (here) for arguments of another kind, (when traced) for `weight=` beside
-            `weight_fn`, or where that is needed.
+        TypeError: here for arguments of another kind; when traced for `weight=` beside `weight_fn`,
+            or with `reduce_axes` under automatic sharding, which needs `weight_fn`.
         ValueError: for rows that cannot be divided among the devices of `reduce_axes`.
         Exception: what `fun` and the `update` of `tx` raise.
     """
