@@ -72,9 +72,10 @@ def value_and_apply(
     Returns:
         A function `(params, opt_state, *args, **extra_args) -> (loss, params, opt_state)`, or with
         `has_aux` `((loss, aux), params, opt_state)`. `args` are for `fun`, `extra_args` for `tx`:
-        `weight=` and `release=` for :func:`accumulate`. `value=` is the loss. If `inner` reads it,
-        name it in `average_args` of :func:`accumulate`, and `inner` gets the loss of the window. In
-        `jax.shard_map` with `reduce_axes` the loss that is returned is of this device's rows.
+        `weight=` and `release=` for :func:`accumulate`. `value=` is the loss. It is the loss of
+        the window if :func:`accumulate` names it: in `average_args` for an `inner` that reads it,
+        or in `metrics`. In `jax.shard_map` with `reduce_axes` the loss that is returned is the loss
+        of this device's rows.
         (Under explicit sharding, `apply_gradients` is for `reduce_axes`.)
 
         Under automatic sharding with `reduce_axes` each device computes the gradient of its rows,
