@@ -12,7 +12,7 @@ from optaccum import _callbacks, _validate
 from optaccum._accumulator import Accumulator
 from optaccum._extra_args import ExtraArgs
 from optaccum._spelling import named_by
-from optaccum._state import AccumulateState
+from optaccum._state import AccumulateState, has_sums
 from optaccum._trees import apply_updates
 from optaccum._window_of_one import WindowOfOne
 
@@ -79,8 +79,8 @@ def accumulate(
 
     Guarantees:
         * A hold does not run `inner` and does not touch its state. Its updates are exact zeros.
-        * `inner` never calls a function of one microbatch, such as the `value_fn` of a line search,
-          in place of the window's. An optimizer that would makes the trace of `update` raise.
+        * `inner` never takes a function of one microbatch, such as the `value_fn` of a line search,
+          for one of the window. If it calls such a function, the trace of `update` raises.
         * Nothing of one window, a NaN included, reaches the next.
         * The sums are at least float32, and no leaf of the state ever changes its dtype.
         * One fused addition per microbatch. With :func:`optaccum.apply_gradients` and donated
@@ -120,16 +120,16 @@ def accumulate(
         average_args: Names of scalar extra arguments that `inner` should see as the window's
             weighted mean, not as the last microbatch's value: `("value",)` for a loss. For trees,
             pass a dict from each name to a tree of arrays or `jax.ShapeDtypeStruct`s. `"grad"` is
-            like the parameters and costs one more accumulator; name it only if it is not what
-            `update` is given, as behind a link that clips.
+            like the parameters and costs one more accumulator. Name it only if it differs from the
+            updates, as it does behind a link that clips.
         metrics: Names of scalar extra arguments that are averaged in the same way for
             :func:`optaccum.window_metrics` alone: `inner` does not get them. For another reduction
             pass a dict, `{"loss": "mean", "tokens": "sum", "logit": "max", "accuracy": "ratio"}`.
-            Over the microbatches that count, "sum" and "max" do not weigh, and "ratio", which is
-            given (numerator, denominator), is sum / sum. For a tree pass a pair, `"load": ("sum",
-            jax.ShapeDtypeStruct((experts,), jnp.float32))`.
-        window_args: Names of extra arguments that stand for the whole window as they are:
-            `("value_fn",)` for a loss of its whole data, as a line search needs one.
+            "sum", "max" and "ratio" are over the microbatches that count and do not weigh them. A
+            "ratio" is given (numerator, denominator) and divides their sums. For a tree pass a
+            pair, `"load": ("sum", jax.ShapeDtypeStruct((experts,), jnp.float32))`.
+        window_args: Names of extra arguments that belong to the whole window and reach `inner` as
+            they are: `("value_fn",)` for the loss of all its data, which a line search needs.
         reduce_axes: Mesh axes over which gradients are not reduced yet. They are reduced once per
             window. Under automatic sharding :func:`optaccum.value_and_apply` makes the gradients.
         reduce_dtype: Dtype in which sums are sent; None for their own. With bfloat16 devices send
@@ -249,7 +249,8 @@ def _warn_if_misplaced(state: Any) -> None:
     bare = False
     for link in jax.tree.leaves(state, is_leaf=lambda x: type(x) is not tuple):
         if isinstance(link, AccumulateState):
-            bare = not jax.tree.leaves(link.inner_state)
+            # With `every_k` 1, which keeps no sums, nothing holds.
+            bare = has_sums(link) and not jax.tree.leaves(link.inner_state)
         elif bare and jax.tree.leaves(link):
             message = (
                 "`accumulate` stands in front of a link that keeps state, "

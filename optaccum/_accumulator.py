@@ -28,7 +28,7 @@ from optaccum._validate import check_denominator
 from optaccum._window import Microbatch, Sums
 
 
-class Call(NamedTuple):
+class Arguments(NamedTuple):
     """The arguments of `update`, as they came."""
 
     grads: Any
@@ -40,17 +40,19 @@ class Call(NamedTuple):
 
 
 class Added(NamedTuple):
-    """What a window is after a microbatch was added to it.
+    """A window with a microbatch added to it.
 
     Attributes:
-        sums: As a state keeps them.
+        devices: Where sums are kept.
+        sums: The sums of the window, as a state keeps them.
         values: What the microbatch added, or its shapes and dtypes.
         microbatch: How it was added.
         known_positive: Whether its weight is known to be positive.
-        skip_state: Of the state.
-        value: `(loss, aux)`, if they were computed here.
+        skip_state: The new `skip_state`.
+        value: `(loss, aux)` of the microbatch, if they were computed here.
     """
 
+    devices: Replicated
     sums: Sums
     values: Sums
     microbatch: Microbatch
@@ -117,7 +119,7 @@ class Accumulator:
         def step(inner_state, mean, args):
             return self.inner.update(mean, inner_state, params, **args)
 
-        call = Call(updates, state, params, weight, release, extra_args)
+        call = Arguments(updates, state, params, weight, release, extra_args)
         return self.for_state(state).take_in(call, step, ())
 
     def apply(
@@ -132,10 +134,10 @@ class Accumulator:
         **extra_args: Any,
     ) -> tuple[Any, Any]:
         """Takes in one microbatch; returns the parameters, untouched on a hold, and the state."""
-        call = Call(grads, state, params, weight, release, extra_args)
+        call = Arguments(grads, state, params, weight, release, extra_args)
         return self.for_state(state).apply_call(call)
 
-    def apply_call(self, call: Call, added: Added | None = None) -> tuple[Any, Any]:
+    def apply_call(self, call: Arguments, added: Added | None = None) -> tuple[Any, Any]:
         """Returns what `apply` does; `added` if the microbatch is in the sums already."""
 
         def step(params, inner_state, mean, args):
@@ -150,7 +152,11 @@ class Accumulator:
         return self
 
     def take_in(
-        self, call: Call, step: Callable[..., tuple], carried: tuple, added: Added | None = None
+        self,
+        call: Arguments,
+        step: Callable[..., tuple],
+        carried: tuple,
+        added: Added | None = None,
     ) -> tuple:
         """Adds a microbatch to its window and, if that closes it, takes the step.
 
@@ -161,14 +167,18 @@ class Accumulator:
             added: The window with the microbatch, if it is in it already.
         """
         grads, state, params, *_ = call
-        devices, length, release, inner_args = self._check(call, bool(carried))
         if added is None:
-            _reduce_axes.check_not_reduced(devices)
+            devices = self.check_state(state)
+            self.check_grads(call, devices, applied=bool(carried))
             added = self.add(call, devices)
-        sums, values, microbatch, known_positive, skip_state, _ = added
+        devices, sums, values, microbatch, known_positive, skip_state, _ = added
         counts = microbatch.counts
 
         # Does it close the window?
+        release = self._check_release(as_release(call.release))
+        length = _callbacks.length(self.every_k, state.gradient_step)
+        _reduce_axes.check_agreed(length if release is None else release, devices)
+        inner_args = self._inner_args(call.extra_args, grads)
         count = jnp.asarray(optax.safe_increment(state.mini_step))
         closes = both(counts, count >= length if release is None else release)
         with jax.named_scope("optaccum.reduce"):
@@ -178,18 +188,24 @@ class Accumulator:
         # Step, or hold.
         trained = None if params is None else fast(params)
 
+        def reduce(kept):
+            sent = kept._replace(grads=cast_floating(kept.grads, self.reduce_dtype))
+            with jax.named_scope("optaccum.reduce"):
+                reduced = devices.reduce_stored(sent, trained)
+            return reduced._replace(grads=cast_like(reduced.grads, kept.grads))
+
         def take_step(*start):
             kept, like = map(self.extra_args.for_means, (sums, values))
-            grads = cast_floating(kept.grads, self.reduce_dtype)
-            with jax.named_scope("optaccum.reduce"):
-                reduced = devices.reduce_stored(kept._replace(grads=grads), trained)
-            mean, means = self._mean(reduced._replace(weight=total), like, microbatch)
+            kept = reduce(kept) if devices.axes else kept
+            mean, means = self._mean(kept._replace(weight=total), like, microbatch)
             result, new = step(*start, mean, self.extra_args.with_means(inner_args, means, mean))
             return result, cast_like(new, state.inner_state)
 
         def shapes():
-            parts = map(self.extra_args.for_means, (sums, values))
-            mean, means = eval_shape(self._mean, *parts, microbatch)
+            kept, like = map(self.extra_args.for_means, (sums, values))
+            if devices.axes:  # the sums may be unreduced, the mean is not
+                kept = jax.eval_shape(reduce, kept)
+            mean, means = eval_shape(self._mean, kept, like, microbatch)
             args = self.extra_args.with_means(inner_args, means, mean)
             return eval_shape(self.inner.update, mean, state.inner_state, params, **args)[:1]
 
@@ -215,11 +231,11 @@ class Accumulator:
             inner_state=inner_state,
         )
 
-    def add(self, call: Call, devices: Replicated, gradient: Gradient | None = None) -> Added:
+    def add(self, call: Arguments, devices: Replicated, gradient: Gradient | None = None) -> Added:
         """Returns the window with a microbatch.
 
         Args:
-            call: Its arguments, which `check_sums` let pass.
+            call: Its arguments, which `check_grads` let pass.
             devices: Where sums are kept.
             gradient: The program of its gradients, of which `call` has the shapes. None if `call`
                 has the gradients.
@@ -234,8 +250,17 @@ class Accumulator:
             verdict = self.judge(grads, state.gradient_step, params, skip_state)
             skip, report = devices.agree(*verdict)
             counts, skip_state = ~skip, cast_like(report, skip_state)
-        microbatch, known_positive = self._microbatch(state, weight, devices, counts)
+        opens = self._opens(state)
+        known_positive = weight is None or (isinstance(weight, float) and weight > 0)
+        if isinstance(weight, jax.Array):
+            so_far = devices.load(jnp.asarray(state.weight))
+            before = 0.0 if opens is True else jnp.where(opens, 0, so_far)
+            accepted, weight = devices.weigh(weight, before)
+            counts = both(counts, accepted)
+        weight = None if weight is None else jnp.asarray(weight, jnp.float32)
+        microbatch = Microbatch(weight, opens, counts, summed=self.summed)
 
+        # Add it.
         value, total = None, None
         if gradient is not None:
             seen = jnp.asarray(state.mini_step, jnp.float32)
@@ -243,24 +268,10 @@ class Accumulator:
             extra_args = self.extra_args.with_value(extra_args, value[0])
         arg_sums = jax.eval_shape(devices.load, state.arg_sums)
         averaged = self.extra_args.averaged(extra_args, arg_sums)
-        weighed = self.summed and microbatch.weight is not None
-        values = Sums(microbatch.weight if weighed else jnp.float32(1), grads, averaged)
+        weighed = self.summed and weight is not None
+        values = Sums(weight if weighed else jnp.float32(1), grads, averaged)
         sums = self._add(state, devices, values, microbatch, total)
-        return Added(sums, values, microbatch, known_positive, skip_state, value)
-
-    def _microbatch(
-        self, state: AccumulateState, weight: Any, devices: Replicated, counts: Any
-    ) -> tuple[Microbatch, bool]:
-        """Returns how a microbatch is added, and whether its weight is known to be positive."""
-        opens = self._opens(state)
-        if isinstance(weight, jax.Array):
-            total = devices.load(jnp.asarray(state.weight))
-            before = 0.0 if opens is True else jnp.where(opens, 0, total)
-            accepted, weight = devices.weigh(weight, before)
-            counts = both(counts, accepted)
-        known = weight is None or (isinstance(weight, float) and weight > 0)
-        weight = None if weight is None else jnp.asarray(weight, jnp.float32)
-        return Microbatch(weight, opens, counts, summed=self.summed), known
+        return Added(devices, sums, values, microbatch, known_positive, skip_state, value)
 
     def _open_sums(self, params: Any, dtypes: Any) -> Any:
         return _window.open_sums(params, dtypes)
@@ -291,32 +302,18 @@ class Accumulator:
         """Returns G and the means of the arguments of the window that the microbatch closes."""
         return _window.mean(sums, values, of_grads=self.use_grad_mean, cast=self.cast_mean)
 
-    def _check(
-        self, call: Call, applied: bool
-    ) -> tuple[Replicated, jax.Array, bool | jax.Array | None, dict[str, Any]]:
-        """Raises if a microbatch cannot be taken in.
+    def check_state(self, state: Any) -> Replicated:
+        """Returns where sums are kept, or raises unless a state is what `init` returns here."""
+        check_state(state)
+        self.extra_args.check_state(state.arg_sums)
+        return _reduce_axes.check_state(self.reduce_axes, state.weight)
 
-        Returns:
-            Where sums are kept; the length of the window, i32[]; None to count, or whether the
-            window closes; the extra arguments of `inner`, but for the means of the window.
-        """
-        devices = self.check_sums(call, applied)
-        release = self._check_release(as_release(call.release))
-        length = _callbacks.length(self.every_k, call.state.gradient_step)
-        _reduce_axes.check_agreed(length if release is None else release, devices)
-        return devices, length, release, self._inner_args(call.extra_args, call.grads)
-
-    def check_sums(self, call: Call, applied: bool) -> Replicated:
-        """Returns where the sums are kept, or raises unless the gradients fit them."""
-        check_state(call.state)
-        self.extra_args.check_state(call.state.arg_sums)
-        devices = _reduce_axes.check_state(self.reduce_axes, call.state.weight)
-        self._check_grads(call, devices, applied)
-        _reduce_axes.check_unreduced(call.grads, devices)
-        return devices
-
-    def _check_grads(self, call: Call, devices: Replicated, applied: bool) -> None:
+    def check_grads(self, call: Arguments, devices: Replicated, *, applied: bool) -> None:
         """Raises unless gradients and parameters fit the sums."""
+        self._check_fits(call, devices, applied)
+        _reduce_axes.check_unreduced(call.grads, devices)
+
+    def _check_fits(self, call: Arguments, devices: Replicated, applied: bool) -> None:
         if not has_sums(call.state) and jax.tree.leaves(call.grads):
             raise ValueError(
                 "the optimizer state has no accumulator: it was made with `every_k=1`; give it one "

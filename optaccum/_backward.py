@@ -10,14 +10,13 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
-from jax.core import Tracer
 from jax.extend import core
 import jax.numpy as jnp
 
 from optaccum import _scatters, _window
 from optaccum._cotangents import flat_jaxpr
 from optaccum._fold import Target, evaluate, opened, plus
-from optaccum._trees import take_apart
+from optaccum._trees import is_none, take_apart, tracing
 from optaccum._window import Microbatch
 
 
@@ -32,7 +31,7 @@ def add_gradients(
         microbatch: How gradients are added.
         seen: f32[] >= 0 that changes from trip to trip, as `_scatters.apart` needs it.
     """
-    if not isinstance(jnp.zeros([]), Tracer):  # under `jax.disable_jit`, `fun` may read arrays
+    if not tracing():  # under `jax.disable_jit`, `fun` may read arrays
         value, grads = fun()
         return value, _window.add(sums, grads, microbatch)
     return Gradient.traced(fun).add_to(sums, microbatch, seen)
@@ -80,7 +79,7 @@ class Gradient(NamedTuple):
         # Every class can be rebuilt from instances of `object`, as JAX does; a None stays.
         places = {object(): j for j in range(first, count)}
         grads = self.of_grads.unflatten(places)
-        leaves, structure = jax.tree.flatten(grads, is_leaf=lambda x: x is None)
+        leaves, structure = jax.tree.flatten(grads, is_leaf=is_none)
         pairs = [
             (places.get(x), s) for x, s in zip(leaves, structure.flatten_up_to(sums), strict=True)
         ]

@@ -228,8 +228,8 @@ def _not_among(keywords: list[str]) -> str:
 def check_no_other_rows(call: Call, argnums: Argnums) -> None:
     """Raises if an argument that nobody named has as many rows as the batch: it would broadcast.
 
-    Who names the batch says that the others are whole: `batch_argnums` says so of arguments by
-    position, `batch_argnames` of keyword arguments.
+    If the caller passed `batch_argnums`, all other positional arguments are meant to be whole, and
+    if it passed `batch_argnames`, all other keyword arguments.
     """
     nums_rows, taken = call.nums_rows, {j for positions in call.roles[:4] for j in positions}
     if TRAINED not in argnums.positions:

@@ -15,7 +15,6 @@ from optaccum._validate import (
     check_count,
     check_function,
     check_scalar,
-    check_transformation,
     kind,
     leaf_name,
 )
@@ -23,7 +22,6 @@ from optaccum._validate import (
 
 def as_inner(tx: Any) -> optax.GradientTransformationExtraArgs:
     """Returns `inner` with extra arguments, and with its states checked."""
-    check_transformation("`inner`", tx)
     parameters = inspect.signature(tx.update).parameters.values()
     # `optax.with_extra_args_support` asks for a class, and so drops those of optax.MultiSteps.
     if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
@@ -117,6 +115,6 @@ def _check_same_state(name: str, tree: Any, like: Any) -> None:
         if kind(x) > kind(y):
             raise TypeError(
                 f"`{name}` returned a state whose leaf {leaf_name(path)} is "
-                f"{jnp.result_type(x)}, but began as {jnp.result_type(y)}, to which it would be "
-                f"cut off; begin with {jnp.result_type(x)}"
+                f"{jnp.result_type(x)}, but began as {jnp.result_type(y)}, and a cast back would "
+                f"lose a part of it; begin with {jnp.result_type(x)}"
             )

@@ -11,9 +11,10 @@ from jax.extend import core
 from jax.extend.mlir.dialects import sdy
 from jax.interpreters import ad, batching, mlir
 import jax.numpy as jnp
+import optax
 
 from optaccum._mesh_axes import unreduced
-from optaccum._trees import take_apart, where
+from optaccum._trees import take_apart
 
 
 def both(a: jax.Array | bool, b: jax.Array | bool) -> jax.Array | bool:
@@ -42,8 +43,8 @@ def branch(
 ) -> Any:
     """Returns `step(*start)` if the predicate holds, else `(zeros, *start)`.
 
-    A Python bool leaves no conditional in the program. Outside `jax.jit` the predicate is a number,
-    and so it does not either: JAX would compile a conditional anew in every call.
+    A Python bool leaves no conditional in the program. Nor is there one outside `jax.jit`, where
+    the predicate is a number: JAX would compile a conditional anew in every call.
 
     Args:
         predicate: bool[].
@@ -72,7 +73,7 @@ def branch(
 
     like = () if shapes is None else jax.eval_shape(run, arrays)[0]
     if by_select:
-        zeros, arrays = where(predicate, run(arrays), _hold(like, arrays))
+        zeros, arrays = optax.tree.where(predicate, run(arrays), _hold(like, arrays))
     else:
         zeros, arrays = conditional(predicate, run, arrays, like)
     return *zeros, *join(arrays)
@@ -94,20 +95,17 @@ def conditional(
     Unreduced values cannot enter a loop: XLA would reduce them before it, in every call. With them
     a GPU gets `lax.cond`, and its copies.
     """
-    run_step, closed_over, _ = hoisted(lambda *x: step(list(x)), *start)
-
-    def call(start, closed_over):
-        return run_step(closed_over, *start)
+    call, closed_over, _ = hoisted(lambda *x: step(list(x)), *start)
 
     def by_cond(predicate, start, closed_over):
         def release():
-            return _fence(call(start, closed_over), inwards=False)
+            return _fence(call(closed_over, *start), inwards=False)
 
         return lax.cond(predicate, release, lambda: _hold(like, start))
 
     def by_loop(predicate, start, closed_over):
         def body(_, carry):
-            return _fence(call(_fence(carry[1], inwards=True), closed_over), inwards=False)
+            return _fence(call(closed_over, *_fence(carry[1], inwards=True)), inwards=False)
 
         return lax.fori_loop(0, predicate.astype(jnp.int32), body, _hold(like, start))
 
@@ -143,6 +141,7 @@ def hoisted(fun: Callable[..., Any], *example: jax.Array) -> tuple[Callable[...,
     def evaluate(closed_over, *arrays):
         return core.jaxpr_as_fun(core.ClosedJaxpr(closed.jaxpr, closed_over))(*arrays)
 
+    # Traced again, since in newer JAX the first program still refers to the tracers.
     run = core.jaxpr_as_fun(jax.make_jaxpr(evaluate)(closed.consts, *example))
     tree = jax.tree.structure(shapes)
 
@@ -155,8 +154,8 @@ def hoisted(fun: Callable[..., Any], *example: jax.Array) -> tuple[Callable[...,
 def _fence(tree: Any, *, inwards: bool) -> Any:
     """Lets shardings propagate into a branch but not out of it.
 
-    Otherwise sharding propagation gives the carry the step's sharding (parameters that of divided
-    moments, for example), and every hold all-gathers.
+    Otherwise sharding propagation gives the carry the step's sharding, for example parameters the
+    sharding of divided moments, and every hold all-gathers.
     """
     return jax.tree.map(lambda x: _fence_p.bind(x, inwards=inwards), tree)
 

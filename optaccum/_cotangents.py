@@ -33,7 +33,7 @@ def drop_unless(counts: jax.Array, tree: Any) -> Any:
 
 
 def call_with_drops(counts: jax.Array | None, fun: Callable[[], Any]) -> Any:
-    """Returns `fun()`; what it closes over has no cotangents unless `counts` (None: it has)."""
+    """Returns `fun()`, whose closure has cotangents only if `counts`; None for always."""
     if counts is None:
         return fun()
     closed, structure = flat_jaxpr(fun)

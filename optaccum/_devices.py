@@ -14,7 +14,7 @@ from typing import Any
 import jax
 from jax import lax
 import jax.numpy as jnp
-from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec
 import numpy as np
 import optax
 
@@ -178,16 +178,6 @@ class Automatic(Replicated):
     def reduce_stored(self, sums, like):
         # `jnp.sum` would reduce bfloat16 in float32.
         return jax.tree.map(lambda x: lax.reduce(x, np.zeros((), x.dtype), lax.add, (0,)), sums)
-
-
-def along(axes: tuple[str, ...]) -> Replicated:
-    """Returns where sums are kept if gradients are reduced over these axes of the current mesh."""
-    if not axes:
-        return Replicated()
-    mesh = jax.sharding.get_abstract_mesh()
-    types = dict(zip(mesh.axis_names, mesh.axis_types, strict=True))
-    kinds = {AxisType.Manual: PerDevice, AxisType.Explicit: Unreduced, AxisType.Auto: Automatic}
-    return kinds[types[axes[0]]](axes)
 
 
 def of_all(sums: Sums) -> Sums:

@@ -19,7 +19,7 @@ from optaccum import _reductions, _window
 from optaccum._mesh_axes import unreduced
 from optaccum._metrics import check_own_names
 from optaccum._spelling import OURS, POSITIONAL, check_spelling
-from optaccum._trees import ARRAYS
+from optaccum._trees import ARRAYS, is_none
 from optaccum._validate import check_names, check_scalar, describe, leaf_name
 from optaccum._window import SMALLEST, Sums
 
@@ -109,9 +109,8 @@ class ExtraArgs:
     @property
     def keys(self) -> dict[str, str]:
         """The keys in `arg_sums` of all that is averaged."""
-        average = _reductions.AVERAGE
         return {
-            name: _reductions.key_of(name, self.metrics.get(name, average))
+            name: _reductions.key_of(name, self.metrics.get(name, _reductions.AVERAGE))
             for name in self.averages
         }
 
@@ -187,9 +186,9 @@ class ExtraArgs:
         others = sorted(set(args) - named)
         if others and "value_fn" in self.window_args:
             raise ValueError(
-                f"`{others[0]}` is that of one microbatch, but a line search compares it with the "
-                "`value_fn` of the window (`window_args`), or calls that with it; name it too, in "
-                "`average_args`, or in `window_args` if it is the window's"
+                f"`{others[0]}` belongs to one microbatch, but a line search uses it with the "
+                "`value_fn` of the window (`window_args`); name it in `average_args`, or in "
+                "`window_args` if it belongs to the window"
             )
         for name in others:
             if _is_function(args[name]):
@@ -247,7 +246,7 @@ def _as_terms(name: str, tree: Any, sums: Any) -> Any:
             )
         return jnp.asarray(x)
 
-    leaves, structure = jax.tree_util.tree_flatten_with_path(tree, is_leaf=lambda x: x is None)
+    leaves, structure = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_none)
     try:
         expected = structure.flatten_up_to(sums)
     except ValueError as error:
@@ -271,11 +270,10 @@ def _of_one_microbatch(name: str, function: Callable[..., Any]) -> Callable[...,
     @functools.wraps(function)  # a line search reads its signature
     def refuse(*args, **kwargs):
         raise TypeError(
-            f"`inner` calls `{name}`, but steps for a window, for which a function of one "
-            "microbatch cannot stand; take the gradient of the whole batch with "
-            "optaccum.value_and_grad and step without `accumulate`, or pass a function of the "
-            "whole window's data (or of no data) and say so: "
-            f"`accumulate(..., window_args=({name!r},))`"
+            f"`inner` calls `{name}`, which is a function of one microbatch, but steps for a "
+            "window; take the gradient of the whole batch with optaccum.value_and_grad and step "
+            "without `accumulate`, or pass a function of the whole window's data (or of no data) "
+            f"and say so: `accumulate(..., window_args=({name!r},))`"
         )
 
     return refuse

@@ -107,7 +107,7 @@ def _bytes(limit: Any) -> Any:
             return min(limits)
         raise ValueError(
             f"`memory_limit` is needed: {devices[0].device_kind} does not say how much memory it "
-            "has; pass that of the device to train on, such as memory_limit='80GB'"
+            "has; pass the memory of the device to train on, such as memory_limit='80GB'"
         )
     number = limit
     pattern = r"\s*(\d+\.?\d*)\s*([kmgt]?)(i?)b\s*"

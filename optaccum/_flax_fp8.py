@@ -3,11 +3,11 @@
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
-from flax.linen.fp8_ops import OVERWRITE_WITH_GRADIENT
 import jax
 from jax import lax
 import jax.numpy as jnp
 
+from optaccum._overwritten import NAME
 from optaccum._state import accumulates, get_state
 from optaccum._window import adds
 
@@ -30,7 +30,7 @@ class OverwriteState(NamedTuple):
 
 def holds(tree: Any) -> bool:
     """Returns whether parameters or gradients have such a collection."""
-    return isinstance(tree, Mapping) and OVERWRITE_WITH_GRADIENT in tree
+    return isinstance(tree, Mapping) and NAME in tree
 
 
 def init(params: Any, opt_state: Any) -> Any:
@@ -39,26 +39,26 @@ def init(params: Any, opt_state: Any) -> Any:
         return opt_state
     get_state(opt_state)  # of several windows, none could say when to overwrite
     # A copy, since one buffer cannot be donated as a parameter and as a state.
-    return OverwriteState(jax.tree.map(jnp.copy, params[OVERWRITE_WITH_GRADIENT]), opt_state)
+    return OverwriteState(jax.tree.map(jnp.copy, params[NAME]), opt_state)
 
 
 def step(train: Callable[..., Any], weight: Any, grads: Any, state: Any, params: Any) -> Any:
     """Returns parameters and state after a microbatch, of which `train` takes what is trained."""
-    values = grads[OVERWRITE_WITH_GRADIENT]
+    values = grads[NAME]
     if not isinstance(state, OverwriteState):
         if accumulates(state):
             raise ValueError(
-                f"the optimizer state has no room for a window of {OVERWRITE_WITH_GRADIENT!r}; "
+                f"the optimizer state has no room for a window of {NAME!r}; "
                 "make the train state with `optaccum.flax.TrainState.create`, or give it one as "
                 "`optaccum.flax.OverwriteState` says"
             )
         trained, state = train(grads["params"], state, params["params"])
-        return {"params": trained, OVERWRITE_WITH_GRADIENT: values}, state
+        return {"params": trained, NAME: values}, state
     trained, opt_state = train(grads["params"], state.opt_state, params["params"])
     old, new = get_state(state.opt_state), get_state(opt_state)
     if old.weight.ndim:
         raise ValueError(
-            f"parameters with the collection {OVERWRITE_WITH_GRADIENT!r} cannot be trained with "
+            f"parameters with the collection {NAME!r} cannot be trained with "
             "`reduce_axes` in jax.shard_map, where each device would overwrite it with its own "
             "values; leave `reduce_axes` out and use jax.jit"
         )
@@ -68,9 +68,9 @@ def step(train: Callable[..., Any], weight: Any, grads: Any, state: Any, params:
     opens = (old.mini_step == 0) | (old.weight == 0)
     maxima = jax.tree.map(lambda x, y: jnp.maximum(_float(x), _float(y)), state.largest, values)
     largest = _select(accepted, _select(opens, values, maxima), state.largest)
-    overwritten = _select(new.released, largest, params[OVERWRITE_WITH_GRADIENT])
+    overwritten = _select(new.released, largest, params[NAME])
     state = OverwriteState(largest, opt_state)
-    return {"params": trained, OVERWRITE_WITH_GRADIENT: overwritten}, state
+    return {"params": trained, NAME: overwritten}, state
 
 
 def _select(predicate: jax.Array, on_true: Any, on_false: Any) -> Any:

@@ -39,7 +39,7 @@ def dtypes_of_sums(params: Any, accumulator_dtype: Any) -> list[Any]:
 def _broadcast(dtypes: Any, params: Any) -> Any:
     """Returns a tree like `params` of a prefix of it."""
     try:
-        return jax.tree.broadcast(dtypes, params, is_leaf=lambda dtype: dtype is None)
+        return jax.tree.broadcast(dtypes, params, is_leaf=is_none)
     except ValueError as error:
         raise ValueError(
             "`accumulator_dtype` must be a tree like the parameters, or a prefix of it, got "
@@ -61,7 +61,7 @@ def check_fits(grads: Any, like: Any) -> None:
     """
     if grads is None and jax.tree.leaves(like):
         raise TypeError("the gradients are None; pass a tree like the parameters")
-    leaves, treedef = jax.tree_util.tree_flatten_with_path(grads, is_leaf=lambda x: x is None)
+    leaves, treedef = jax.tree_util.tree_flatten_with_path(grads, is_leaf=is_none)
     try:
         expected = treedef.flatten_up_to(like)
     except ValueError as error:
@@ -81,7 +81,7 @@ def check_trained(params: Any, sums: Any, *, applied: bool) -> None:
     optimizers do not.
     """
     remedy = "pass the parameters that `init` was given; the order is (grads, state, params)"
-    leaves, treedef = jax.tree_util.tree_flatten_with_path(sums, is_leaf=lambda x: x is None)
+    leaves, treedef = jax.tree_util.tree_flatten_with_path(sums, is_leaf=is_none)
     try:
         found = treedef.flatten_up_to(params)
     except ValueError as error:

@@ -56,6 +56,6 @@ def check_keys(keys: dict[str, Any], others: dict[str, Any], *, may_carry: bool)
         if is_typed_key(leaf):
             raise TypeError(
                 f"{name} is a PRNG key, with which every microbatch would draw the same numbers; "
-                "pass it apart, by position, and name that in `rng_argnums`, and each gets a key "
-                f"of its own ({carry}close over it, if they are to share it)"
+                "pass it as a positional argument and name that in `rng_argnums`, so that each "
+                f"gets another key ({carry}close over it, if they are to share it)"
             )

@@ -9,6 +9,7 @@ import jax
 from jax import lax
 from jax.extend import core
 import jax.numpy as jnp
+import optax
 
 from optaccum import _devices, _extra_args, _reduce_axes, _scatters, _validate, _window
 from optaccum._backward import add_gradients
@@ -18,8 +19,8 @@ from optaccum._gradients import dtypes_of_sums
 from optaccum._mesh_axes import vary, varying
 from optaccum._outputs import as_carry_and_aux, check_aux, check_carry
 from optaccum._overwritten import Overwritten
-from optaccum._trees import cast_floating, cast_like, strongly_typed, where
-from optaccum._window import Sums
+from optaccum._trees import cast_floating, cast_like, strongly_typed
+from optaccum._window import Microbatch, Sums
 
 
 class Carried(NamedTuple):
@@ -30,8 +31,8 @@ class Carried(NamedTuple):
     carry: Any  # the argument `carry_argnum` of the next microbatch; None if there is none
 
 
-class Microbatch(NamedTuple):
-    """What the scan stacks of each microbatch, with a leading axis of length n."""
+class Outputs(NamedTuple):
+    """What a microbatch returns; the scan stacks it, with a leading axis of length n."""
 
     loss: jax.Array  # l_i, a scalar
     aux: Any  # what `fun` returned beside the loss, without the carry
@@ -84,7 +85,9 @@ class Settings(NamedTuple):
         call.check(n, devices=devices)
         count = call.by_position(self.n)(*call.args)
         _validate.check_scalar("`num_microbatches(...)`", count, jnp.integer)
-        return self._replace(n=n), jnp.clip(jnp.asarray(count), 0, n).astype(jnp.int32)
+        count = jnp.asarray(count)
+        n_or_less = min(n, jnp.iinfo(count.dtype).max)  # n itself might wrap in a narrow dtype
+        return self._replace(n=n), jnp.clip(count, 0, n_or_less).astype(jnp.int32)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -137,7 +140,7 @@ class Loop:
             grads, loss = _window.mean(each, each)
         if counts is not None:
             zeros = jax.tree.map(jnp.zeros_like, (loss, grads))
-            loss, grads = where(counts, (loss, grads), zeros)
+            loss, grads = optax.tree.where(counts, (loss, grads), zeros)
         aux, new, counts = jax.tree.map(lambda x: jnp.asarray(x)[None], (aux, new, counts))
         return loss, aux, carry, self._with_new(grads, new, counts)
 
@@ -151,7 +154,7 @@ class Loop:
         grads, loss = _window.mean(Sums(total, grads, loss), like)
         return loss, each.aux, carry, self._with_new(grads, each.new, each.counts)
 
-    def sums(self) -> tuple[Sums, Microbatch, Any]:
+    def sums(self) -> tuple[Sums, Outputs, Any]:
         """Returns sums over all microbatches on this device, what each returned, and the carry."""
         carry = self._first_carry()
         # Zeros of the gradients' type: if it is `unreduced`, that of `params` is not.
@@ -175,11 +178,11 @@ class Loop:
         sums, total, carry = carried
         if each.weight is None and not self.summed:
             total = jnp.asarray(self.n if self.count is None else self.count, total.dtype)
-        all_of_them = _window.Microbatch(each.weight, True, adds=each.counts, summed=self.summed)
+        all_of_them = Microbatch(each.weight, True, adds=each.counts, summed=self.summed)
         losses = _window.add(_window.open_sums(each.loss), each.loss, all_of_them)
         return Sums(total, sums, losses.sum()), each, carry
 
-    def trip(self, carried: Carried, i: jax.Array) -> tuple[Carried, Microbatch]:
+    def trip(self, carried: Carried, i: jax.Array) -> tuple[Carried, Outputs]:
         """Runs microbatch i and adds it to the sums."""
         sums, total, carry = carried
         args = self.arguments(i, carry)
@@ -189,14 +192,14 @@ class Loop:
             weight = jnp.asarray(weight, _dtype())
             counts = real if counts is None else real & counts
         unequal = None if counts is None else weight  # equal weights cancel
-        microbatch = _window.Microbatch(unequal, adds=counts, summed=self.summed)
+        microbatch = Microbatch(unequal, adds=counts, summed=self.summed)
         run = functools.partial(self.run, args, weight, counts)
         (loss, aux, new), sums = add_gradients(run, sums, microbatch, total)
         carry, aux = self.carry_on(args, counts, aux)
         total += weight if counts is None else jnp.where(counts, weight, 0)
-        return Carried(sums, total, carry), Microbatch(loss, aux, unequal, counts, new)
+        return Carried(sums, total, carry), Outputs(loss, aux, unequal, counts, new)
 
-    def _real_trips(self, start: Carried) -> tuple[Carried, Microbatch]:
+    def _real_trips(self, start: Carried) -> tuple[Carried, Outputs]:
         """Does what a scan does, in the time of the microbatches that are real on some device."""
         trips = self.count
         if axes := tuple(varying(trips)):  # `fun` may communicate, so devices run alike
@@ -231,7 +234,7 @@ class Loop:
     def weigh(self, args: list[Any], total: Any) -> tuple[Any, jax.Array | None]:
         """Returns the weight of a microbatch, and whether it counts after a `total` of others.
 
-        None means that it does: a positive Python number, which is then the same for all.
+        The second is None for a positive Python number, which counts and is the same for all.
         """
         weight, dtype = 1.0, _dtype()
         if self.weight_fn is not None:
@@ -273,7 +276,7 @@ class Loop:
         new, aux = as_carry_and_aux(aux)
         check_carry(new, old)
         new = _scatters.fence(self.devices.share(cast_like(new, old)))
-        return (new if counts is None else where(counts, new, old)), aux
+        return (new if counts is None else optax.tree.where(counts, new, old)), aux
 
     def _first_carry(self) -> Any:
         if not self.roles.carry:

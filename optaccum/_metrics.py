@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from optaccum import _devices, _reductions
 from optaccum._reductions import AVERAGE, of_key
-from optaccum._state import as_array, is_variable, read
+from optaccum._state import as_array, has_sums, is_variable, read
 from optaccum._validate import check_loss_reduction
 from optaccum._window import Sums
 
@@ -53,10 +53,10 @@ def window_metrics(
     Guarantees:
         * It adds no NaN. Metrics and norm are 0 before the first microbatch that counts, and a
           ratio is 0 if its denominator is.
-        * At the constant `every_k` 1, which keeps no sums, the same program has the same numbers
-          if it passes that call's `grads`. The norm is then 0 unless the call released.
-        * With `reduce_axes` all numbers are over all devices. Whoever uses `grad_norm` reduces the
-          sums for it.
+        * The constant `every_k` 1 keeps no sums. There the numbers are the same if `grads` are
+          passed, and the norm is 0 unless the call released.
+        * With `reduce_axes` all numbers are over all devices. The sums are reduced only if
+          `grad_norm` is used.
         * In `jax.shard_map` a sharded model has one norm, by its types. With `check_vma=False` and
           in `jax.pmap` gradients count as replicated.
         * The norm is computed of the sums, so weights from 2**-40 to 2**40 are safe.
@@ -84,11 +84,11 @@ def window_metrics(
         if of_key(key)[0] != AVERAGE or [*map(jnp.ndim, jax.tree.leaves(x))] == ndims
     }
     check_own_names(of_key(key)[1] for key in sums)
-    has_sums = jax.tree.structure(state.grad_sum) != jax.tree.structure(())
-    if not has_sums and grads is None:
+    summed_grads = has_sums(state)
+    if not summed_grads and grads is None:
         raise ValueError(
             "`opt_state` has no sums of gradients, since `every_k` is the constant 1 or the "
-            "parameters are (); pass `grads`, those of the update before it, with every k"
+            "parameters are (); pass the `grads` of the update before it, with every k"
         )
     weight, grad_sum, sums = _reductions.of_all(Sums(state.weight, state.grad_sum, sums))
     known = weight > 0
@@ -97,10 +97,10 @@ def window_metrics(
     def mean(x):
         return jnp.where(known, x / divisor, 0).astype(x.dtype)
 
-    norm = jnp.sqrt(_devices.squared_norm(grad_sum if has_sums else grads))
-    if has_sums or summed:
+    norm = jnp.sqrt(_devices.squared_norm(grad_sum if summed_grads else grads))
+    if summed_grads or summed:
         norm = mean(norm)
-    if not has_sums:
+    if not summed_grads:
         norm = jnp.where(state.released, norm, 0)
     counters = {name: getattr(state, name) for name in KEYS[:4]}
     metrics = {}

@@ -188,7 +188,7 @@ def check_outputs(outputs: Any, rows: int) -> None:
 
 
 def check_joins(outputs: Any, n: int) -> None:
-    """Raises if an object among the outputs of a microbatch cannot hold those of all."""
+    """Raises if an object among the outputs of a microbatch cannot hold all rows."""
 
     def joined(y):
         return jax.tree.map(lambda y: jnp.concatenate([y] * n), y)
@@ -198,6 +198,6 @@ def check_joins(outputs: Any, n: int) -> None:
             raise ValueError(
                 f"`fun` returned output {name or '(the only one)'}, an object of type "
                 f"{type(y).__name__}, which keeps the shape of its array, {shape}, in its tree "
-                "structure, which stays when those of all microbatches are joined; return its "
+                "structure, which stays when the arrays of all microbatches are joined; return its "
                 "arrays (`x.array` of haliax), and build the object outside"
             )

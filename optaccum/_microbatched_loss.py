@@ -49,8 +49,8 @@ def microbatched_loss(
     7.5 4.0
 
     Guarantees:
-        * One forward and one backward pass for each microbatch: where the loss is differentiated,
-          the gradients are made in its forward pass, summed, and multiplied by the cotangent. Where
+        * One forward and one backward pass for each microbatch. If the loss is differentiated, its
+          forward pass makes and sums the gradients, which are then multiplied by the cotangent. If
           it is not, it costs forward passes alone.
         * Shapes, dtypes, rows, keys, weights and sums are as in :func:`optaccum.value_and_grad`.
         * All arguments but rows, keys and the carry may be differentiated. A gradient is exact or

@@ -232,7 +232,7 @@ def _report(old: Any, new: Any) -> Any:
     return old.skip_state if same else new.skip_state
 
 
-def _check_same(name: str, tree: Any, like: Any, other: str = "that of `tx`") -> None:
+def _check_same(name: str, tree: Any, like: Any, other: str = "the state of `tx`") -> None:
     """Raises unless both trees have the same structure and shapes."""
     shapes, wanted = (
         {leaf_name(path): jnp.shape(x) for path, x in jax.tree_util.tree_leaves_with_path(t)}

@@ -6,13 +6,13 @@ from typing import Any, Literal, NamedTuple
 import jax
 from jax import lax
 import jax.numpy as jnp
+import optax
 
 from optaccum._conditional import branch
 from optaccum._devices import of_all, squared_norm
 from optaccum._extra_args import as_weight
 from optaccum._mesh_axes import unreduced, vary, varying
 from optaccum._state import read
-from optaccum._trees import where
 from optaccum._validate import check_decay, check_loss_reduction, leaf_name
 from optaccum._window import SMALLEST, Sums
 
@@ -146,7 +146,7 @@ def update_noise_scale(
     w = jnp.where(counts, w, 1)
     square = squared_norm(grads, axes)
     sample = square / w if summed else square * w, w, jnp.ones_like(w)
-    sample = where(counts, sample, (0, 0, 0))
+    sample = optax.tree.where(counts, sample, (0, 0, 0))
     if axes:
         sample = lax.psum(vary(sample, axes), axes)
     # Discard stale samples, of a window whose release was not measured.
@@ -156,7 +156,7 @@ def update_noise_scale(
     sums = Sums(total, jax.tree.leaves(state.grad_sum), ())
     step = functools.partial(_average, decay, samples, sums)
     averages = branch(released, step, noise[3:6])
-    samples = where(released, [0, 0, 0], samples)
+    samples = optax.tree.where(released, [0, 0, 0], samples)
     return NoiseScale(*samples, *averages, gradient_step=state.gradient_step, skipped=state.skipped)
 
 
@@ -173,7 +173,7 @@ def _average(decay: Any, samples: list[jax.Array], sums: Sums, *old: jax.Array) 
     known &= jnp.isfinite(trace) & jnp.isfinite(signal)
     estimates = trace, signal, jnp.ones_like(trace)
     new = jax.tree.map(lambda x, y: decay * x + (1 - decay) * y, old, estimates)
-    return where(known, new, old)
+    return optax.tree.where(known, new, old)
 
 
 def _check_reduced(grads: Any) -> None:

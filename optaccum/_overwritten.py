@@ -15,8 +15,8 @@ NAME = "_overwrite_with_gradient"  # the collection, `flax.linen.fp8_ops.OVERWRI
 class Overwritten(NamedTuple):
     """The leaves of a tree like the parameters that are to be replaced, by their places.
 
-    The microbatches of a step compute with the same values, and give new ones for "gradients". JAX
-    takes the largest where a value is used twice, and so does a step of several microbatches.
+    The microbatches of a step compute with the same values, and give new ones for "gradients". If a
+    value is used twice, JAX takes the largest, and so does a step of several microbatches.
     """
 
     places: tuple[int, ...]

@@ -8,10 +8,17 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import AxisType
 
-from optaccum import _devices
 from optaccum._devices import Automatic, PerDevice, Replicated, Unreduced
 from optaccum._mesh_axes import partitions, unreduced, varying
+from optaccum._trees import is_none
 from optaccum._validate import leaf_name
+
+# Where sums are kept, by the type of the axes over which they are reduced.
+BY_TYPE = {
+    AxisType.Manual: PerDevice,
+    AxisType.Explicit: Unreduced,
+    AxisType.Auto: Automatic,
+}
 
 
 class AxisError(ValueError):
@@ -20,6 +27,8 @@ class AxisError(ValueError):
 
 def check_mesh(axes: tuple[str, ...]) -> Replicated:
     """Returns where sums are kept, or raises if the current mesh has no such axes for them."""
+    if not axes:
+        return Replicated()
     mesh = jax.sharding.get_abstract_mesh()
     types = dict(zip(mesh.axis_names, mesh.axis_types, strict=True))
     for axis in axes:
@@ -37,43 +46,26 @@ def check_mesh(axes: tuple[str, ...]) -> Replicated:
             )
     if len(kinds := {types[axis] for axis in axes}) > 1:
         raise AxisError(f"`reduce_axes` {axes} mix axes of the kinds {sorted(map(str, kinds))}")
-    return _devices.along(axes)
-
-
-def check_not_reduced(devices: Replicated) -> None:
-    """Raises where `jax.jit` has reduced all gradients already."""
-    if isinstance(devices, Automatic):
-        raise AxisError(
-            f"`reduce_axes` names {devices.axes[0]!r}, an Auto axis: jax.jit has summed the "
-            "gradients over it; let optaccum.value_and_apply compute them, use jax.shard_map "
-            "(`state_shardings` with PartitionSpecs), make the axis Explicit, or leave "
-            "`reduce_axes` out"
-        )
+    return BY_TYPE[kinds.pop()](axes)
 
 
 def check_sums(params: Any, axes: tuple[str, ...]) -> Replicated:
     """Returns where sums of gradients of `params` are kept, or raises if they cannot be."""
     devices = check_mesh(axes)
-    check_replicated(params, devices)
-    for path, x in jax.tree_util.tree_leaves_with_path(params):
-        if isinstance(devices, Unreduced) and jnp.iscomplexobj(x):
+    for path, p in jax.tree_util.tree_leaves_with_path(params):
+        if isinstance(devices, PerDevice) and (sharded := set(axes) & varying(p)):
+            raise TypeError(
+                f"parameter leaf {leaf_name(path)} varies over {sorted(sharded)} of `reduce_axes`, "
+                "so each device has the gradient of another piece; train such parameters with a "
+                "second `accumulate` without these axes, on gradients and weights that you reduce, "
+                "and pass replicated parameters as they came in, before jax.lax.pcast"
+            )
+        if isinstance(devices, Unreduced) and jnp.iscomplexobj(p):
             raise TypeError(
                 f"parameter leaf {leaf_name(path)} is complex, and JAX cannot make unreduced "
                 "complex arrays; use jax.shard_map, or leave `reduce_axes` out"
             )
     return devices
-
-
-def check_replicated(params: Any, devices: Replicated) -> None:
-    """Raises if a parameter is itself sharded over `reduce_axes`."""
-    for path, p in jax.tree_util.tree_leaves_with_path(params):
-        if isinstance(devices, PerDevice) and (axes := set(devices.axes) & varying(p)):
-            raise TypeError(
-                f"parameter leaf {leaf_name(path)} varies over {sorted(axes)} of `reduce_axes`, "
-                "so that its gradients belong to different pieces: train pieces by an `accumulate` "
-                "of their own, without these axes, on gradients and weights that you have reduced; "
-                "and pass what all devices share as it came in, before jax.lax.pcast"
-            )
 
 
 def check_shares(axes: tuple[str, ...]) -> Replicated:
@@ -100,6 +92,13 @@ def check_shares(axes: tuple[str, ...]) -> Replicated:
 
 def check_unreduced(grads: Any, devices: Replicated) -> None:
     """Raises if a gradient is reduced over `reduce_axes` already, or unreduced over other axes."""
+    if isinstance(devices, Automatic):
+        raise AxisError(
+            f"`reduce_axes` names {devices.axes[0]!r}, an Auto axis: jax.jit has summed the "
+            "gradients over it; let optaccum.value_and_apply compute them, use jax.shard_map "
+            "(`state_shardings` with PartitionSpecs), make the axis Explicit, or leave "
+            "`reduce_axes` out"
+        )
     axes, seen = devices.axes, set()
     for path, g in jax.tree_util.tree_leaves_with_path(grads):
         if not axes and unreduced(g):
@@ -139,7 +138,7 @@ def check_placed(grads: Any, sums: Any) -> None:
                 "state whose `grad_sum` is sharded like it"
             )
 
-    jax.tree_util.tree_map_with_path(check, grads, sums, is_leaf=lambda g: g is None)
+    jax.tree_util.tree_map_with_path(check, grads, sums, is_leaf=is_none)
 
 
 def check_state(axes: tuple[str, ...], weight: jax.Array) -> Replicated:
@@ -176,9 +175,7 @@ def explain_varying(grads: Any, params: Any) -> Iterator[None]:
         yield
     except TypeError as error:
         if params is not None and ("manual axis" in str(error) or "varying" in str(error)):
-            leaves, treedef = jax.tree_util.tree_flatten_with_path(
-                grads, is_leaf=lambda g: g is None
-            )
+            leaves, treedef = jax.tree_util.tree_flatten_with_path(grads, is_leaf=is_none)
             for (path, g), p in zip(leaves, treedef.flatten_up_to(params), strict=True):
                 if g is not None and (axes := varying(g) - varying(p)):
                     raise TypeError(

@@ -28,8 +28,8 @@ PREFIXES = {
 SCALAR = jax.ShapeDtypeStruct((), jnp.float32)
 
 
-def key_of(name: str, reduction: str = AVERAGE) -> str:
-    """Returns the key in `arg_sums` of an argument."""
+def key_of(name: str, reduction: str) -> str:
+    """Returns the key in `arg_sums` of an argument that is reduced so."""
     return PREFIXES[reduction] + name
 
 

@@ -1,4 +1,4 @@
-"""A loss and its rule of differentiation, which makes the gradients where the loss is made."""
+"""A loss and its rule of differentiation, whose forward pass computes the gradients too."""
 
 from collections.abc import Callable
 import dataclasses

@@ -20,12 +20,12 @@ from typing import Any
 
 import jax
 from jax import lax
-from jax.core import Tracer
 from jax.extend import core
 from jax.interpreters import ad, batching, mlir
 import jax.numpy as jnp
 
 from optaccum._cotangents import flat_jaxpr
+from optaccum._trees import tracing
 
 # The first version of jaxlib with the fault, and the first without it.
 AFFECTED = (0, 10, 1), (0, 12, 0)
@@ -41,7 +41,7 @@ def trace(fun: Callable[[], Any]) -> tuple[Any, list[bool]]:
     With a version that is right it returns `fun()` and []. So it does if nothing is traced (one
     microbatch outside `jax.jit`, or `jax.disable_jit`): `fun` may read its arguments.
     """
-    if not (_affected() and isinstance(jnp.zeros([]), Tracer)):
+    if not (_affected() and tracing()):
         return fun(), []
     closed, structure = flat_jaxpr(fun)
     closed, holds = with_fences(closed)
@@ -132,7 +132,7 @@ def _mixes(eqn: core.JaxprEqn) -> bool:
 
 
 def _inside(inner: Any, eqn: core.JaxprEqn, inputs: list[bool]) -> tuple[Any, list[bool]]:
-    """Does what `_with_fences` does with a jaxpr of an equation, of which `inputs` hold one."""
+    """Does what `_with_fences` does with a jaxpr in an equation, whose `inputs` hold scatters."""
     jaxpr = inner.jaxpr if isinstance(inner, core.ClosedJaxpr) else inner
     count = len(jaxpr.invars)  # the last inputs; what comes before them is for another jaxpr
     holds = ([False] * count + inputs)[len(inputs) :]

@@ -79,7 +79,7 @@ def read(opt_state: Any, caller: str) -> AccumulateState:
     scalars = {name: jax.tree.leaves(getattr(state, name))[0] for name in state._fields[:5]}
     if shape := jnp.shape(scalars["mini_step"]):
         raise ValueError(
-            f"`opt_state` is that of several members of jax.vmap, {shape}; pass that of one: "
+            f"`opt_state` has the states of several members of jax.vmap, {shape}; pass one: "
             f"`jax.vmap({caller})(...)`"
         )
     return state._replace(**scalars)

@@ -11,6 +11,7 @@ import optax
 from optaccum._mesh_axes import unreduced, varying
 from optaccum._reduce_axes import AxisError
 from optaccum._state import AccumulateState
+from optaccum._trees import fast, is_none
 from optaccum._validate import check_transformation, leaf_name
 
 
@@ -70,9 +71,7 @@ def state_shardings(tx: optax.GradientTransformation, params: Any, shardings: An
     shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(jnp.shape(x), jnp.result_type(x)), params)
     if shardings is None:
         shardings = jax.tree.map(lambda x: getattr(x, "sharding", None), params)
-    # The slow copy of `optax.lookahead` has no state.
-    fast = [x.fast if isinstance(x, optax.LookaheadParams) else x for x in (shapes, shardings)]
-    layout, found = _layout(*fast), []
+    layout, found = _layout(fast(shapes), fast(shardings)), []
 
     def trace(params):
         state = jax.tree.map(jnp.asarray, tx.init(params))
@@ -162,7 +161,7 @@ def _layout(params: Any, shardings: Any) -> _Layout:
     """Returns the layout of parameters with these shardings, after checking them."""
     leaves, structure = jax.tree_util.tree_flatten_with_path(params)
     try:
-        wanted = jax.tree.broadcast(shardings, params, is_leaf=lambda x: x is None)
+        wanted = jax.tree.broadcast(shardings, params, is_leaf=is_none)
     except ValueError as error:
         raise ValueError(
             "`shardings` must be a tree like `params`, or a prefix of it such as one for all, got "

@@ -1,20 +1,15 @@
 """Pytrees: dtypes, ownership of arrays, and non-array leaves."""
 
 from collections.abc import Callable
-import functools
 from typing import Any
 
 import jax
+from jax.core import Tracer
 import jax.numpy as jnp
 import numpy as np
 import optax
 
 ARRAYS = jax.Array, np.ndarray, np.generic, int, float, complex
-
-
-def where(predicate: jax.Array, on_true: Any, on_false: Any) -> Any:
-    """`jnp.where` on two trees."""
-    return jax.tree.map(functools.partial(jnp.where, predicate), on_true, on_false)
 
 
 def strongly_typed(x: Any) -> Any:
@@ -93,14 +88,14 @@ def eval_shape(fun: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
 
 
 def fast(params: Any) -> Any:
-    """Returns the tree that gradients are taken of: the slow copy of lookahead has none."""
+    """Returns the tree that has gradients and sums: not the slow copy of lookahead."""
     return params.fast if isinstance(params, optax.LookaheadParams) else params
 
 
 def keep_untrained(params: Any, new: Any, grads: Any) -> Any:
-    """Returns `new`, and the leaves of `params` without a gradient that cannot have one.
+    """Returns `new` with the leaves of `params` that have no gradient and cannot have one.
 
-    A branch would turn Python numbers, such as settings in a module, into arrays.
+    A branch would have turned Python numbers, such as settings in a module, into arrays.
     """
     if isinstance(params, optax.LookaheadParams):
         return new
@@ -116,6 +111,11 @@ def keep_untrained(params: Any, new: Any, grads: Any) -> Any:
         params,
         is_leaf=is_none,
     )
+
+
+def tracing() -> bool:
+    """Returns whether a program is being traced, even if its arguments are constants."""
+    return isinstance(jnp.zeros([]), Tracer)
 
 
 def is_none(x: Any) -> bool:

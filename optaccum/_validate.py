@@ -110,8 +110,8 @@ def check_loss_reduction(reduction: Any) -> str:
     """Returns `loss_reduction`, if it is one."""
     if not isinstance(reduction, str) or reduction not in ("mean", "sum"):
         raise ValueError(
-            f"`loss_reduction` must be 'mean' or 'sum', got {reduction!r}; it says what the loss "
-            "is of the examples or tokens that `weight` counts"
+            f"`loss_reduction` must be 'mean' or 'sum', got {reduction!r}; it says whether the "
+            "loss is a mean or a sum over the examples or tokens that `weight` counts"
         )
     return reduction
 

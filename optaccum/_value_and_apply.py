@@ -7,18 +7,17 @@ import inspect
 from typing import Any, Concatenate, NamedTuple, TypeVar
 
 import jax
-from jax.core import Tracer
 import jax.numpy as jnp
 import optax
 
 from optaccum import _call, _reduce_axes, _reductions, _validate, _window
 from optaccum._accumulate import accumulator_of, apply_gradients
-from optaccum._accumulator import Accumulator, Added, Call
+from optaccum._accumulator import Accumulator, Added, Arguments
 from optaccum._backward import Gradient
 from optaccum._device_rows import as_shard, on_each_device
-from optaccum._devices import Automatic, Replicated, along
-from optaccum._state import AccumulateState, check_state, has_sums
-from optaccum._trees import fast
+from optaccum._devices import Automatic, PerDevice, Replicated
+from optaccum._state import AccumulateState, has_sums
+from optaccum._trees import fast, tracing
 from optaccum._window import Microbatch, Sums
 
 Params = TypeVar("Params")
@@ -56,12 +55,12 @@ def value_and_apply(
     18.0 [0.5 0.5]
 
     Guarantees:
-        * The sums have the bits that :func:`apply_gradients` gives them, but for roundings that XLA
-          leaves out in bfloat16, and for the rows of a weighted lookup, which are multiplied by the
-          weight before they are added up.
+        * The sums have the bits that :func:`apply_gradients` gives them, except for roundings that
+          XLA leaves out in bfloat16, and for the rows of a weighted lookup, which are multiplied by
+          the weight before they are added up.
         * A microbatch of weight 0 adds nothing, whatever its gradients are. It is computed.
-        * With `should_skip_update_fn`, with the constant `every_k` 1 and outside `jax.jit` the
-          gradients are made first. So they are for any other transformation.
+        * The gradients are made first with `should_skip_update_fn`, with the constant `every_k` 1,
+          outside `jax.jit`, and for any other transformation.
 
     Args:
         tx: Any Optax transformation; an :func:`accumulate` outermost.
@@ -76,9 +75,10 @@ def value_and_apply(
     Returns:
         A function `(params, opt_state, *args, **extra_args) -> (loss, params, opt_state)`, or with
         `has_aux` `((loss, aux), params, opt_state)`. `args` are for `fun`, `extra_args` for `tx`:
-        `weight=` and `release=` for :func:`accumulate`. `value=` is the loss: of the window in an
-        :func:`accumulate` that names it in `average_args` or `metrics`, which an `inner` needs that
-        reads it. In `jax.shard_map` with `reduce_axes` the loss is the one of this device's rows.
+        `weight=` and `release=` for :func:`accumulate`. `value=` is the loss. It is the loss of
+        the window if :func:`accumulate` names it: in `average_args` for an `inner` that reads it,
+        or in `metrics`. In `jax.shard_map` with `reduce_axes` the loss that is returned is the loss
+        of this device's rows.
         (Under explicit sharding, `apply_gradients` is for `reduce_axes`.)
 
         Under automatic sharding with `reduce_axes` each device computes the gradient of its rows,
@@ -88,8 +88,8 @@ def value_and_apply(
         axes.
 
     Raises:
-        TypeError: (here) for arguments of another kind, (when traced) for `weight=` beside
-            `weight_fn`, or where that is needed.
+        TypeError: here for arguments of another kind; when traced for `weight=` beside `weight_fn`,
+            or with `reduce_axes` under automatic sharding, which needs `weight_fn`.
         ValueError: for rows that cannot be divided among the devices of `reduce_axes`.
         Exception: what `fun` and the `update` of `tx` raise.
     """
@@ -103,26 +103,38 @@ def value_and_apply(
     )
     loss = Loss(fun, has_aux, weight_fn, argnums)
     accumulator = accumulator_of(tx)
-    parameters = inspect.signature(tx.update).parameters.values()
-    takes_value = any(p.name == "value" or p.kind is p.VAR_KEYWORD for p in parameters)
 
     def step(params, opt_state, /, *args, weight=None, release=None, **extra_args) -> Any:
-        if weight is not None and weight_fn is not None:
-            raise TypeError("`weight` was passed beside `weight_fn`; leave one of them out")
+        check_one_weight(weight, weight_fn)
         args = fast(params), *args
-        call = Call((), opt_state, params, weight, release, extra_args)
+        call = Arguments((), opt_state, params, weight, release, extra_args)
         if accumulator is not None:
             value, params, opt_state = _take_in(accumulator.for_state(opt_state), loss, args, call)
         else:
             value, grads = loss.value_and_grad(args)
-            if takes_value:
-                extra_args = {"value": value[0]} | extra_args
+            extra_args = with_value(tx, extra_args, value[0])
             given = {"weight": loss.weigh(args, weight), "release": release}
             extra_args |= {name: x for name, x in given.items() if x is not None}
             params, opt_state = apply_gradients(tx, grads, opt_state, params, **extra_args)
         return (value if has_aux else value[0]), params, opt_state
 
     return step
+
+
+def check_one_weight(weight: Any, weight_fn: Callable[..., Any] | None) -> None:
+    """Raises if a microbatch has a weight and a function for it."""
+    if weight is not None and weight_fn is not None:
+        raise TypeError("`weight` was passed beside `weight_fn`; leave one of them out")
+
+
+def with_value(tx: Any, extra_args: dict[str, Any], loss: jax.Array) -> dict[str, Any]:
+    """Returns extra arguments with `value`, the loss, if `tx` takes it and it is not given."""
+    accumulator = accumulator_of(tx)
+    if accumulator is not None:
+        return accumulator.extra_args.with_value(extra_args, loss)
+    parameters = inspect.signature(tx.update).parameters.values()
+    takes_value = any(p.name == "value" or p.kind is p.VAR_KEYWORD for p in parameters)
+    return {"value": loss} | extra_args if takes_value else extra_args
 
 
 class Loss(NamedTuple):
@@ -148,7 +160,7 @@ class Loss(NamedTuple):
         return weight if self.weight_fn is None else self.weight_fn(*args)
 
 
-def _take_in(accumulator: Accumulator, loss: Loss, args: Sequence[Any], call: Call) -> tuple:
+def _take_in(accumulator: Accumulator, loss: Loss, args: Sequence[Any], call: Arguments) -> tuple:
     """Returns `(loss, aux)`, the parameters and the state after a microbatch.
 
     Args:
@@ -157,8 +169,7 @@ def _take_in(accumulator: Accumulator, loss: Loss, args: Sequence[Any], call: Ca
         args: Its arguments.
         call: The arguments of the step, without gradients.
     """
-    check_state(call.state)
-    devices = _reduce_axes.check_state(accumulator.reduce_axes, call.state.weight)
+    devices = accumulator.check_state(call.state)
     if isinstance(devices, Automatic):
         call, added = _add_on_each_device(accumulator, loss, args, call, devices)
     else:
@@ -168,14 +179,14 @@ def _take_in(accumulator: Accumulator, loss: Loss, args: Sequence[Any], call: Ca
 
 
 def _add(
-    accumulator: Accumulator, loss: Loss, args: Sequence[Any], call: Call, devices: Replicated
-) -> tuple[Call, Added]:
+    accumulator: Accumulator, loss: Loss, args: Sequence[Any], call: Arguments, devices: Replicated
+) -> tuple[Arguments, Added]:
     """Returns the call with gradients, or their shapes, and the window with the microbatch."""
     call = call._replace(weight=loss.weigh(args, call.weight))
     # Over `reduce_axes` JAX would sum the gradients of what all devices share.
     run = functools.partial(loss.value_and_grad, (devices.share(args[0]), *args[1:]))
     must_see = accumulator.judge is not None or not has_sums(call.state)
-    if must_see or not isinstance(jnp.zeros([]), Tracer):
+    if must_see or not tracing():
         program, (value, grads) = None, run()
         scalar, extra_args = value[0], accumulator.extra_args.with_value(call.extra_args, value[0])
     else:
@@ -183,14 +194,14 @@ def _add(
         scalar, grads = program.shapes()
     _reduce_axes.check_gradients(scalar, grads, None, devices)
     call = call._replace(grads=grads)
-    accumulator.check_sums(call, applied=True)
+    accumulator.check_grads(call, devices, applied=True)
     added = accumulator.add(call._replace(extra_args=extra_args), devices, program)
     return call, added if value is None else added._replace(value=value)
 
 
 def _add_on_each_device(
-    accumulator: Accumulator, loss: Loss, args: Sequence[Any], call: Call, devices: Automatic
-) -> tuple[Call, Added]:
+    accumulator: Accumulator, loss: Loss, args: Sequence[Any], call: Arguments, devices: Automatic
+) -> tuple[Arguments, Added]:
     """Returns what `_add` does, under automatic sharding: each device adds its rows."""
     if call.weight is not None:
         raise TypeError(
@@ -207,7 +218,7 @@ def _add_on_each_device(
     local_call = call._replace(state=state._replace(inner_state=(), arg_sums={}), extra_args={})
 
     def fun(args, state):
-        per_device = along(devices.axes)
+        per_device = PerDevice(devices.axes)
         new, added = _add(local, loss, args, local_call._replace(state=state), per_device)
         value, aux = added.value
         weight, value = _mean_loss(value, added, per_device)
@@ -231,7 +242,7 @@ def _add_on_each_device(
         args=_reductions.add_to_first(state.arg_sums, averaged, microbatch.decided())
     )
     values = values._replace(args=averaged)
-    added = Added(sums, values, microbatch, known_positive, skip_state, (value, aux))
+    added = Added(devices, sums, values, microbatch, known_positive, skip_state, (value, aux))
     return call._replace(grads=grads), added
 
 

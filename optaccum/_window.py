@@ -46,9 +46,9 @@ class Microbatch(NamedTuple):
             `weight * x` out of a loop only then.
         opens: bool[], whether it is the first of its window.
         counts: bool[], whether it is accepted. If not, the sums stay as they are.
-        adds: bool[], whether it adds more than zeros; None if it does so by its weight alone.
+        adds: bool[], whether it adds more than zeros; None if its weight alone decides.
         summed: Whether its values are multiplied by the weight already.
-        largest: Whether the largest value of the window is kept, and not the sum.
+        largest: Whether the window keeps the largest value instead of the sum.
     """
 
     weight: jax.Array | None = None
@@ -59,7 +59,7 @@ class Microbatch(NamedTuple):
     largest: bool = False
 
     def decided(self) -> "Microbatch":
-        """Returns it with `adds` as the weight says."""
+        """Returns the microbatch with `adds` filled in from its weight."""
         if self.weight is None or self.adds is not None:
             return self
         return self._replace(adds=adds(self.weight))
@@ -74,13 +74,13 @@ class Microbatch(NamedTuple):
         return lax.select(self.adds, x if self.summed else times(x, self.weight), nothing)
 
 
-def counts(weight: jax.Array, before: Any = 0, largest: float = LARGEST) -> jax.Array:
-    """Returns whether `weight >= 0` and the running total stays <= `largest`."""
-    return (weight >= 0) & (before + weight <= largest)
+def counts(weight: jax.Array, before: Any) -> jax.Array:
+    """Returns whether `weight >= 0` and the running total stays <= `LARGEST`."""
+    return (weight >= 0) & (before + weight <= LARGEST)
 
 
 def adds(weight: jax.Array, before: Any = 0, largest: float = LARGEST) -> jax.Array:
-    """Returns whether a weight counts, and is not so small that it stands for 0."""
+    """Returns whether a weight counts and is large enough not to be taken for 0."""
     return (weight >= SMALLEST) & (before + weight <= largest)
 
 
@@ -95,8 +95,9 @@ def open_sums(params: Any, dtypes: Sequence[Any] | None = None) -> Any:
     Args:
         params: A pytree of arrays, `jax.ShapeDtypeStruct`s or numbers. Integers and booleans, which
             have no gradient, keep their dtype and are never added to.
-        dtypes: The dtype of the sum of each leaf, its real counterpart for a real one; None for the
-            leaf's dtype promoted to at least float32. None for None each.
+        dtypes: The dtype of each leaf's sum, or None for the leaf's dtype promoted to at least
+            float32. The sum of a real leaf has the real counterpart of a complex dtype. Without
+            `dtypes` every leaf has None.
     """
 
     def zeros(p, asked):
@@ -161,8 +162,8 @@ def mean(sums: Sums, like: Sums, *, of_grads: bool = True, cast: bool = True) ->
 
     Args:
         sums: The sums of a window.
-        like: What a microbatch added to it. For a None, which others may have added to, the mean
-            has the dtype of the sum; it stays None without a sum.
+        like: What the last microbatch added. If it added None, others may have added to the sum:
+            then the mean has the dtype of the sum. It is None if there is no sum.
         of_grads: Whether to average the gradients, too, or to return their sums.
         cast: Whether to cast to the dtypes of `like`, or to keep the dtypes of the sums.
     """
@@ -175,16 +176,14 @@ def mean(sums: Sums, like: Sums, *, of_grads: bool = True, cast: bool = True) ->
     reciprocal = 1 / divisor.astype(jnp.float64 if wide else jnp.float32)
 
     def tree(like, sums, averaged):
-        def leaf(s, dtype):
+        def leaf(x, s):
+            if x is None:
+                return jax.tree.map(lambda s: leaf(s, s) if is_summed(s) else None, s)
             total = s.astype(at_least_float32(s.dtype))
-            return (times(total, reciprocal) if averaged else total).astype(dtype)
+            total = times(total, reciprocal) if averaged else total
+            return total.astype(jnp.result_type(x) if cast else s.dtype)
 
-        def leaves(x, s):
-            if x is not None:
-                return leaf(s, jnp.result_type(x) if cast else s.dtype)
-            return jax.tree.map(lambda s: leaf(s, s.dtype) if is_summed(s) else None, s)
-
-        return jax.tree.map(leaves, like, sums, is_leaf=is_none)
+        return jax.tree.map(leaf, like, sums, is_leaf=is_none)
 
     return tree(like.grads, sums.grads, of_grads), tree(like.args, sums.args, True)
 

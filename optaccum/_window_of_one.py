@@ -48,15 +48,14 @@ class WindowOfOne(Accumulator):
         )
         return mean, means
 
-    def _check_grads(self, call, devices, applied):
+    def _check_fits(self, call, devices, applied):
         check_fits(call.grads, call.grads if call.params is None else fast(call.params))
 
     def _check_release(self, release):
         if release is not None and release is not True:
             raise ValueError(
-                "`release` must be None or True where `every_k` is 1, which has no accumulator to "
-                f"hold a gradient in, got {release}; build with every_k >= 2 (`release` then "
-                "overrides the count)"
+                "`release` must be None or True with `every_k` 1, which keeps no sums and cannot "
+                f"hold, got {release}; build with every_k >= 2 (`release` then overrides the count)"
             )
         return True
 

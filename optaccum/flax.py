@@ -61,7 +61,7 @@ from optaccum._accumulate import apply_gradients
 from optaccum._flax_fp8 import OverwriteState
 from optaccum._spelling import OURS, check_fields
 from optaccum._state import accumulates, get_state, has_released
-from optaccum._value_and_apply import value_and_apply
+from optaccum._value_and_apply import check_one_weight, value_and_apply, with_value
 
 __all__ = ("Optimizer", "OverwriteState", "TrainState")
 
@@ -176,8 +176,10 @@ class TrainState(_Counters, train_state.TrainState):
         """
         if _flax_fp8.holds(self.params):
             value, grads = jax.value_and_grad(fun, has_aux=has_aux)(self.params, *args)
+            check_one_weight(kwargs.get("weight"), weight_fn)
             if weight_fn is not None:
-                kwargs = {"weight": weight_fn(self.params, *args)} | kwargs
+                kwargs["weight"] = weight_fn(self.params, *args)
+            kwargs = with_value(self.tx, kwargs, value[0] if has_aux else value)
             return value, self.apply_gradients(grads=grads, **kwargs)
         fields, extra_args = self._divide(kwargs)
         options = {"batch_argnums": batch_argnums, "rng_argnums": rng_argnums}
@@ -242,12 +244,11 @@ class Optimizer(_Counters, nnx.Optimizer):
         """
         if not accumulates(self.opt_state):
             return super().update(model, grads, **extra_args)
-        options = {"graph": self.graph} if hasattr(self, "graph") else {}  # of newer Flax
-        old = _as_arrays(nnx.state(model, self.wrt, **options))
+        old = _as_arrays(nnx.state(model, self.wrt, **self._options))
         chosen = (self.wrt,) if hasattr(nnx, "as_pure") else ()  # newer Flax selects in grads too
         new, opt_state = apply_gradients(
             self.tx,
-            _as_arrays(nnx.state(grads, *chosen, **options)),
+            _as_arrays(nnx.state(grads, *chosen, **self._options)),
             _as_arrays(self.opt_state),
             old,
             **_as_arrays(extra_args),
@@ -318,11 +319,15 @@ class Optimizer(_Counters, nnx.Optimizer):
         self._replace(model, new, opt_state)
         return (loss, aux) if has_aux else loss
 
+    @property
+    def _options(self) -> dict[str, Any]:
+        """Options of `nnx.state`, in newer Flax."""
+        return {"graph": self.graph} if hasattr(self, "graph") else {}
+
     def _replace(self, model: Any, params: Any, opt_state: Any) -> None:
         """Puts new parameters into the model, and a new state into the optimizer."""
-        options = {"graph": self.graph} if hasattr(self, "graph") else {}  # of newer Flax
         nnx.update(model, params)
-        nnx.update(self.opt_state, nnx.state(opt_state, **options))
+        nnx.update(self.opt_state, nnx.state(opt_state, **self._options))
         self.step[...] += 1
 
 

@@ -195,6 +195,7 @@ RIGHT = {
     "inside": lambda: accumulate(4, optax.adam(0.1)),
     "in front of what keeps no state": lambda: optax.chain(accumulate(4), optax.sgd(0.1)),
     "behind": lambda: optax.chain(optax.ema(0.9), accumulate(4)),
+    "without holds": lambda: optax.chain(accumulate(1), optax.adam(0.1)),
     "in a chain": lambda: optax.chain(optax.clip(1.0), accumulate(4, optax.adam(0.1))),
     "of groups": lambda: optax.partition(
         {"a": accumulate(4), "b": accumulate(2, optax.adam(0.1))}, {"w": "b"}

@@ -168,6 +168,19 @@ def test_devices_that_have_different_counts_run_alike(way, weighted, counts):
     jax.tree.map(assert_close, found, expected)
 
 
+@pytest.mark.parametrize("dtype", ["int8", "uint8", "uint32"])
+def test_a_count_of_a_narrow_dtype_does_not_wrap(dtype):
+    def fun(w, x):
+        return w * jnp.mean(x)
+
+    step = optaccum.value_and_grad(
+        fun, num_microbatches=lambda w, x: jnp.asarray(100, dtype), batch_layout="stacked"
+    )
+    x = jnp.arange(300.0)[:, None]  # 300 is 44 in 8 bits
+    loss, _ = jax.jit(step)(1.0, x)
+    assert loss == jnp.mean(x[:100])
+
+
 # Rows of different counts.
 
 

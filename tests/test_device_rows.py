@@ -354,6 +354,21 @@ def test_a_train_state_has_it_too():
         assert_close(state.params, expected)
 
 
+def test_a_mean_that_is_not_cast_has_the_dtype_of_sums_that_are_sent_in_another():
+    seen = []
+
+    def update_fn(updates, state, params=None):
+        seen.append(jax.tree.map(jnp.dtype, updates))
+        return updates, state
+
+    inner = optax.GradientTransformation(optax.init_empty_state, update_fn)
+    options = {"reduce_axes": "data", "reduce_dtype": jnp.bfloat16, "cast_mean": False}
+    with jax.set_mesh(mesh := make_mesh(AxisType.Auto)):
+        tx, params = accumulate(K, inner, **options), place(mesh)
+        jax.jit(value_and_apply(tx, loss_fn)).lower(params, tx.init(params), rows(mesh, BATCHES[0]))
+    assert all(dtype == jnp.float32 for dtype in jax.tree.leaves(seen))
+
+
 def test_mistakes_are_refused():
     step = value_and_grad(loss_fn, num_microbatches=2, reduce_axes="data")
     batch = BATCHES[0]
@@ -391,6 +406,9 @@ def test_mistakes_are_refused():
         alone = accumulate(K, optax.sgd(0.1)).init(PARAMS)
         with pytest.raises(ValueError, match=r"for each of the 8 devices along \('data',\)"):
             by_loss(PARAMS, alone, batch)
+        logs = accumulate(K, optax.sgd(0.1), reduce_axes="data", metrics=("value",))
+        with pytest.raises(ValueError, match=r"averages of \(\), but .* name \('value',\)"):
+            value_and_apply(logs, loss_fn)(PARAMS, state, batch)
         with pytest.raises(TypeError, match="name that in `rng_argnums`"):
             value_and_apply(tx, lambda params, batch, key: loss_fn(params, batch))(
                 PARAMS, state, batch, jax.random.key(0)

@@ -266,6 +266,20 @@ def test_value_and_grad_reduces_once(explicit, n):
         step(params, *batch)
 
 
+def test_updates_of_a_hold_outside_jit_have_the_type_of_the_release(explicit):
+    tx = accumulate(2, optax.sgd(1.0), reduce_axes="data")
+    params, place = replicated(explicit)
+    grads = jax.jit(lambda p, *batch: jax.grad(loss_fn)(prepare(p), *batch))(
+        params, place(X[0]), place(MASK[0])
+    )
+    state = tx.init(params)
+    held, state = tx.update(grads, state, params)
+    released, state = tx.update(grads, state, params)
+    assert state.released
+    assert jax.tree.map(jax.typeof, held) == jax.tree.map(jax.typeof, released)
+    assert not any(jnp.any(x) for x in jax.tree.leaves(held))
+
+
 def test_unreduced_sums_may_be_sent_in_bfloat16(explicit):
     params, place = replicated(explicit)
     x, mask = jnp.tile(X[0], (4, 1)), jnp.concatenate(MASK[:4])

@@ -378,7 +378,7 @@ def test_what_a_line_search_gives_to_the_function_must_be_the_windows_too(name):
     tx = accumulate(2, optax.lbfgs(), window_args=("value_fn",))
     params = jnp.ones(2)
     extra_args = {name: jnp.ones(()), "grad": params, "value_fn": lambda p, x: jnp.sum(p * x)}
-    with pytest.raises(ValueError, match=f"`{name}` is that of one microbatch.*name it too"):
+    with pytest.raises(ValueError, match=f"`{name}` belongs to one microbatch.*name it in"):
         tx.update(params, tx.init(params), params, **extra_args)
 
 

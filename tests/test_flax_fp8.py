@@ -79,6 +79,29 @@ def test_collections_of_a_loss_that_is_taken_in():
     np.testing.assert_array_equal(input_history(states[0]), [5.0, 0.0, 0.0])
 
 
+@pytest.mark.parametrize("has_aux", [False, True])
+def test_the_optimizer_gets_the_loss_and_one_weight(has_aux):
+    def loss_fn(params, x):
+        loss = jnp.mean(Fp8().apply(params, x) ** 2)
+        return (loss, x) if has_aux else loss
+
+    tx = accumulate(2, optax.sgd(0.1), metrics=("value",))
+    state, _ = fp8_state(optaccum.flax.TrainState, tx)
+    x = jnp.full((16, 16), 2.0)
+    options = {"has_aux": has_aux, "weight_fn": lambda params, x: 3.0}
+    value, new = state.value_and_apply(loss_fn, x, **options)
+    metrics = optaccum.window_metrics(new.opt_state)
+    assert metrics["value"] == jnp.asarray(value[0] if has_aux else value, jnp.float32)
+    assert metrics["weight"] == 3
+    with pytest.raises(TypeError, match="`weight` was passed beside `weight_fn`"):
+        state.value_and_apply(loss_fn, x, weight=2.0, **options)
+    # So does one that does not accumulate.
+    tx = optax.contrib.reduce_on_plateau()
+    state, _ = fp8_state(optaccum.flax.TrainState, optax.chain(optax.sgd(0.1), tx))
+    value, new = state.value_and_apply(loss_fn, x, has_aux=has_aux)
+    assert new.opt_state[1].best_value == (value[0] if has_aux else value)
+
+
 @pytest.mark.parametrize("empty", [0, 2])
 def test_a_microbatch_of_weight_0_leaves_no_trace(empty):
     state, _ = fp8_state(optaccum.flax.TrainState, accumulate(3, optax.sgd(0.1)))

@@ -185,7 +185,7 @@ def test_what_cannot_be_read_is_refused():
     named = accumulate(2, average_args=("grad_norm",)).init(PARAMS)  # `inner` may want it
     with pytest.raises(ValueError, match=match):
         window_metrics(named)
-    with pytest.raises(ValueError, match="pass `grads`, those of the update before it"):
+    with pytest.raises(ValueError, match="pass the `grads` of the update before it"):
         window_metrics(accumulate(1).init(PARAMS))
     with pytest.raises(ValueError, match=r"`every_k` is the constant 1 or the parameters are \(\)"):
         window_metrics(accumulate(2).init(()))

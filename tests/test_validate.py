@@ -236,7 +236,7 @@ def test_weights_and_releases_that_cannot_be_are_refused(every_k, extra, error, 
 @pytest.mark.parametrize("release", [False, jnp.array(False), jnp.array(True)])
 def test_release_without_an_accumulator_is_refused(release):
     tx = accumulate(1, optax.sgd(0.1))
-    with pytest.raises(ValueError, match=r"`release` must be None or True where `every_k` is 1"):
+    with pytest.raises(ValueError, match=r"`release` must be None or True with `every_k` 1"):
         tx.update(GRADS, tx.init(PARAMS), PARAMS, release=release)
 
 
