@@ -146,6 +146,9 @@ def accumulate(
           A Python bool compiles without a conditional; a bool[] is decided when the program runs.
           To close only the last window of an epoch early, pass `True if last else None`.
 
+    Warns:
+        UserWarning: if `inner` is an `optax.MultiSteps`, which would accumulate windows.
+
     Raises:
         TypeError, ValueError: in the factory for static arguments; when `init` or `update` is
             traced for trees, dtypes, weights and axes that do not fit. No error touches the state.
@@ -155,6 +158,12 @@ def accumulate(
     every_k = _validate.check_every_k(every_k)
     inner = optax.identity() if inner is None else inner
     _validate.check_transformation("`inner`", inner)
+    if isinstance(getattr(inner.update, "__self__", None), optax.MultiSteps):
+        message = (
+            "`inner` is an optax.MultiSteps, which accumulates too, so that the optimizer steps "
+            "once in several windows; pass the optimizer that is inside it"
+        )
+        warnings.warn(message, UserWarning, stacklevel=2)
     _validate.check_flag("`use_grad_mean`", use_grad_mean)
     _validate.check_flag("`cast_mean`", cast_mean)
     axes = _validate.check_axes(reduce_axes)

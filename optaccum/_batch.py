@@ -94,7 +94,7 @@ def check_batch(
         if not getattr(leaf, "shape", ()):
             raise ValueError(
                 f"batch leaf {name} has no leading axis to split, got {describe(leaf)}; pass it as "
-                "an argument of its own"
+                "an argument of its own, and name the batch in `batch_argnums`"
             )
         (first, whole), rows = leaves[0], leaf.shape[0]
         if rows != whole.shape[0] and not uneven:

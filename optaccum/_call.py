@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from optaccum import _batch, _keys
 from optaccum._batch import named_leaves
 from optaccum._trees import ARRAYS
-from optaccum._validate import check_argnums, check_names, describe
+from optaccum._validate import check_argnums, check_names, check_takes, describe
 
 ROWS, NAMES = "`batch_argnums`", "`batch_argnames`"
 TRAINED, KEYS, CARRY = "`argnums`", "`rng_argnums`", "`carry_argnum`"
@@ -137,9 +137,12 @@ class Call:
         """Returns all positions but some."""
         return [j for j in range(len(self.args)) if j not in positions]
 
-    def by_position(self, fun: Callable[..., Any]) -> Callable[..., Any]:
-        """Returns a function of all arguments by position."""
+    def by_position(self, fun: Callable[..., Any], option: str = "") -> Callable[..., Any]:
+        """Returns a function of all arguments by position; `option` names one beside `fun`."""
         count, names = self.count, self.names
+        if option:
+            kwargs = dict(zip(names, self.args[count:], strict=True))
+            check_takes(option, fun, self.args[:count], kwargs)
 
         @functools.wraps(fun)
         def call(*args):
@@ -188,6 +191,12 @@ def _positions(argnums: Argnums, count: int) -> dict[str, tuple[int, ...]]:
     for option, several in positions.items():
         for j in several:
             if not -count <= j < count:
+                if option == ROWS and argnums.by_default:
+                    raise ValueError(
+                        f"the batch is argument 1, but the call has {count} positional; pass "
+                        "the batch after the parameters (if `fun` closes over it, every "
+                        f"microbatch would get all rows), or name a keyword argument in {NAMES}"
+                    )
                 by_name = f"or name a keyword argument in {NAMES}"
                 if option != ROWS:
                     by_name = "keyword arguments go to every microbatch whole"

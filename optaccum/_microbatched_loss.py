@@ -9,6 +9,7 @@ import jax
 from optaccum import _call, _reduce_axes, _rule, _validate
 from optaccum._in_place import refuse_changes
 from optaccum._loop import Settings
+from optaccum._outputs import as_loss
 
 Value = TypeVar("Value")  # the loss, or with `has_aux` `(loss, aux)`
 Arguments = ParamSpec("Arguments")
@@ -105,8 +106,9 @@ def microbatched_loss(
     def loss_fn(*args, **kwargs) -> Any:
         call = _call.Call(fun, positions, args, kwargs)
         of_call, count = settings.of_call(call)
-        of_args = refuse_changes(call.by_position(fun), call.title, call.roles.carry)
-        of_weight = None if weight_fn is None else call.by_position(weight_fn)
+        of_args = as_loss(call.by_position(fun), has_aux)
+        of_args = refuse_changes(of_args, call.title, call.roles.carry)
+        of_weight = None if weight_fn is None else call.by_position(weight_fn, "`weight_fn`")
         devices = _reduce_axes.check_shares(axes)
         loss, aux, carry = _rule.run(call, of_args, of_weight, devices, of_call, count)
         aux = (carry, aux) if call.roles.carry else aux

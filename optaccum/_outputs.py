@@ -1,5 +1,7 @@
-"""What a loss returns beside its value: whether it can be stacked, or handed on as a carry."""
+"""What a loss returns, and whether the rest can be stacked, or handed on as a carry."""
 
+from collections.abc import Callable
+import functools
 from typing import Any
 
 import jax
@@ -9,6 +11,22 @@ from optaccum import _validate
 from optaccum._batch import named_leaves
 from optaccum._keys import is_typed_key
 from optaccum._trees import ARRAYS
+
+
+def as_loss(fun: Callable[..., Any], has_aux: bool) -> Callable[..., Any]:
+    """Returns `fun`, which raises if it returns more than a loss and `has_aux` does not say so."""
+
+    @functools.wraps(fun)
+    def loss_fn(*args, **kwargs):
+        loss = fun(*args, **kwargs)
+        if not has_aux and isinstance(loss, tuple | list | dict):
+            raise TypeError(
+                f"`fun` must return a scalar, got a {type(loss).__name__} of {len(loss)}; pass "
+                "`has_aux=True` if it returns `(loss, aux)`"
+            )
+        return loss
+
+    return loss_fn
 
 
 def check_aux(aux: Any) -> None:

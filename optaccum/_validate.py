@@ -1,6 +1,7 @@
 """Arguments of public functions: raises, or returns them in one form."""
 
 from collections.abc import Callable
+import inspect
 import operator
 from typing import Any
 
@@ -28,6 +29,21 @@ def check_function(name: str, function: Any, example: str = "") -> None:
     """Raises unless `function` can be called."""
     if not callable(function):
         raise TypeError(f"{name} must be a function{example}, got {describe(function)}")
+
+
+def check_takes(name: str, function: Any, args: Any, kwargs: Any) -> None:
+    """Raises unless `function` takes the arguments of `fun`, as far as its signature says."""
+    try:
+        signature = inspect.signature(function)
+    except (TypeError, ValueError):
+        return
+    try:
+        signature.bind(*args, **kwargs)
+    except TypeError as error:
+        raise TypeError(
+            f"{name} is called with the arguments of `fun`, the parameters first, but its "
+            f"signature is {signature}: {error}"
+        ) from None
 
 
 def check_flag(name: str, flag: Any) -> None:

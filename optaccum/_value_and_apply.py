@@ -16,6 +16,7 @@ from optaccum._accumulator import Accumulator, Added, Arguments
 from optaccum._backward import Gradient
 from optaccum._device_rows import as_shard, on_each_device
 from optaccum._devices import Automatic, PerDevice, Replicated
+from optaccum._outputs import as_loss
 from optaccum._state import AccumulateState, has_sums
 from optaccum._trees import fast, tracing
 from optaccum._window import Microbatch, Sums
@@ -101,7 +102,7 @@ def value_and_apply(
     argnums = _call.check_roles(
         None, argnums=0, batch_argnums=batch_argnums, rng_argnums=rng_argnums
     )
-    loss = Loss(fun, has_aux, weight_fn, argnums)
+    loss = Loss(as_loss(fun, has_aux), has_aux, weight_fn, argnums)
     accumulator = accumulator_of(tx)
 
     def step(params, opt_state, /, *args, weight=None, release=None, **extra_args) -> Any:
@@ -157,7 +158,10 @@ class Loss(NamedTuple):
 
     def weigh(self, args: Sequence[Any], weight: Any) -> Any:
         """Returns the weight of a microbatch: `weight`, without a function for it."""
-        return weight if self.weight_fn is None else self.weight_fn(*args)
+        if self.weight_fn is None:
+            return weight
+        _validate.check_takes("`weight_fn`", self.weight_fn, args, {})
+        return self.weight_fn(*args)
 
 
 def _take_in(accumulator: Accumulator, loss: Loss, args: Sequence[Any], call: Arguments) -> tuple:

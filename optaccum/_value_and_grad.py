@@ -11,6 +11,7 @@ from optaccum._device_rows import as_shard, on_each_device
 from optaccum._devices import Automatic
 from optaccum._in_place import refuse_changes
 from optaccum._loop import Loop, Settings
+from optaccum._outputs import as_loss
 from optaccum._overwritten import Overwritten, overwritten
 from optaccum._trees import cast_floating
 from optaccum._window import Sums
@@ -236,14 +237,15 @@ def value_and_grad(
         # Of parameters that all devices share JAX would sum the gradients, each time.
         shared = [devices.share(x) if j in (*trained, *carry) else x for j, x in enumerate(args)]
         at = trained if isinstance(argnums, tuple | list) else trained[0]
-        loss_fn = refuse_changes(call.by_position(fun), call.title, carry)
+        loss_fn = as_loss(call.by_position(fun), has_aux)
+        loss_fn = refuse_changes(loss_fn, call.title, carry)
         params = shared[at] if isinstance(at, int) else tuple(shared[j] for j in at)
         return Loop(
             args=call.roles.split(shared, of_call.n) if of_call.n > 1 else shared,
             roles=call.roles,
             params=params,
             differentiate=jax.value_and_grad(loss_fn, at, has_aux),
-            weight_fn=None if weight_fn is None else call.by_position(weight_fn),
+            weight_fn=None if weight_fn is None else call.by_position(weight_fn, "`weight_fn`"),
             devices=devices,
             overwritten=Overwritten.among(overwritten(params), axes),
             count=count,

@@ -59,6 +59,8 @@ except ModuleNotFoundError as error:
 from optaccum import _flax_fp8
 from optaccum._accumulate import apply_gradients
 from optaccum._flax_fp8 import OverwriteState
+from optaccum._in_place import refuse_changes
+from optaccum._outputs import as_loss
 from optaccum._spelling import OURS, check_fields
 from optaccum._state import accumulates, get_state, has_released
 from optaccum._value_and_apply import check_one_weight, value_and_apply, with_value
@@ -264,6 +266,8 @@ class Optimizer(_Counters, nnx.Optimizer):
         *args: Any,
         has_aux: bool = False,
         weight_fn: Any = None,
+        batch_argnums: Any = None,
+        rng_argnums: Any = (),
         **extra_args: Any,
     ) -> Any:
         """Take in one microbatch by its loss, as :func:`optaccum.value_and_apply` does.
@@ -280,19 +284,21 @@ class Optimizer(_Counters, nnx.Optimizer):
             *args: Arguments of `fun`, arrays.
             has_aux: Whether `fun` returns `(scalar, aux)`.
             weight_fn: Called as `fun` is; returns the `weight` of the microbatch.
+            batch_argnums: Positions of rows, as in :func:`optaccum.value_and_apply`.
+            rng_argnums: Positions of keys.
             **extra_args: As in `update`.
 
         Returns:
             The loss, or with `has_aux` `(loss, aux)`.
 
         Raises:
-            ValueError: with `reduce_axes`, where each device would change the model otherwise.
+            TypeError: with `reduce_axes` if `fun` changes the model, which each device would change
+                by its rows.
         """
-        if accumulates(self.opt_state) and jnp.ndim(_as_arrays(self.opt_state).weight):
-            raise ValueError(
-                "`Optimizer.value_and_apply` cannot be used with `reduce_axes`, since each device "
-                "would change the model by its rows; use optaccum.value_and_apply"
-            )
+        state, run = _as_arrays(self.opt_state), as_loss(fun, has_aux)
+        per_device = accumulates(state) and jnp.ndim(get_state(state).weight)
+        if per_device:
+            run = refuse_changes(run, "argument {}".format, None)
         graphdef, trained, others = nnx.split(model, self.wrt, ...)
         structure = jax.tree.structure(trained)
 
@@ -302,20 +308,22 @@ class Optimizer(_Counters, nnx.Optimizer):
 
         def loss_fn(params, *args):
             copy = merged(params)
-            value = fun(copy, *args)
+            value = run(copy, *args)
             loss, aux = value if has_aux else (value, ())
-            return loss, (aux, nnx.split(copy, self.wrt, ...)[2])
+            return loss, (aux, () if per_device else nnx.split(copy, self.wrt, ...)[2])
 
         def weigh(params, *args):
             return weight_fn(merged(params), *args)
 
-        step = value_and_apply(
-            self.tx, loss_fn, has_aux=True, weight_fn=None if weight_fn is None else weigh
-        )
+        options = {"batch_argnums": batch_argnums, "rng_argnums": rng_argnums}
+        if weight_fn is not None:
+            options["weight_fn"] = weigh
+        step = value_and_apply(self.tx, loss_fn, has_aux=True, **options)
         (loss, (aux, changed)), new, opt_state = step(
-            _as_arrays(trained), _as_arrays(self.opt_state), *args, **_as_arrays(extra_args)
+            _as_arrays(trained), state, *args, **_as_arrays(extra_args)
         )
-        nnx.update(model, changed)
+        if not per_device:
+            nnx.update(model, changed)
         self._replace(model, new, opt_state)
         return (loss, aux) if has_aux else loss
 

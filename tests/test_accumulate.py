@@ -227,9 +227,11 @@ def test_random_keys_and_python_numbers_may_be_in_the_inner_state(jit):
     assert state.inner_state.hyperparams["learning_rate"].dtype == jnp.float32
 
 
-@pytest.mark.filterwarnings("ignore:`accumulate` and optax.MultiSteps:UserWarning")
-def test_multi_steps_inside_gets_the_extra_arguments():
-    tx = accumulate(2, optax.MultiSteps(optax.polyak_sgd(), 1))
+@pytest.mark.parametrize("form", [lambda ms: ms, lambda ms: ms.gradient_transformation()])
+def test_multi_steps_inside_is_a_likely_mistake_and_gets_the_extra_arguments(form):
+    with pytest.warns(UserWarning, match="pass the optimizer that is inside it") as found:
+        tx = accumulate(2, form(optax.MultiSteps(optax.polyak_sgd(), 1)))
+    assert found[0].filename == __file__
     state, params = tx.init(SMALL), SMALL
     for _ in range(2):
         params, state = apply_gradients(tx, _small_grads(1.0, 0.0), state, params, value=2.0)

@@ -2,6 +2,7 @@
 
 import functools
 
+from flax import nnx
 from helpers.hlo import collectives
 from helpers.meshes import DEVICES, bytes_on_first, make_mesh, named
 import jax
@@ -22,7 +23,7 @@ from optaccum import (
     value_and_grad,
     window_metrics,
 )
-from optaccum.flax import TrainState
+from optaccum.flax import Optimizer, TrainState
 
 K, ROWS, LENGTH, VOCABULARY, WIDTH = 3, 16, 6, 16, 8
 KEYS = jax.random.split(jax.random.key(0), 4)
@@ -352,6 +353,46 @@ def test_a_train_state_has_it_too():
         for batch in BATCHES:
             _, state = jax.block_until_ready(step(state, rows(mesh, batch)))
         assert_close(state.params, expected)
+
+
+def _squares(model, x, mask):
+    return jnp.sum(mask * (jnp.tanh(model(x)) ** 2).mean(1)) / jnp.maximum(mask.sum(), 1)
+
+
+def test_an_optimizer_of_nnx_reduces_once_and_refuses_changes_of_its_model():
+    x = jax.random.normal(jax.random.key(0), (2 * K, ROWS, 8))
+    mask = jnp.arange(2 * K * ROWS).reshape(2 * K, ROWS) % 5 > 1
+    options = {"weight_fn": lambda model, x, mask: mask.sum(), "batch_argnums": (1, 2)}
+    step = nnx.jit(lambda model, opt, *args: opt.value_and_apply(model, _squares, *args, **options))
+    found = []
+    for axes in ((), "data"):
+        with jax.set_mesh(mesh := make_mesh(AxisType.Auto)):
+            model = nnx.LoRALinear(8, 8, lora_rank=2, rngs=nnx.Rngs(0))
+            model.lora.lora_b[...] += 0.1
+            nnx.update(model, jax.device_put(nnx.state(model), named(mesh, P())))
+            tx = accumulate(K, optax.sgd(0.1), reduce_axes=axes)
+            optimizer = Optimizer(model, tx, wrt=nnx.LoRAParam)
+            for args in zip(x, mask, strict=True):
+                args = jax.device_put(args, named(mesh, P("data")))
+                loss = jax.block_until_ready(step(model, optimizer, *args))
+            found.append((loss, nnx.to_pure_dict(nnx.state(model))))
+            assert optimizer.gradient_step == 2
+    assert_close(*found)
+
+    class Counting(nnx.Module):
+        def __init__(self):
+            self.linear = nnx.Linear(8, 8, rngs=nnx.Rngs(0))
+            self.calls = nnx.Variable(jnp.zeros([]))
+
+        def __call__(self, x):
+            self.calls[...] += 1
+            return self.linear(x)
+
+    with jax.set_mesh(make_mesh(AxisType.Auto)):
+        model = Counting()
+        optimizer = Optimizer(model, tx, wrt=nnx.Param)
+        with pytest.raises(TypeError, match=r"changed argument 0.*calls.* in place"):
+            step(model, optimizer, x[0], mask[0])
 
 
 def test_a_mean_that_is_not_cast_has_the_dtype_of_sums_that_are_sent_in_another():

@@ -13,6 +13,7 @@ from optaccum import accumulate, apply_gradients, has_released
 
 PARAMS = {"layer": {"w": jnp.ones((3, 2)), "b": jnp.zeros(2)}}
 GRADS = jax.tree.map(jnp.ones_like, PARAMS)
+TX = accumulate(2, optax.sgd(0.1))
 
 
 @pytest.mark.parametrize(
@@ -389,3 +390,42 @@ def test_the_order_of_multi_steps_is_refused(call):
     message = r"`every_k` comes first and the optimizer second.*: accumulate\(every_k, optimizer\)"
     with pytest.raises(TypeError, match=message):
         call(optax.adam(1e-3))
+
+
+def _pair(params, x):
+    return jnp.mean(params * x), x
+
+
+@pytest.mark.parametrize(
+    "step",
+    [
+        optaccum.value_and_grad(_pair, num_microbatches=2),
+        optaccum.grad(_pair, num_microbatches=2),
+        optaccum.microbatched_loss(_pair, num_microbatches=2),
+        lambda params, x: optaccum.value_and_apply(TX, _pair)(params, TX.init(params), x),
+    ],
+)
+def test_a_loss_that_returns_more_is_told_of_has_aux(step):
+    with pytest.raises(TypeError, match="a scalar, got a tuple of 2; pass `has_aux=True`"):
+        step(jnp.ones([]), jnp.ones(4))
+
+
+def test_a_weight_fn_of_the_batch_alone_is_told_of_the_parameters():
+    loss_fn, params, x = lambda p, x: jnp.mean(p * x), jnp.ones([]), jnp.ones(4)
+    message = r"`weight_fn` is called with the arguments of `fun`, the parameters first"
+    with pytest.raises(TypeError, match=message):
+        optaccum.value_and_grad(loss_fn, num_microbatches=2, weight_fn=len)(params, x)
+    with pytest.raises(TypeError, match=message):
+        optaccum.value_and_apply(TX, loss_fn, weight_fn=len)(params, TX.init(params), x)
+
+
+def test_a_loss_that_closes_over_its_batch_is_refused():
+    step = optaccum.value_and_grad(lambda params: jnp.mean(params), num_microbatches=2)
+    with pytest.raises(ValueError, match=r"the batch is argument 1, .* \(if `fun` closes over it"):
+        step(jnp.ones(4))
+
+
+def test_a_batch_behind_another_argument_is_named():
+    step = optaccum.value_and_grad(lambda params, f, x: f(params * x), num_microbatches=2)
+    with pytest.raises(ValueError, match=r"argument 1 .* and name the batch in `batch_argnums`"):
+        step(jnp.ones([]), jnp.mean, jnp.ones(4))
