@@ -386,7 +386,7 @@ def test_parameters_that_are_divided_over_the_axis_are_refused(mesh):
     tx = accumulate(2, optax.sgd(0.1), reduce_axes="data")
     rows = {"experts": P("data")}
     params = {"experts": jnp.ones((DEVICES, 2))}
-    message = r"leaf \['experts'\] varies over \['data'\] of `reduce_axes`.*of their own"
+    message = r"leaf \['experts'\] varies over \['data'\] of `reduce_axes`.*second `accumulate`"
     with pytest.raises(TypeError, match=message):
         jax.shard_map(tx.init, mesh=mesh, in_specs=(rows,), out_specs=P())(params)
     step = value_and_grad(
