@@ -231,9 +231,14 @@ def apply_gradients(
             before a link that keeps state.
 
     Raises:
-        TypeError: if `tx` is not a transformation.
+        TypeError: if `tx` is not a transformation, or there are no parameters.
         Exception: what `tx.update` raises.
     """
+    if params is None and jax.tree.leaves(grads):
+        raise TypeError(
+            "`apply_gradients` needs the parameters, got None; the order is (tx, grads, state, "
+            "params)"
+        )
     accumulator = accumulator_of(tx)
     if accumulator is not None:
         return accumulator.apply(grads, opt_state, params, **extra_args)

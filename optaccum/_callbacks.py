@@ -28,11 +28,26 @@ def as_inner(tx: Any) -> optax.GradientTransformationExtraArgs:
         tx = optax.with_extra_args_support(tx)
 
     def update_fn(updates, state, params=None, **extra_args):
-        updates, new = tx.update(updates, state, params, **extra_args)
+        try:
+            updates, new = tx.update(updates, state, params, **extra_args)
+        except Exception as error:
+            _note_another_state(error, tx, state, params)
+            raise
         _check_same_state("inner", new, state)
         return updates, new
 
     return optax.GradientTransformationExtraArgs(tx.init, update_fn)
+
+
+def _note_another_state(error: Exception, tx: Any, state: Any, params: Any) -> None:
+    """Adds to an error of `inner` that its state is not what it makes of the parameters."""
+    with contextlib.suppress(Exception):
+        wanted = jax.tree.structure(jax.eval_shape(tx.init, params))
+        if wanted != (found := jax.tree.structure(state)):
+            error.add_note(
+                f"`inner_state` was made by another `inner`: it has the structure {found}, and "
+                f"`inner.init` gives {wanted}"
+            )
 
 
 def as_judge(should_skip_update_fn: Any) -> Callable[..., tuple[jax.Array, Any]] | None:

@@ -152,6 +152,13 @@ def test_a_state_without_sums_says_how_it_gets_them():
     tx.update(GRADS, state._replace(grad_sum=tx.init(PARAMS).grad_sum), PARAMS)
 
 
+def test_a_state_of_another_inner_is_named_beside_its_error():
+    state = accumulate(2, optax.sgd(0.1)).init(PARAMS)
+    with pytest.raises(AttributeError, match="mu") as found:
+        jax.jit(accumulate(2, optax.adam(0.1)).update)(GRADS, state, PARAMS)
+    assert "`inner_state` was made by another `inner`" in found.value.__notes__[0]
+
+
 def test_an_inner_state_that_changes_its_structure_is_refused():
     inner = optax.GradientTransformation(lambda _: None, lambda g, state, params=None: (g, 1.0))
     tx = accumulate(1, inner)
@@ -255,6 +262,12 @@ def test_averaged_arguments_that_cannot_be_are_refused():
     for value in (jnp.ones(3), "high", 1j, None):
         with pytest.raises(TypeError, match=r"`value` \(one of `average_args`\) must be a scalar"):
             tx.update(GRADS, state, PARAMS, value=value)
+
+
+@pytest.mark.parametrize("tx", [TX, accumulate(1, optax.sgd(0.1)), optax.sgd(0.1)])
+def test_apply_gradients_needs_the_parameters(tx):
+    with pytest.raises(TypeError, match="needs the parameters, got None"):
+        apply_gradients(tx, jnp.ones(3), tx.init(jnp.ones(3)), None)
 
 
 def test_missing_parameters_are_refused_by_optax():
