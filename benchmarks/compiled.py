@@ -242,19 +242,24 @@ def traffic_table(result: Result) -> str:
 
 
 def sent(found: list[Result], row: Result) -> str:
-    """Returns the size in P of the arrays that are reduced or gathered, by kind.
+    """Returns a cell of what is sent, by kind."""
+    cells = [f"{kind} {size:.2f}" for kind, size in amounts(found, row).items() if size >= REDUCED]
+    return ", ".join(cells) or ("scalars" if found else "none")
 
-    It says between how many devices, if not between all.
+
+def amounts(found: list[Result], row: Result) -> dict[str, float]:
+    """Returns the sizes in P of the arrays that are reduced or gathered, by kind.
+
+    A kind says between how many devices, if not between all.
     """
-    totals = Counter()
+    totals: dict[str, float] = Counter()
     for one in found:
         group = one.get("group") or row["devices"]
         # An array that is gathered is as many times larger as there are devices with a part of it.
         whole = group if one["kind"] == "all-gather" else 1
         kind = one["kind"] + (f" of {group}" if group < row["devices"] else "")
         totals[kind] += whole * one["bytes"] * one["times"] / row["parameter_bytes"]
-    cells = [f"{kind} {size:.2f}" for kind, size in totals.items() if size >= REDUCED]
-    return ", ".join(cells) or ("scalars" if found else "none")
+    return totals
 
 
 def _agreement(result: Result) -> str:

@@ -160,6 +160,22 @@ def draw_compiled(result: Result) -> Figure | None:
     return figure
 
 
+def draw_large(result: Result) -> Figure | None:
+    fitting = [row for row in result["rows"] if row["fits"] and row["devices"] == 8]
+    rows = [row | {"name": f"{row['name']}, {row['placed']}"} for row in fitting]
+    rows = [row for row in rows if row["model"] == "7b"]
+    if not rows:
+        return None
+    figure, (left, right) = _panels(2, 1 + 0.3 * len(rows))
+    _bars(left, rows, [row["peak_bytes"] / 1e9 for row in rows])
+    left.set(xlabel="peak memory of a device, GB", title="Memory")
+    _bars(right, rows, [sum(compiled.amounts(row["window"], row).values()) for row in rows])
+    right.set(xlabel="arrays sent per window, in sizes of the parameters", title="Communication")
+    title = f"A window of {result['every_k']} microbatches, 7 billion parameters on eight H100"
+    figure.suptitle(title)
+    return figure
+
+
 def draw_overhead(result: Result) -> Figure:
     runs = result["runs"]
     figure, grid = _panels(len(runs), 1.6 + 0.27 * max(len(run["contenders"]) for run in runs))
@@ -275,6 +291,7 @@ def _sideways(axes: Axes) -> None:
 FIGURES: dict[str, tuple[str, Callable[[Result], Figure | None]]] = {  # and their benchmarks
     "headline": ("headline", draw_headline),
     "compiled": ("compiled", draw_compiled),
+    "large": ("large", draw_large),
     "overhead": ("overhead", draw_overhead),
     "memory": ("train_step", draw_memory),
     "scaling": ("scaling", draw_scaling),

@@ -231,10 +231,27 @@ def collectives():
     }
 
 
+def large():
+    def sent(kind, size, group, times):
+        return {"kind": kind, "bytes": size, "group": group, "times": times}
+
+    hold = [sent("all-gather", 1_000_000, 4, 2)]
+    window = [sent("all-reduce", 1_000_000, 2, 1), sent("all-gather", 1_000_000, 4, 16)]
+    row = {
+        **{"model": "7b", "target": "h100", "devices": 8, "placed": "HSDP, 2 replicas"},
+        **{"name": "optaccum.value_and_grad, reduce_axes", "parameter_bytes": 4_000_000},
+        **{"fits": True, "peak_bytes": 30e9, "temporaries": 0.5, "moved": 100.2, "forgets": False},
+        **{"hidden": [3, 5], "window": window, "hold": hold},
+    }
+    other = row | {"name": "hand-written scan", "fits": False, "hidden": None}
+    return ORIGIN | {"every_k": 8, "rows": [row, other]}
+
+
 @pytest.fixture
 def results(tmp_path):
     files = {
         "compiled": compiled(),
+        "large-jax0.10": large(),
         "overhead-cpu": overhead(),
         "scaling-cpu": scaling(),
         "train_step-cpu": train_step(),
@@ -257,6 +274,11 @@ ROWS = {
     "compiled_traffic": (
         "| blocks in a list | optaccum.apply_gradients, FSDP | all-gather 1.00 "
         "| reduce-scatter 2.00, all-gather 8.00 |"
+    ),
+    # 2 x 4 x 1 MB gathered in each of 8 microbatches, and 1 MB reduced once, of 4 MB.
+    "large": (
+        "| 7B | 8 H100 | HSDP, 2 replicas | optaccum.value_and_grad, reduce_axes | 30.0 | 0.50 "
+        "| 100 | all-gather of 4 2.00 | all-reduce of 2 0.25 | 3 of 5 |"
     ),
     "overhead": "| optaccum.apply_gradients | 1.00 | 1.00 | 1.00 | 1.00 | 1.0 | 0.2 s | yes |",
     "overhead_times": (
@@ -289,7 +311,7 @@ def test_every_table_shows_the_figures(results):
         assert row in lines, tables[name]
         assert head.count("|") == rule.count("|") == row.count("|")
         assert "2030-01-02." in tables[name]
-        if not name.startswith("compiled"):
+        if not name.startswith(("compiled", "large")):
             assert MEASURED in tables[name]
 
 
@@ -344,7 +366,7 @@ def test_fill_replaces_what_is_between_markers_and_nothing_else():
     assert "x: begin -->\nNo result is committed.\n" in report.fill(text, {"y": "other"})
 
 
-FIGURES = {"compiled.png", "overhead.png", "memory.png", "scaling.png"}
+FIGURES = {"compiled.png", "large.png", "overhead.png", "memory.png", "scaling.png"}
 
 
 @pytest.mark.slow
