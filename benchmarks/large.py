@@ -2,7 +2,8 @@
 
 Nothing runs. Layers are scanned and computed again for the gradient, in bfloat16, with parameters
 and sums in float32: one row of 2,048 tokens for each device in each of 8 microbatches. Bytes are in
-P, the size of the parameters.
+P, the size of the parameters. Activations are constrained to the rows of the batch, as trainers do
+it.
 """
 
 from collections.abc import Iterator
@@ -28,11 +29,12 @@ ONE = (
 )
 SHARED = contenders.SCAN, VALUE_AND_GRAD, REDUCED_ONCE
 REPLICATED, FSDP, HSDP = "replicated", "FSDP", "HSDP, 2 replicas"
+FREE = ", activations not constrained"
 DIVIDED = *SHARED, MAXTEXT, LEVANTER
 JOBS = [  # model, chip, devices, parameters, contenders
     ("1b", targets.H100, 1, REPLICATED, ONE),
     ("1b", targets.H100, 8, REPLICATED, SHARED),
-    ("7b", targets.H100, 8, FSDP, DIVIDED),
+    ("7b", targets.H100, 8, FSDP, (VALUE_AND_GRAD + FREE, *DIVIDED)),
     ("7b", targets.H100, 8, HSDP, (VALUE_AND_GRAD, REDUCED_ONCE)),
     ("1b", targets.V5E, 16, FSDP, DIVIDED),
     ("7b", targets.V5E, 256, FSDP, (VALUE_AND_GRAD, MAXTEXT, LEVANTER)),
@@ -42,7 +44,7 @@ JOBS = [  # model, chip, devices, parameters, contenders
 
 def contender(name: str, inner: Inner, devices: int, placed: str) -> Contender:
     """Returns a contender whose parameters are placed so."""
-    made = ADAPTERS[name](inner, EVERY_K)
+    made = ADAPTERS[name.removesuffix(FREE)](inner, EVERY_K)
     if placed == REPLICATED or name in (MAXTEXT, LEVANTER):
         return made
     return contenders.fully_sharded(made, inner, 1 if placed == FSDP else devices // 2)
@@ -53,6 +55,8 @@ def row(model: str, target: str, devices: int, placed: str, name: str, tokens: i
     axes = {REPLICATED: (), FSDP: (AXIS,), HSDP: (AXIS, INSIDE)}[placed]
     if name == REDUCED_ONCE:
         axes = tuple(axis for axis in axes if axis != AXIS)  # which is the loop's
+    elif name.endswith(FREE):
+        axes = ()
     config = dataclasses.replace(transformer.PRESETS[model], axes=axes)
     task = model_task(target, config, 1, tokens, devices)
     task = dataclasses.replace(task, optimized=False)
