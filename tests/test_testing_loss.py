@@ -222,6 +222,42 @@ def test_rows_that_are_stacked_are_followed():
     assert {finding.kind for finding in report.findings} == {"weights", "divisor"}
 
 
+def taken_apart(part):
+    """Returns a loss of one number for each row, of which `part` makes the loss."""
+    return lambda w, batch: part(jnp.tanh(batch["x"] @ w), batch["group"])
+
+
+@pytest.mark.parametrize(
+    ("part", "kinds"),
+    [
+        (lambda z, group: ((jnp.tril(jnp.ones((len(z), len(z)))) @ z) ** 2).mean(), {"pairwise"}),
+        (lambda z, group: jnp.std(z.reshape(-1, 2), axis=1).mean(), {"order"}),
+        (lambda z, group: (jax.ops.segment_sum(z, group, 3) ** 2).mean(), {"nonlinear"}),
+        (lambda z, group: (z**2).sum() * (1 / group.sum()), {"divisor"}),
+        (lambda z, group: (z * group.mean()).mean(), {"nonlinear"}),
+        (lambda z, group: (z**2).sum() * group.max() / len(z), {"nonlinear"}),
+        (lambda z, group: jax.vmap(lambda x: jnp.linalg.det(jnp.eye(2) + x))(z).mean(), set()),
+        (lambda z, group: jax.lax.while_loop(lambda x: x[0] < 2, jnp.exp, z).mean(), {"unknown"}),
+        (lambda z, group: z.mean() + jnp.arange(len(z)).max(), set()),
+    ],
+    ids=[
+        "smoothed",
+        "grouped",
+        "segments",
+        "inverse",
+        "scaled",
+        "maximum",
+        "matrices",
+        "loop",
+        "positions",
+    ],
+)
+def test_structure_follows_operations_on_rows(part, kinds):
+    batch = {"x": X, "group": jnp.array([0, 1, 2, 1, 0, 2, 2, 1])}
+    report = check_loss(taken_apart(part), W, batch)
+    assert {finding.kind for finding in report.findings} == kinds, report
+
+
 def test_a_factor_is_measured():
     report = check_loss(CASES["sum_over_rows"].fun, PARAMS, BATCH, num_microbatches=4)
     assert report.scale == pytest.approx(4, abs=1e-4)

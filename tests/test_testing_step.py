@@ -470,6 +470,13 @@ def test_a_state_without_the_parameters_asks_for_get_params():
     assert "`get_params`" in str(report.remedy)
 
 
+def test_parameters_in_another_tree_are_found_by_the_name_params():
+    flat = {"params": jnp.ones(18), "opt_state": jnp.zeros(18)}
+    program = runs.Program(lambda w, k: (flat, lambda state, x: state), PARAMS, 2, False, None)
+    run = program.located(trained.BATCH).run(trained.BATCH, 2, 1)
+    assert run.params.tolist() == [[1.0] * 18] * 3
+
+
 def test_a_step_that_moves_nothing_asks_for_get_params():
     report = check_step(lambda w, k: ((w, 0), lambda s, rows: s), PARAMS, BATCH, every_k=2)
     assert "no parameter moves" in str(report)

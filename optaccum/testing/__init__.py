@@ -7,6 +7,7 @@ whole training steps, optimizer included. Use them in tests, on a small model an
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from optaccum import _call
 from optaccum.testing import loss as _loss, step as _step
 from optaccum.testing.report import Finding, Report
 from optaccum.testing.runs import Program as _Program
@@ -101,18 +102,11 @@ def check_loss(
     Raises:
         TypeError, ValueError: for arguments that do not fit, as :func:`optaccum.value_and_grad`.
     """
-    options = _loss.Options(
-        {} if kwargs is None else kwargs,
-        num_microbatches,
-        argnums,
-        batch_argnums,
-        batch_argnames,
-        has_aux,
-        weight_fn,
-        rng_argnums,
-        tolerance,
+    roles = _call.check_roles(
+        batch_argnames, argnums=argnums, batch_argnums=batch_argnums, rng_argnums=rng_argnums
     )
-    return _loss.check(fun, args, options)
+    kwargs = {} if kwargs is None else kwargs
+    return _loss.check(fun, args, kwargs, num_microbatches, roles, has_aux, weight_fn, tolerance)
 
 
 def assert_equivalent(fun: Callable[..., Any], *args: Any, **options: Any) -> None:

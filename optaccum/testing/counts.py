@@ -1,6 +1,7 @@
 """What the leaves of a batch hold per microbatch: candidates for the right weights."""
 
 from collections.abc import Iterator
+import itertools
 from typing import Any
 
 import jax.numpy as jnp
@@ -17,19 +18,17 @@ def count(named: dict[str, Any], n: int) -> dict[str, np.ndarray]:
     """
     found: dict[str, np.ndarray] = {}
     for source, x in _counted({name: np.asarray(x) for name, x in named.items() if _counts(x)}):
-        rows = x.reshape(len(x), -1).astype(np.float64).sum(1)
-        counts = rows.reshape(-1, n).sum(0)
+        counts = x.reshape(len(x) // n, n, -1).astype(np.float64).sum((0, 2))
         usable = np.isfinite(counts).all() and (counts >= 0).all() and counts.sum() > 0
         if usable and np.ptp(counts) > 1e-9 * counts.max():
-            found.setdefault(source, counts)
+            found[source] = counts
     return found
 
 
 def _counts(x: Any) -> bool:
     dtype = jnp.result_type(x)
-    return np.size(x) <= LARGEST and any(
-        jnp.issubdtype(dtype, kind) for kind in (jnp.bool_, jnp.integer, jnp.floating)
-    )
+    real = any(jnp.issubdtype(dtype, kind) for kind in (jnp.bool_, jnp.integer, jnp.floating))
+    return real and np.size(x) <= LARGEST
 
 
 def _counted(leaves: dict[str, np.ndarray]) -> Iterator[tuple[str, np.ndarray]]:
@@ -42,19 +41,15 @@ def _counted(leaves: dict[str, np.ndarray]) -> Iterator[tuple[str, np.ndarray]]:
         often = [int(values[i]) for i in np.argsort(-np.asarray(times))[:VALUES]]
         for view, y in views.items():
             yield f"{view}.sum()", y
-        for value in [0, *(value for value in (-100, -1) if value in often), *often]:
-            for view, y in views.items():
+            for value in (0, *often):
                 yield f"({view} != {value}).sum()", y != value
-        for view, y in views.items():
             yield f"({view} > 0).sum()", y > 0
             yield f"({view} >= 0).sum()", y >= 0
             yield f"(~jnp.isnan({view})).sum()", y == y
             for value in often:
                 yield f"({view} == {value}).sum()", y == value
-    few = [*leaves.items()][:8]
-    for i, (a, x) in enumerate(few):
-        for b, y in few[:i]:
-            short, long = sorted((x, y), key=lambda each: each.ndim)
-            if long.shape[: short.ndim] == short.shape:  # the shorter one counts rows or tokens
-                wide = short.reshape(short.shape + (1,) * (long.ndim - short.ndim))
-                yield f"({b} * {a}).sum()", long.astype(np.float64) * wide
+    for (b, y), (a, x) in itertools.combinations([*leaves.items()][:8], 2):
+        short, long = sorted((x, y), key=lambda each: each.ndim)
+        if long.shape[: short.ndim] == short.shape:  # the shorter one counts rows or tokens
+            wide = short.reshape(short.shape + (1,) * (long.ndim - short.ndim))
+            yield f"({b} * {a}).sum()", long.astype(np.float64) * wide

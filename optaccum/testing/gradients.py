@@ -22,13 +22,12 @@ LARGEST = 64  # rows that are tried one by one
 class Loss:
     """A loss of arguments by position, with their names and roles."""
 
-    fun: Callable[..., Any]
+    fun: Callable[..., Any]  # without `aux`
     args: dict[int, Any]
     names: list[str]  # of the arguments in `fun`
     argnums: tuple[int, ...]  # positions of what is differentiated
     rows: tuple[int, ...]  # positions of what is split
     keys: tuple[int, ...]  # positions of random keys
-    has_aux: bool
     weight_fn: Callable[..., Any] | None  # of the same arguments
 
     def some(self, *positions: int) -> dict[int, Any]:
@@ -40,21 +39,23 @@ class Loss:
         """The arguments that are traced; the others may be anything."""
         return self.some(*self.argnums, *self.rows, *self.keys)
 
-    def leaves(self, j: int, given: dict[int, Any] | None = None) -> dict[str, Any]:
+    @property
+    def num_rows(self) -> int:
+        """How many rows the batch has."""
+        return len(jax.tree.leaves(self.some(*self.rows))[0])
+
+    def leaves(self, j: int, args: dict[int, Any] | None = None) -> dict[str, Any]:
         """Returns the leaves of argument j by the names that the function would write."""
-        leaves = jax.tree_util.tree_leaves_with_path((given or self.args)[j])
+        leaves = jax.tree_util.tree_leaves_with_path((args or self.args)[j])
         return {self.names[j] + jax.tree_util.keystr(path): leaf for path, leaf in leaves}
 
     def __call__(self, *changed: Any) -> jax.Array:
         """Returns the loss with some arguments replaced."""
-        result = self.fun(*functools.reduce(operator.or_, changed, self.args).values())
-        return result[0] if self.has_aux else result
+        return self.fun(*functools.reduce(operator.or_, changed, self.args).values())
 
     def weight(self, *changed: dict[int, Any]) -> Any:
         """Returns how much a microbatch counts."""
-        if self.weight_fn is None:
-            return 1.0
-        return self.weight_fn(*functools.reduce(operator.or_, changed, self.args).values())
+        return dataclasses.replace(self, fun=self.weight_fn or (lambda *args: 1.0))(*changed)
 
     @functools.cached_property
     def differentiated(self) -> Any:
@@ -93,45 +94,39 @@ class Loss:
 
 
 @dataclasses.dataclass(frozen=True)
-class Gradients:
-    """Gradients at m values of the parameters, in units of their size.
+class Cut:
+    """Gradients for one order of the rows at m values of the parameters, in units of their size.
 
     The size is the norm of the full batch's gradient, or of a typical microbatch's if it is larger.
     """
 
     full: np.ndarray  # f64[m, P], of the full batch
-    parts: np.ndarray  # f64[m, n, P], of the microbatches
+    microbatches: np.ndarray  # f64[m, n, P], of the microbatches
     sizes: np.ndarray  # f64[m], the units
-
-
-def scaled(full: Any, parts: Any) -> Gradients:
-    """Returns gradients in units of their size."""
-    full, parts = np.asarray(full), np.asarray(parts)
-    finite = np.isfinite(parts).all(2)
-    squares = np.where(finite, np.square(parts).sum(2), 0.0).sum(1)
-    typical = np.sqrt(squares / np.maximum(finite.sum(1), 1))
-    sizes = np.maximum(np.linalg.norm(full, axis=1), typical)
-    sizes = np.where(np.isfinite(sizes) & (sizes > 0), sizes, 1.0)
-    return Gradients(full / sizes[:, None], parts / sizes[:, None, None], sizes)
-
-
-@dataclasses.dataclass(frozen=True)
-class Cut:
-    """What the microbatches of one order of the rows have."""
-
-    gradients: Gradients
     used: np.ndarray  # f64[n], the weights in use
     counts: dict[str, np.ndarray]  # {expression: f64[n]}, what the leaves of the batch hold
 
 
-def measure(loss: Loss, n: int, given: list[np.ndarray], likely: tuple[str, ...]) -> list[Cut]:
+def scaled(full: Any, microbatches: Any, used: np.ndarray, counted: dict[str, Any]) -> Cut:
+    """Returns gradients in units of their size, with what the leaves in `counted` hold."""
+    full, each = np.asarray(full), np.asarray(microbatches)
+    finite = np.isfinite(each).all(2)
+    squares = np.where(finite, np.square(each).sum(2), 0.0).sum(1)
+    typical = np.sqrt(squares / np.maximum(finite.sum(1), 1))
+    sizes = np.maximum(np.linalg.norm(full, axis=1), typical)
+    sizes = np.where(np.isfinite(sizes) & (sizes > 0), sizes, 1.0)
+    full, each = full / sizes[:, None], each / sizes[:, None, None]
+    return Cut(full, each, sizes, used, counts.count(counted, len(used)))
+
+
+def measure(loss: Loss, n: int, tried: list[np.ndarray], likely: tuple[str, ...]) -> list[Cut]:
     """Returns what the microbatches of each order of the rows have, at several parameters.
 
     Parameters with a gradient that is not finite are left out, but for the caller's. `likely` are
     the leaves that are counted; of none, all are.
     """
     cuts = []
-    for order in given:
+    for order in tried:
         turned = loss.ordered(order)
         cut = _batch.split(turned, n)
         microbatches = [_batch.take(cut, jnp.asarray(i)) for i in range(n)]
@@ -144,14 +139,14 @@ def measure(loss: Loss, n: int, given: list[np.ndarray], likely: tuple[str, ...]
         leaves = {name: leaf for j in loss.rows for name, leaf in loss.leaves(j, turned).items()}
         counted = {name: leaves[name] for name in likely} or leaves
         used = np.array([float(loss.weight(each)) for each in microbatches])
-        gradients = scaled(*zip(*found, strict=True))
-        cuts.append(Cut(gradients, used, counts.count(counted, n)))
+        full, each = zip(*found, strict=True)
+        cuts.append(scaled(full, each, used, counted))
     return cuts
 
 
 def noise(cuts: list[Cut]) -> float:
     """Returns how far the full batch's gradient moves if its rows change places."""
-    first, *others = (cut.gradients for cut in cuts)
+    first, *others = cuts
     off = [
         np.linalg.norm(a * u - b * v) / v
         for each in others
@@ -166,13 +161,12 @@ def orders(loss: Loss, n: int, count: int) -> list[np.ndarray]:
     Losses of single rows, each of them repeated, tell which rows are alike. What fits in one order
     by chance, as the largest half of the rows if each microbatch has as many, fits in no other.
     """
-    size = np.shape(jax.tree.leaves(loss.some(*loss.rows))[0])[0]
-    random = np.random.default_rng(0)
+    size, random = loss.num_rows, np.random.default_rng(0)
     found = [np.arange(size), *(random.permutation(size) for _ in range(count - 1))]
     if size <= LARGEST:
         each = [loss.ordered(np.full(size, i)) for i in range(size)]
-        alone = [loss.value_and_gradient(rows)[0] for rows in each]
-        found[1] = np.argsort(alone, kind="stable").reshape(n, -1).T.ravel()
+        singles = [loss.value_and_gradient(rows)[0] for rows in each]
+        found[1] = np.argsort(singles, kind="stable").reshape(n, -1).T.ravel()
     return found
 
 
@@ -183,19 +177,19 @@ def of_loop(loss: Loss, n: int, weights: np.ndarray | None = None) -> np.ndarray
     `weights`, of the microbatches, replace the ones in use.
     """
     keys, rows = loss.some(*loss.keys), jax.tree.map(jnp.asarray, loss.some(*loss.rows))
-    weight_fn = loss.weight_fn and (lambda params, given: loss.weight(keys, params, given[0]))
+    weight_fn = loss.weight_fn and (lambda params, batch: loss.weight(keys, params, batch[0]))
     if weights is not None:
-        weight_fn = lambda params, given: given[1].sum()  # noqa: E731
-    size = len(jax.tree.leaves(rows)[0])
+        weight_fn = lambda params, batch: batch[1].sum()  # noqa: E731
+    size = loss.num_rows
     each = np.tile(np.ones(n) if weights is None else weights * n / size, size // n)
     loop = value_and_grad(
-        lambda params, given: loss(keys, params, given[0]),
+        lambda params, batch: loss(keys, params, batch[0]),
         num_microbatches=n,
         weight_fn=weight_fn,
     )
-    given = rows, jnp.asarray(each, jnp.float32)
+    batch = rows, jnp.asarray(each, jnp.float32)
     with jax.default_matmul_precision("highest"):
-        return flat(jax.jit(loop)(loss.some(*loss.argnums), given)[1])
+        return flat(jax.jit(loop)(loss.some(*loss.argnums), batch)[1])
 
 
 def depends_on_keys(loss: Loss, tolerance: float) -> bool:

@@ -1,6 +1,6 @@
 """States of any layout: which part of one looks like the parameters, and its arrays by path."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 import functools
 import sys
 from typing import Any
@@ -28,10 +28,7 @@ def alike(params: Any, state: Any) -> dict[Path, Any]:
     def looks(x, wanted):
         if is_module(wanted):
             return type(x) is type(wanted)
-        pair = [*map(jax.tree.structure, (x, wanted))]
-        return pair[0] == pair[1] and [*map(np.shape, jax.tree.leaves(x))] == [
-            *map(np.shape, jax.tree.leaves(wanted))
-        ]
+        return jax.tree.structure(x) == jax.tree.structure(wanted) and _shapes(x) == _shapes(wanted)
 
     for wanted in needles(params):
         is_leaf = functools.partial(looks, wanted=wanted)
@@ -47,7 +44,7 @@ def with_values(state: Any, values: Tree) -> Any:
     """Returns a state with some of its leaves replaced."""
 
     def put(path, x):
-        if changes(x):
+        if is_module(x):
             nnx = sys.modules["flax.nnx"]
             variables = nnx.state(x)
             new = jax.tree_util.tree_map_with_path(
@@ -58,17 +55,15 @@ def with_values(state: Any, values: Tree) -> Any:
             return x
         return jnp.asarray(values[path], jnp.result_type(x)) if path in values else x
 
-    return jax.tree_util.tree_map_with_path(put, state, is_leaf=changes)
+    return jax.tree_util.tree_map_with_path(put, state, is_leaf=is_module)
+
+
+def _shapes(tree: Any) -> list[tuple[int, ...]]:
+    return [*map(np.shape, jax.tree.leaves(tree))]
 
 
 def is_module(x: Any) -> bool:
-    """Returns whether it is a module of `flax.nnx`."""
-    nnx = sys.modules.get("flax.nnx")
-    return nnx is not None and isinstance(x, nnx.Module)
-
-
-def changes(x: Any) -> bool:
-    """Returns whether it is an object of `flax.nnx` that a step changes in place."""
+    """Returns whether it is an object of `flax.nnx`, which a step changes in place."""
     nnx = sys.modules.get("flax.nnx")
     return nnx is not None and isinstance(x, (nnx.Module, nnx.Optimizer))
 
@@ -83,12 +78,12 @@ def plain(tree: Any, kind: str | None = None) -> Any:
     nnx = sys.modules.get("flax.nnx")
     if nnx is None:
         return tree
-    kept = ... if kind is None else getattr(nnx, kind)
+    kinds = ... if kind is None else getattr(nnx, kind)
 
     def pure(x):
-        return nnx.to_pure_dict(nnx.state(x, kept)) if changes(x) else x
+        return nnx.to_pure_dict(nnx.state(x, kinds)) if is_module(x) else x
 
-    return jax.tree.map(pure, tree, is_leaf=changes)
+    return jax.tree.map(pure, tree, is_leaf=is_module)
 
 
 def named(tree: Any) -> dict[Path, np.ndarray]:
@@ -100,13 +95,3 @@ def named(tree: Any) -> dict[Path, np.ndarray]:
             inexact = jnp.issubdtype(leaf.dtype, jnp.floating)
             found[path] = np.array(leaf, np.float64 if inexact else None)
     return found
-
-
-def flat(arrays: Iterable[np.ndarray]) -> np.ndarray:
-    """Returns all numbers of arrays, one after the other."""
-    return np.concatenate([np.zeros(0), *(x.ravel() for x in arrays)])
-
-
-def numbers(tree: Any) -> np.ndarray:
-    """Returns all numbers of a tree, one after the other."""
-    return flat(named(tree).values())

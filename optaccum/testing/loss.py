@@ -1,7 +1,6 @@
 """Judge a loss: the numbers decide, the structure explains."""
 
-from collections.abc import Callable, Sequence
-import dataclasses
+from collections.abc import Callable
 import inspect
 from typing import Any
 
@@ -12,7 +11,7 @@ from optaccum import _batch, _call, _validate
 from optaccum.testing import gradients, numbers, programs, remedies, rounding
 from optaccum.testing.explain import walk
 from optaccum.testing.explain.walk import Structure
-from optaccum.testing.gradients import Gradients, Loss
+from optaccum.testing.gradients import Cut, Loss
 from optaccum.testing.numbers import Verdict
 from optaccum.testing.remedies import Split
 from optaccum.testing.report import Finding, Report
@@ -62,55 +61,25 @@ REMEDIES = {
 }
 
 
-@dataclasses.dataclass(frozen=True)
-class Options:
-    """The keyword arguments of `optaccum.testing.check_loss`, which explains them."""
-
-    kwargs: dict[str, Any]
-    num_microbatches: int | None
-    argnums: int | Sequence[int]
-    batch_argnums: int | Sequence[int] | None
-    batch_argnames: str | Sequence[str] | None
-    has_aux: bool
-    weight_fn: Callable[..., Any] | None
-    rng_argnums: int | Sequence[int]
-    tolerance: float | None
-
-
-def check(fun: Callable[..., Any], args: tuple, options: Options) -> Report:
+def check(
+    fun: Callable[..., Any],
+    args: tuple,
+    kwargs: dict[str, Any],
+    n: int | None,
+    roles: _call.Argnums,
+    has_aux: bool,
+    weight_fn: Callable[..., Any] | None,
+    tolerance: float | None,
+) -> Report:
     """Returns what `optaccum.testing.check_loss` does."""
-    loss = _make_loss(fun, args, options)
-    read = walk.read(loss)
-    structural = _by_structure(loss, read)
-    if options.num_microbatches is None:
-        return structural
-    try:
-        return _by_numbers(loss, options, read, structural)
-    except Exception as error:
-        detail = f"the gradients could not be taken ({type(error).__name__}: {str(error)[:300]})"
-        findings = (Finding("unknown", None, detail), *read.findings)
-        return Report(None, findings=findings, remedy=REMEDIES["failed"])
-
-
-def _make_loss(fun: Callable[..., Any], args: tuple, options: Options) -> Loss:
-    """Returns the loss, if its arguments fit."""
-    weight_fn, kwargs, n = options.weight_fn, options.kwargs, options.num_microbatches
     _validate.check_function("`fun`", fun)
     if weight_fn is not None:
         _validate.check_function("`weight_fn`", weight_fn)
     if n is not None and _validate.check_count("`num_microbatches`", n, " or None") == 1:
         raise ValueError("`num_microbatches` must be >= 2 to compare with one, got 1")
-    numbers.check_tolerance(options.tolerance)
+    numbers.check_tolerance(tolerance)
     if not isinstance(kwargs, dict) or not all(isinstance(name, str) for name in kwargs):
         raise TypeError(f"`kwargs` must be the keyword arguments of `fun`, a dict, got {kwargs!r}")
-    roles = _call.check_roles(
-        options.batch_argnames,
-        options.has_aux,
-        argnums=options.argnums,
-        batch_argnums=options.batch_argnums,
-        rng_argnums=options.rng_argnums,
-        carry_argnum=None,
-    )
     call = _call.Call(fun, roles, args, kwargs)
     trained, rows, keys, *_ = call.roles
     of_batch = jax.tree.map(
@@ -120,10 +89,19 @@ def _make_loss(fun: Callable[..., Any], args: tuple, options: Options) -> Loss:
     # Rows by position that nobody named are for the report to tell.
     _call.check_no_other_rows(call, roles._replace(by_default=False))
     names = [_name(fun, j) for j in range(call.count)] + call.names
-    weight_fn = None if weight_fn is None else call.by_position(weight_fn)
-    args_at = dict(enumerate(call.args))
-    fun = call.by_position(fun)
-    return Loss(fun, args_at, names, trained, rows, keys, options.has_aux, weight_fn)
+    whole, weight_fn = call.by_position(fun), weight_fn and call.by_position(weight_fn)
+    scalar = (lambda *args: whole(*args)[0]) if has_aux else whole
+    loss = Loss(scalar, dict(enumerate(call.args)), names, trained, rows, keys, weight_fn)
+    read = walk.read(loss)
+    structural = _by_structure(loss, read)
+    if n is None:
+        return structural
+    try:
+        return _by_numbers(loss, n, tolerance, read, structural)
+    except Exception as error:
+        detail = f"the gradients could not be taken ({type(error).__name__}: {str(error)[:300]})"
+        findings = (Finding("unknown", None, detail), *read.findings)
+        return Report(None, findings=findings, remedy=REMEDIES["failed"])
 
 
 def _name(fun: Any, j: int) -> str:
@@ -140,17 +118,19 @@ def _by_structure(loss: Loss, read: Structure) -> Report:
     """Returns the report of a loss that is not run."""
     if not read.traced:
         return Report(None, findings=read.findings, remedy=REMEDIES["failed"])
-    exact, kind, detail = _judge(read, loss.weight_fn is not None)
+    weighted = loss.weight_fn is not None
+    exact, kind, detail = _judge(read, weighted)
     if kind is None:
         return Report(True)
     found = sorted(read.findings, key=lambda finding: finding.kind not in LINES.get(kind, (kind,)))
     if detail:
         found.insert(0, Finding(kind, _line(read, kind), detail))
-    return Report(exact, findings=tuple(found), remedy=_remedy(kind, _parts(loss, kind, 1)))
+    remedy = _remedy(Verdict(kind, float("nan")), _split(loss, kind, 1), weighted)
+    return Report(exact, findings=tuple(found), remedy=remedy)
 
 
-def _parts(loss: Loss, kind: str, n: int) -> Split | None:
-    """Returns the parts of a loss that weights do not put right, if its program has such parts."""
+def _split(loss: Loss, kind: str, n: int) -> Split | None:
+    """Returns the split of a loss that weights do not put right, if its program has one."""
     if kind not in ("coupled", "terms"):
         return None
     try:
@@ -183,12 +163,13 @@ def _judge(read: Structure, weighted: bool) -> tuple[bool | None, str | None, st
     return True, None, ""
 
 
-def _by_numbers(loss: Loss, options: Options, read: Structure, structural: Report) -> Report:
+def _by_numbers(
+    loss: Loss, n: int, tolerance: float | None, read: Structure, structural: Report
+) -> Report:
     """Returns the report of the gradients."""
-    n, tolerance = options.num_microbatches or 1, options.tolerance
     bound = loss.rounding()
     if tolerance is None and bound > rounding.COARSE:
-        loss = _in_float32(loss)
+        loss = programs.in_float32(loss)
         bound = loss.rounding()
     low = tolerance is None and bound > rounding.COARSE
     doubts = structural.findings if structural.exact is False else ()
@@ -202,7 +183,7 @@ def _by_numbers(loss: Loss, options: Options, read: Structure, structural: Repor
     bound = bound if tolerance is None else tolerance
     verdict = numbers.judge(cuts, bound)
     random = any(finding.kind == "stochastic" for finding in read.findings)
-    first = cuts[0].gradients
+    first = cuts[0]
     if verdict.kind == "exact":
         compiled = _left(gradients.of_loop(loss, n), first)
         if low and not structural.exact:
@@ -219,42 +200,27 @@ def _by_numbers(loss: Loss, options: Options, read: Structure, structural: Repor
     return _explain(verdict, read, bound, loss, first)
 
 
-def _in_float32(loss: Loss) -> Loss:
-    """Returns the loss in float32, if its program can be had in it and has the same gradient.
-
-    What microbatches do to a loss does not depend on its precision, and rounding hides it.
-    """
-    try:
-        wide = programs.in_float32(loss)
-        a, b = wide.gradient({}), loss.gradient({})
-    except Exception:  # a primitive that takes no other types
-        return loss
-    return wide if np.linalg.norm(a - b) <= 0.5 * np.linalg.norm(a) else loss
-
-
-def _left(gradient: np.ndarray, first: Gradients) -> float:
+def _left(gradient: np.ndarray, first: Cut) -> float:
     """Returns how far a gradient is from the full batch's."""
     return float(np.linalg.norm(gradient / first.sizes[0] - first.full[0]))
 
 
-def _explain(
-    verdict: Verdict, read: Structure, bound: float, loss: Loss, first: Gradients
-) -> Report:
+def _explain(verdict: Verdict, read: Structure, bound: float, loss: Loss, first: Cut) -> Report:
     """Returns the report on a verdict, with its lines and a remedy that is tried."""
-    kind, kinds = verdict.kind, {finding.kind for finding in read.findings}
-    scale, weights, n = verdict.scale, verdict.weights, first.parts.shape[1]
+    kinds = {finding.kind for finding in read.findings}
     named = verdict.source is not None and (verdict.source == "" or "divisor" in kinds)
-    if kind in ("weights", "factor") and kinds & {*walk.COUPLING} and not named:
+    if verdict.kind in ("weights", "factor") and kinds & {*walk.COUPLING} and not named:
         # The shares of a maximum stay as they are while its row does; some count has them, too.
-        kind, scale, weights = "coupled", None, None
-    if kind == "coupled" and "terms" in kinds and not kinds & {*walk.COUPLING}:
-        kind = "terms"
-    left, parts = None, _parts(loss, kind, n)
-    remedy = _remedy(kind, parts, verdict, loss.weight_fn is not None)
-    if kind in ("weights", "factor") and weights is not None:
+        verdict = Verdict("coupled", verdict.error)
+    if verdict.kind == "coupled" and "terms" in kinds and not kinds & {*walk.COUPLING}:
+        verdict = Verdict("terms", verdict.error)
+    kind, scale, weights, n = verdict.kind, verdict.scale, verdict.weights, len(first.used)
+    left, split = None, _split(loss, kind, n)
+    remedy = _remedy(verdict, split, loss.weight_fn is not None)
+    if weights is not None:
         left = _left((scale or 1.0) * gradients.of_loop(loss, n, weights), first)
-    elif parts is not None and parts.kind != "statistics":
-        remedy, left = _try(parts, remedy, first.full[0] * first.sizes[0], bound)
+    elif split is not None and split.kind != "statistics":
+        remedy, left = _try(split, remedy, first.full[0] * first.sizes[0], bound)
     known = {*kinds} if kind in ("coarse", "stochastic") else {"unknown", *LINES.get(kind, ())}
     others = [f for f in read.findings if f.kind in known - {kind}]
     told = "unknown" if kind == "coarse" else kind
@@ -263,21 +229,19 @@ def _explain(
         verdict.error,
         scale,
         weights,
-        (Finding(told, _line(read, kind), _detail(kind, verdict)), *others),
+        (Finding(told, _line(read, kind), _detail(verdict)), *others),
         remedy,
         bound,
         left,
     )
 
 
-def _try(
-    parts: Split, remedy: str | None, full: np.ndarray, bound: float
-) -> tuple[str | None, float | None]:
+def _try(split: Split, remedy: str, full: np.ndarray, bound: float) -> tuple[str, float | None]:
     """Returns a remedy and what it leaves, or that nothing helps if it leaves too much."""
     try:
-        left = parts.error(full, bound)
-        if parts.kind == "hoisted" and left > bound:
-            summed = parts.error(full / parts.n, bound)
+        left = split.error(full, bound)
+        if split.kind == "hoisted" and left > bound:
+            summed = split.error(full / split.n, bound)
             if summed < left:
                 left, remedy = summed, f"{remedy} {REMEDIES['summed']}"
     except Exception:  # an operation that microbatches have in another form
@@ -290,13 +254,13 @@ def _line(read: Structure, kind: str) -> str | None:
     return next((f.where for f in read.findings if f.kind in LINES.get(kind, (kind,))), None)
 
 
-def _detail(kind: str, verdict: Verdict) -> str:
+def _detail(verdict: Verdict) -> str:
     """Returns what a report says of a verdict."""
     scale = verdict.scale
-    if kind == "factor":
+    if verdict.kind == "factor":
         return f"the full batch has {scale:.6g} times the mean over microbatches"
-    if kind != "weights":
-        return DETAILS[kind]
+    if verdict.kind != "weights":
+        return DETAILS[verdict.kind]
     factor = "" if scale is None or abs(scale - 1) < 1e-3 else f", times {scale:.6g}"
     if verdict.source is None:
         return f"microbatches count differently, with no simple count of the batch{factor}"
@@ -305,16 +269,11 @@ def _detail(kind: str, verdict: Verdict) -> str:
     return f"microbatches count alike, and `weight_fn` counts them differently{factor}"
 
 
-def _remedy(
-    kind: str,
-    parts: Split | None = None,
-    verdict: Verdict | None = None,
-    weighted: bool = False,
-) -> str | None:
+def _remedy(verdict: Verdict, split: Split | None, weighted: bool) -> str:
     """Returns what a report advises."""
-    source, scale = (verdict.source, verdict.scale) if verdict else (None, None)
-    if kind == "coupled" or (parts is not None and parts.kind != "microbatched"):
-        return REMEDIES[parts.kind if parts is not None else "microbatched"]
+    kind, source, scale = verdict.kind, verdict.source, verdict.scale
+    if kind == "coupled" or (split is not None and split.kind != "microbatched"):
+        return REMEDIES[split.kind if split is not None else "microbatched"]
     if kind == "factor" and weighted:
         return "return a mean over what `weight_fn` counts, or drop `weight_fn`; sum against mean."
     if kind == "factor":

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from optaccum import _validate
-from optaccum.testing.gradients import Cut, Gradients
+from optaccum.testing.gradients import Cut
 
 
 def check_tolerance(tolerance: float | None) -> None:
@@ -38,44 +38,45 @@ def judge(cuts: list[Cut], tolerance: float) -> Verdict:
     `tolerance` is the error that rounding explains.
     """
     first = cuts[0]
-    m, n, size = first.gradients.parts.shape
-    errors = [off(cut.gradients, cut.used) for cut in cuts]
+    m, n, size = first.microbatches.shape
+    errors = [_off(cut, cut.used) for cut in cuts]
     error = errors[0] if errors[0] > tolerance else max(errors)
-    if not np.isfinite(first.gradients.full[0]).all():
+    if not np.isfinite(first.full[0]).all():
         return Verdict("not_finite", float("nan"))
     if error <= tolerance:
         return Verdict("exact", error, 1.0, _shares(first.used))
     scale = _factor(cuts, [cut.used for cut in cuts], tolerance)
     if scale is not None:
         return Verdict("factor", error, scale, _shares(first.used))
-    candidates: dict[str, list[np.ndarray]] = {"": [np.ones(n)] * len(cuts)}
-    for source in first.counts:
-        candidates[source] = [cut.counts.get(source, np.ones(n)) for cut in cuts]
+    candidates = {
+        source: [cut.counts.get(source, np.ones(n)) for cut in cuts]
+        for source in ("", *first.counts)
+    }
     for source, weights in candidates.items():
-        if all(off(c.gradients, w) <= tolerance for c, w in zip(cuts, weights, strict=True)):
+        if all(_off(c, w) <= tolerance for c, w in zip(cuts, weights, strict=True)):
             return Verdict("weights", error, 1.0, _shares(weights[0]), source)
     for source, weights in candidates.items():
         scale = _factor(cuts, weights, tolerance)
         if scale is not None:
             return Verdict("weights", error, scale, _shares(weights[0]), source)
-    fits = [_fit(cut.gradients, cut.used, tolerance) for cut in cuts]
-    fitted = [each for each in fits if each is not None and (each > -tolerance).all()]
+    found = [_fit(cut, tolerance) for cut in cuts]
+    fitted = [x for x in found if x is not None and (x > -tolerance).all()]
     if len(fitted) == len(cuts):
         total = float(fitted[0].sum())
         return Verdict("weights", error, total, fitted[0] / total)
-    if not all(np.isfinite(cut.gradients.parts).all() for cut in cuts):
+    if not all(np.isfinite(cut.microbatches).all() for cut in cuts):
         return Verdict("not_finite", error)
     if size * m <= n:
         return Verdict("unknown", error)
     return Verdict("coupled", error)
 
 
-def off(gradients: Gradients, weights: np.ndarray, scale: float = 1.0) -> float:
+def _off(cut: Cut, weights: np.ndarray) -> float:
     """Returns how far the weighted means are from the full batch's gradients."""
-    means = _means(gradients, weights)
+    means = _means(cut, weights)
     if means is None:
         return float("inf")
-    return float(np.linalg.norm(scale * means - gradients.full, axis=1).max())
+    return float(np.linalg.norm(means - cut.full, axis=1).max())
 
 
 def _shares(weights: np.ndarray) -> np.ndarray | None:
@@ -83,22 +84,22 @@ def _shares(weights: np.ndarray) -> np.ndarray | None:
     return counts / counts.sum() if counts.sum() > 0 else None
 
 
-def _means(gradients: Gradients, weights: np.ndarray) -> np.ndarray | None:
+def _means(cut: Cut, weights: np.ndarray) -> np.ndarray | None:
     """Returns the weighted means; a microbatch that counts 0 adds nothing, not even a NaN."""
     shares = _shares(weights)
     if shares is None:
         return None
-    means = np.einsum("n,mnp", shares, np.where((shares > 0)[:, None], gradients.parts, 0.0))
+    means = np.einsum("n,mnp", shares, np.where((shares > 0)[:, None], cut.microbatches, 0.0))
     return means if np.isfinite(means).all() else None
 
 
 def _factor(cuts: list[Cut], weights: list[np.ndarray], tolerance: float) -> float | None:
     """Returns the one factor with which the weighted means are the full batch's gradients."""
-    found = [_means(cut.gradients, w) for cut, w in zip(cuts, weights, strict=True)]
-    means = [each for each in found if each is not None and each.any() and each.size > 1]
+    found = [_means(cut, w) for cut, w in zip(cuts, weights, strict=True)]
+    means = [x for x in found if x is not None and x.any() and x.size > 1]
     if len(means) < len(cuts):
         return None
-    mean, full = np.concatenate(means), np.concatenate([cut.gradients.full for cut in cuts])
+    mean, full = np.concatenate(means), np.concatenate([cut.full for cut in cuts])
     scale = float(np.vdot(mean, full) / np.vdot(mean, mean))
     sizes = np.maximum(1.0, abs(scale) * np.linalg.norm(mean, axis=1))
     error = np.linalg.norm(scale * mean - full, axis=1) / sizes
@@ -106,18 +107,18 @@ def _factor(cuts: list[Cut], weights: list[np.ndarray], tolerance: float) -> flo
     return scale if error.max() <= tolerance and scale > 8 * tolerance else None
 
 
-def _fit(gradients: Gradients, used: np.ndarray, tolerance: float) -> np.ndarray | None:
+def _fit(cut: Cut, tolerance: float) -> np.ndarray | None:
     """Returns factors with which the microbatches sum to the full batch, or None.
 
-    Of all that fit, the nearest to `used`: a microbatch without a gradient keeps its share.
+    Of all that fit, the nearest to those in use: a microbatch without a gradient keeps its share.
     """
-    parts, full, n = gradients.parts, gradients.full.ravel(), len(used)
-    finite: Any = np.isfinite(parts).all((0, 2))
-    a = np.where(finite[:, None], parts, 0.0).swapaxes(1, 2).reshape(-1, n)
+    each, full, n = cut.microbatches, cut.full.ravel(), len(cut.used)
+    finite: Any = np.isfinite(each).all((0, 2))
+    a = np.where(finite[:, None], each, 0.0).swapaxes(1, 2).reshape(-1, n)
     if len(a) <= finite.sum():
         return None
-    shares = _shares(used)
+    shares = _shares(cut.used)
     start = np.where(finite, 1 / n if shares is None else shares, 0.0)
     fitted = start + np.linalg.lstsq(a, full - a @ start, rcond=tolerance)[0]
-    error = np.linalg.norm(a @ fitted - full) / np.sqrt(len(parts))
+    error = np.linalg.norm(a @ fitted - full) / np.sqrt(len(each))
     return fitted if error <= tolerance else None

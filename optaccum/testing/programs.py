@@ -19,26 +19,34 @@ CUSTOM = {"custom_jvp_call", "custom_vjp_call", "custom_vjp_call_jaxpr"}
 
 def part(jaxpr: Any, eqns: list[Any], inputs: list[Any], outputs: list[Any]) -> Callable[..., list]:
     """Returns the function of some equations of a program."""
-    alone = jaxpr.replace(constvars=[], invars=inputs, outvars=outputs, eqns=eqns)
-    return core.jaxpr_as_fun(core.ClosedJaxpr(alone, ()))
+    program = jaxpr.replace(constvars=[], invars=inputs, outvars=outputs, eqns=eqns)
+    return core.jaxpr_as_fun(core.ClosedJaxpr(program, ()))
 
 
-def flat(loss: Loss, rows: int) -> core.ClosedJaxpr:
-    """Returns the program of a loss for a number of rows, without calls of programs in it."""
+def trace(loss: Loss, rows: int) -> core.ClosedJaxpr:
+    """Returns the program of a loss for a number of rows."""
 
     def resize(x):
         return jax.ShapeDtypeStruct((rows, *np.shape(x)[1:]), jnp.result_type(x))
 
-    def written_out(arrays):
-        closed = jax.make_jaxpr(loss)(arrays)
-        return evaluate(closed.jaxpr, closed.consts, jax.tree.leaves(arrays))
+    return jax.make_jaxpr(loss)(loss.arrays | jax.tree.map(resize, loss.some(*loss.rows)))
 
-    sized = loss.arrays | jax.tree.map(resize, loss.some(*loss.rows))
-    return jax.make_jaxpr(written_out)(sized)
+
+def flat(loss: Loss, rows: int) -> core.ClosedJaxpr:
+    """Returns the program of a loss for a number of rows, without calls of programs in it."""
+    closed = trace(loss, rows)
+
+    def written_out(*args):
+        return evaluate(closed.jaxpr, closed.consts, args)
+
+    return jax.make_jaxpr(written_out)(*closed.in_avals)
 
 
 def in_float32(loss: Loss) -> Loss:
-    """Returns a loss that computes in float32 all that it would compute with fewer bits."""
+    """Returns the loss in float32, if its program can be had in it and has the same gradient.
+
+    What microbatches do to a loss does not depend on its precision, and rounding hides it.
+    """
     dtypes = jax.tree.map(jnp.result_type, loss.arrays)
 
     def fun(*args):
@@ -48,8 +56,13 @@ def in_float32(loss: Loss) -> Loss:
         (value,) = evaluate(closed.jaxpr, closed.consts, jax.tree.leaves(arrays), wide=True)
         return value
 
-    args = loss.args | jax.tree.map(_wide, loss.arrays)
-    return dataclasses.replace(loss, fun=fun, args=args, has_aux=False)
+    try:
+        args = loss.args | jax.tree.map(_wide, loss.arrays)
+        wide = dataclasses.replace(loss, fun=fun, args=args)
+        a, b = wide.gradient({}), loss.gradient({})
+    except Exception:  # a primitive that takes no other types
+        return loss
+    return wide if np.linalg.norm(a - b) <= 0.5 * np.linalg.norm(a) else loss
 
 
 def evaluate(jaxpr: Any, consts: Sequence[Any], args: Sequence[Any], wide: bool = False) -> list:
@@ -79,31 +92,25 @@ def evaluate(jaxpr: Any, consts: Sequence[Any], args: Sequence[Any], wide: bool 
 
 
 def _wide(x: Any) -> Any:
-    """Returns an array, or arrays, of at least float32."""
-    dtype = jnp.result_type(x)
-    return jnp.asarray(x, np.float32) if _has_few_bits(dtype) else x
-
-
-def _has_few_bits(dtype: Any) -> bool:
-    return jnp.issubdtype(dtype, jnp.floating) and jnp.finfo(dtype).bits < 32
+    """Returns an array of at least float32."""
+    return jnp.asarray(x, np.float32) if rounding.is_low(x) else x
 
 
 def _is_narrow(eqn: Any) -> bool:
-    inside = (x for e, _ in rounding.equations([eqn]) for x in (*e.invars, *e.outvars))
-    return any(_has_few_bits(x.aval.dtype) for x in inside if hasattr(x.aval, "dtype"))
+    inside = [x for e, _ in rounding.equations([eqn]) for x in (*e.invars, *e.outvars)]
+    return rounding.is_low(inside)
 
 
 def _widened(param: Any) -> Any:
     """Returns a parameter of an equation: types and programs in it are widened."""
-    if isinstance(param, np.dtype) and _has_few_bits(param):
+    if isinstance(param, np.dtype) and rounding.is_low(jax.ShapeDtypeStruct((), param)):
         return np.dtype(np.float32)
     if not isinstance(param, rounding.JAXPRS):
         return param
     jaxpr, consts = opened(param)
     types: list[Any] = [x.aval for x in jaxpr.invars]
     shapes = [
-        jax.ShapeDtypeStruct(x.shape, np.float32 if _has_few_bits(x.dtype) else x.dtype)
-        for x in types
+        jax.ShapeDtypeStruct(x.shape, np.float32 if rounding.is_low(x) else x.dtype) for x in types
     ]
     closed = jax.make_jaxpr(lambda *args: evaluate(jaxpr, consts, args, wide=True))(*shapes)
     return closed if isinstance(param, core.ClosedJaxpr) else closed.jaxpr

@@ -19,7 +19,7 @@ from optaccum.testing.gradients import Loss, flat
 
 def split(loss: Loss, n: int, hoist: bool) -> "Split":
     """Returns the parts of a loss for n microbatches; `hoist` takes out what data make of rows."""
-    rows = len(jax.tree.leaves(loss.some(*loss.rows))[0])
+    rows = loss.num_rows
     full, twice, small = (programs.flat(loss, size) for size in (rows, 2 * rows, rows // n))
     walked = walk.Walk(rows, hoist=True)
     walked.run(full.jaxpr, twice.jaxpr, walk.inputs(loss))
@@ -61,24 +61,24 @@ class Split:
     def gradient(self) -> np.ndarray:
         """Returns the gradient of the loss with the remedy, f64[P]."""
         trained = self.loss.some(*self.loss.argnums)
-        given = jax.tree.map(jnp.asarray, self.loss.some(*self.loss.rows)), self._cut
+        batch = jax.tree.map(jnp.asarray, self.loss.some(*self.loss.rows)), self._cut
         with jax.default_matmul_precision("highest"):
             if self.kind == "hoisted":
                 take = value_and_grad(lambda *args: self._model(*args)[0], num_microbatches=self.n)
-                return flat(jax.jit(take)(trained, given)[1])
-            return flat(jax.jit(jax.grad(self._in_microbatches))(trained, given))
+                return flat(jax.jit(take)(trained, batch)[1])
+            return flat(jax.jit(jax.grad(self._in_microbatches))(trained, batch))
 
-    def _in_microbatches(self, trained: Any, given: Any) -> jax.Array:
+    def _in_microbatches(self, trained: Any, batch: Any) -> jax.Array:
         """Returns the loss of the rows that the model gives in microbatches."""
-        found = microbatched(self._model, num_microbatches=self.n)(trained, given)
+        found = microbatched(self._model, num_microbatches=self.n)(trained, batch)
         env = self._begin(self.full, trained) | self._hoisted
         rows = dict(zip(self._outputs, map(self._back, self._outputs, found), strict=True))
         rest = [e for e in self.full.eqns if not {*e.outvars} & (rows.keys() | env.keys())]
         return self._run(self.full, rest, env | rows, self.full.jaxpr.outvars)[0]
 
-    def _model(self, trained: Any, given: Any) -> list[jax.Array]:
+    def _model(self, trained: Any, batch: Any) -> list[jax.Array]:
         """Returns what is made of each row of a microbatch: what all the rest needs."""
-        rows, cut = given
+        rows, cut = batch
         env = self._begin(self.small, trained | rows)
         for i, (v, x) in enumerate(self._hoisted.items()):
             env[self._small[v]] = self._back(v, cut[i]) if i in cut else x

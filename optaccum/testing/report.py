@@ -65,14 +65,11 @@ class Report:
             shares = [f"{w:.3g}" for w in self.weights[:8]] + ["..."] * (len(self.weights) > 8)
             lines.append(f"* shares of the microbatches: {', '.join(shares)}")
         if self.remedy:
-            lines.append(f"Remedy: {self.remedy}{self._tried()}")
+            lines.append(f"Remedy: {self.remedy}")
+        if self.remedy and self.left is not None:
+            rounded = self.tolerance is not None and self.left <= self.tolerance
+            lines[-1] += f" Tried: {'only rounding' if rounded else f'{self.left:.2g}'} is left."
         return "\n".join(map(_wrap, lines))
-
-    def _tried(self) -> str:
-        if self.left is None:
-            return ""
-        rounded = self.tolerance is not None and self.left <= self.tolerance
-        return f" Tried: {'only rounding' if rounded else f'{self.left:.2g}'} is left."
 
 
 def _wrap(line: str) -> str:

@@ -46,9 +46,9 @@ def narrowest(program: Any) -> float:
     return max((_eps(x) for e, _ in equations(used) for x in e.outvars), default=EPS)
 
 
-def equations(given: list[Any], times: int = 1) -> Iterator[tuple[Any, int]]:
+def equations(eqns: list[Any], times: int = 1) -> Iterator[tuple[Any, int]]:
     """Yields equations, also inside other equations, and how often each of them runs."""
-    for equation in given:
+    for equation in eqns:
         yield equation, times
         inside = times * equation.params.get("length", 1)
         for x in equation.params.values():
@@ -60,6 +60,11 @@ def equations(given: list[Any], times: int = 1) -> Iterator[tuple[Any, int]]:
 def coarsest(tree: Any) -> float:
     """Returns the eps of the narrowest floating-point type of a tree, at least float32's."""
     return max([EPS, *map(_eps, jax.tree.leaves(tree))])
+
+
+def is_low(tree: Any) -> bool:
+    """Returns whether something in a tree has a type of less precision than float32."""
+    return coarsest(tree) > EPS
 
 
 def _eps(x: Any) -> float:

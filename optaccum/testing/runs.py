@@ -11,14 +11,11 @@ from jax.tree_util import GetAttrKey, keystr
 import numpy as np
 
 from optaccum.testing import layouts, rounding
+from optaccum.testing.gradients import flat
 from optaccum.testing.layouts import Path, Tree
 
 ROUNDING = rounding.bound(rounding.EPS, 1000)  # of a gradient, relative to its size
 WINDOWS = 3  # what cancels in one or two shows in three
-
-
-class NotFoundError(Exception):
-    """Nothing in the state looks like the parameters."""
 
 
 class StepError(Exception):
@@ -43,11 +40,11 @@ class Program:
         return self.make_step(fresh, every_k)
 
     def run(
-        self, batch: Any, every_k: int, windows: int = WINDOWS, given: list[Tree] | None = None
+        self, batch: Any, every_k: int, windows: int = WINDOWS, starts: list[Tree] | None = None
     ) -> "Run":
         """Runs windows of one batch, each the same: with `every_k` 1 on the batch as a whole.
 
-        `given` are parts of the state for each window, which every call of it begins with.
+        `starts` are parts of the state for each window, which every call of it begins with.
         """
         try:
             state, step = self.start(every_k)
@@ -55,18 +52,16 @@ class Program:
             rows = [take(batch, i, every_k) for i in range(every_k)] if cut else [batch]
             trained, states = [self._trained(state)], [layouts.named(state)]
             for i, each in enumerate(rows * windows):
-                state = layouts.with_values(state, given[i // len(rows)]) if given else state
-                state = _next(state, step(state, _copied(each)))
+                state = layouts.with_values(state, starts[i // len(rows)]) if starts else state
+                state = _next(step, state, each)
                 trained.append(self._trained(state))
                 states.append(layouts.named(state))
             return _make_run(trained, states, len(rows))
-        except NotFoundError:
-            raise
         except Exception as error:
             raise StepError from error
 
     def located(self, batch: Any) -> "Program":
-        """Returns a program that knows where in its state the parameters are.
+        """Returns a program that knows where in its state the parameters are, if they are found.
 
         They have the tree that `make_step` got. Of several, such as averages and moments, they are
         the ones with its values and the name "params", on the highest level, that move the most.
@@ -75,21 +70,19 @@ class Program:
             return self
         before = layouts.alike(self.params, self._after(None))
         if not before:
-            raise NotFoundError("the parameters were not found in the state")
+            return self
         after = layouts.alike(self.params, self._after(batch)) if len(before) > 1 else before
 
+        def numbers(tree):
+            return flat([*layouts.named(tree).values()])
+
         def rank(path):
-            first, then = (
-                layouts.flat(layouts.named(layouts.plain(x)).values())
-                for x in (before[path], after[path])
-            )
+            first, then = (numbers(found[path]) for found in (before, after))
             equal = len(first) == len(wanted) and np.allclose(first, wanted, rtol=0.01, atol=1e-6)
             called = any(keystr((key,), simple=True) == "params" for key in path)
             return equal, called, -len(path), np.linalg.norm(then - first)
 
-        wanted = layouts.flat(
-            layouts.named(layouts.plain(layouts.needles(self.params)[0])).values()
-        )
+        wanted = numbers(layouts.needles(self.params)[0])
         path = max(before, key=rank)
         return dataclasses.replace(
             self, get_params=lambda state: layouts.alike(self.params, state)[path]
@@ -99,7 +92,7 @@ class Program:
         """Returns the state after a step on the full batch, or of None before it."""
         try:
             state, step = self.start(1)
-            return state if batch is None else _next(state, step(state, _copied(batch)))
+            return state if batch is None else _next(step, state, batch)
         except Exception as error:
             raise StepError from error
 
@@ -117,12 +110,12 @@ class Program:
     def is_low_precision(self, batch: Any) -> bool:
         """Returns whether a step computes with less than float32, as far as it can be traced."""
         state, step = self.start(1)
-        eps = rounding.coarsest((layouts.plain(self.params), batch))
+        low = rounding.is_low((layouts.plain(self.params), batch))
         try:
             program = jax.make_jaxpr(lambda rows: step(state, rows))(batch)
         except Exception:  # a step that changes what it is given, or looks at numbers
-            return eps > rounding.EPS
-        return max(eps, rounding.narrowest(program)) > rounding.EPS
+            return low
+        return low or rounding.narrowest(program) > rounding.EPS
 
 
 @dataclasses.dataclass(frozen=True)
@@ -134,6 +127,11 @@ class Run:
     per_window: int  # calls per window
     states: list[Tree]  # of all leaves, after each call
     units: dict[Path, list[Path]]  # the leaves of what is held
+
+    @property
+    def holds(self) -> list[int]:
+        """The calls that should only accumulate."""
+        return [i for i in range(1, len(self.params)) if i % self.per_window]
 
     def change(self, window: int = 1) -> np.ndarray:
         """Returns by how much the windows so far moved the parameters."""
@@ -155,11 +153,10 @@ class Run:
 
     def moving(self) -> list[Path]:
         """Returns what moves in a hold: beside parameters and accumulators nothing should."""
-        holds = [i for i in range(1, len(self.params)) if i % self.per_window]
         return [
             path
             for path, x in self.held.items()
-            if any((x[i] != x[i - 1]).any() for i in holds)
+            if any((x[i] != x[i - 1]).any() for i in self.holds)
             and self.names(path)
             and not np.array_equal(x, self.params)
         ]
@@ -171,20 +168,21 @@ class Run:
             return False
         return any(_follows(x, targets) for targets in (self.params[1:], self.params[:-1]))
 
-    def sum(self) -> np.ndarray | None:
-        """Returns the gradient of the first call, if that is a hold which adds it to others."""
-        if not np.array_equal(self.params[1], self.params[0]):
+    def sum(self, call: int = 1) -> np.ndarray | None:
+        """Returns what the first calls sum up, over their weight, if they are holds that do so."""
+        if not np.array_equal(self.params[call], self.params[0]):
             return None
         for path, x in self.held.items():
-            if x.shape == self.params.shape and not x[0].any() and x[1].any():
+            if x.shape == self.params.shape and not x[0].any() and x[call].any():
                 weight = self.held.get((*path[:-1], GetAttrKey("weight")))
-                return x[1] if weight is None or not weight[1].all() else x[1] / weight[1]
+                x = x[call]
+                return x if weight is None or not weight[call].all() else x / weight[call]
         return None
 
     def mean(self) -> np.ndarray | None:
         """Returns what the optimizer keeps of the first window's gradient, if it keeps a mean."""
         means = [x for path, x in self.held.items() if {"mu", "trace"} & {*self.names(path)}]
-        whole = layouts.flat(x[self.per_window] for x in means)
+        whole = flat([x[self.per_window] for x in means])
         return whole if whole.any() else None
 
     def seen(self) -> np.ndarray:
@@ -208,9 +206,9 @@ class Run:
         nowhere negative, means of squares.
         """
         shown = np.ones(self.params.shape[1], bool)
-        for kept in self.held.values():
-            if kept.shape == self.params.shape and not kept[0].any():
-                size = np.abs(kept if (kept < 0).any() else np.sqrt(kept)).max(0)
+        for x in self.held.values():
+            if x.shape == self.params.shape and not x[0].any():
+                size = np.abs(x if (x < 0).any() else np.sqrt(x)).max(0)
                 shown &= ~((size > 0) & (size <= ROUNDING * size.max()))
         return shown
 
@@ -220,8 +218,8 @@ def _follows(x: np.ndarray, targets: np.ndarray) -> bool:
     part = np.sum(went * way, 1) / np.maximum(np.sum(way * way, 1), 1e-300)
     off = np.linalg.norm(went - part[:, None] * way, axis=1)
     far = np.linalg.norm(way, axis=1) > 1e-6 * np.linalg.norm(x[0])
-    fits = (off <= 1e-3 * np.linalg.norm(went, axis=1)) & (part > 0) & (part < 1)
-    return bool(far.any() and fits[far].all())
+    follows = (off <= 1e-3 * np.linalg.norm(went, axis=1)) & (part > 0) & (part < 1)
+    return bool(far.any() and follows[far].all())
 
 
 def _make_run(trained: list[Tree], states: list[Tree], per_window: int) -> Run:
@@ -229,7 +227,7 @@ def _make_run(trained: list[Tree], states: list[Tree], per_window: int) -> Run:
 
     Its path ends before the parameter's, which may be named "mu" and be no mean of Adam's.
     """
-    params = np.stack([layouts.flat(each.values()) for each in trained])
+    params = np.stack([flat([*each.values()]) for each in trained])
     sizes = {path: x.size for path, x in trained[0].items()}
     ends = dict(zip(sizes, np.cumsum([*sizes.values()]), strict=True))
     held: Tree = {}
@@ -268,8 +266,9 @@ def take(batch: Any, i: int, n: int) -> Any:
     return jax.tree.map(lambda x: jnp.asarray(x)[i::n], batch)
 
 
-def _next(state: Any, result: Any) -> Any:
-    """Returns the state in what a step returned: it, a tuple with it, or nothing."""
+def _next(step: Callable[[Any, Any], Any], state: Any, rows: Any) -> Any:
+    """Returns the state in what a step returns: it, a tuple with it, or nothing."""
+    result = step(state, jax.tree.map(jnp.array, rows))
     if result is None:
         return state
     wanted = jax.tree.structure(state)
@@ -283,7 +282,3 @@ def _next(state: Any, result: Any) -> Any:
         f"or None if it changes the state in place; got {type(result).__name__} of the "
         f"structure {str(jax.tree.structure(result))[:200]}"
     )
-
-
-def _copied(batch: Any) -> Any:
-    return jax.tree.map(jnp.array, batch)

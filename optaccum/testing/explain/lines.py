@@ -7,9 +7,10 @@ from typing import Any
 import optaccum
 
 _PATHS = sysconfig.get_paths()
-_LIBRARIES = tuple(
-    {str(pathlib.Path(_PATHS[name]).resolve()) for name in ("purelib", "platlib", "stdlib")}
-    | {str(pathlib.Path(optaccum.__file__).resolve().parent)}
+_LIBRARIES = (
+    "<frozen",
+    *(str(pathlib.Path(_PATHS[name]).resolve()) for name in ("purelib", "platlib", "stdlib")),
+    str(pathlib.Path(optaccum.__file__).resolve().parent),
 )
 
 
@@ -28,12 +29,7 @@ def find_line(equations: tuple[Any, ...]) -> str | None:
         for frame in frames:
             if frame.function_name.startswith("trace_to_jaxpr"):
                 break
-            if not _in_library(frame.file_name):
-                return f"{pathlib.PurePath(frame.file_name).name}:{frame.line_num}"
+            name = frame.file_name
+            if not name.startswith(_LIBRARIES) and "/site-packages/" not in name:
+                return f"{pathlib.PurePath(name).name}:{frame.line_num}"
     return None
-
-
-def _in_library(name: str) -> bool:
-    if name.startswith("<frozen"):
-        return True
-    return name.startswith(_LIBRARIES) or "/site-packages/" in name

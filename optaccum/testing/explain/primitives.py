@@ -77,9 +77,9 @@ def _unknown(e: Equation) -> Value:
 def _along(e: Equation) -> Value:
     """Returns what an equation makes that works along some axes: a reduction, an order."""
     names = "axes", "axis", "dimension", "dimensions"
-    over = next((e.params[name] for name in names if name in e.params), len(e.shapes[0]) - 1)
+    along = next((e.params[name] for name in names if name in e.params), len(e.shapes[0]) - 1)
     merged = rules.merge(e.values)
-    if not any({*np.atleast_1d(over)} & {*axes} for axes in e.before):
+    if not any({*np.atleast_1d(along)} & {*axes} for axes in e.before):
         return merged if e.name in LINEAR else rules.curve(e.values)
     if e.name == "reduce_sum":
         return rules.sum_rows(merged)
@@ -105,16 +105,16 @@ def _dot(e: Equation) -> Value:
 def _gather(e: Equation) -> Value:
     whole = e.params["dimension_numbers"].operand_batching_dims
     sizes, shape = e.params["slice_sizes"], e.shapes[0]
-    kept = all(axis in whole or sizes[axis] == shape[axis] for axis in e.before[0])
-    if kept or e.values[0].kind != "row" or e.values[1].positions:
+    same = all(axis in whole or sizes[axis] == shape[axis] for axis in e.before[0])
+    if same or e.values[0].kind != "row" or e.values[1].positions:
         return rules.merge(e.values)
     return rules.flaw(e.values, "order", "rows are taken by their position")
 
 
 def _slice(e: Equation) -> Value:
     # The halves of two batches put together are rows again.
-    kept = e.after and all(e.shape[i] in (e.shapes[0][i], e.rows) for i in e.before[0])
-    if kept or e.values[0].kind != "row" or not e.before[0]:
+    same = e.after and all(e.shape[i] in (e.shapes[0][i], e.rows) for i in e.before[0])
+    if same or e.values[0].kind != "row" or not e.before[0]:
         return rules.merge(e.values)
     return rules.flaw(e.values, "order", "some rows are taken by their position")
 

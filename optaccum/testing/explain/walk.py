@@ -5,11 +5,10 @@ import dataclasses
 import functools
 from typing import Any
 
-import jax
 from jax.extend.core import Literal
 import jax.numpy as jnp
-import numpy as np
 
+from optaccum.testing import programs
 from optaccum.testing.explain.lines import find_line
 from optaccum.testing.explain.primitives import FLAT, Equation, apply
 from optaccum.testing.explain.values import Value, flaw, merge, of_number, select
@@ -35,12 +34,12 @@ class Structure:
 def read(loss: Loss) -> Structure:
     """Returns the structure of a loss: two traces of it and a walk."""
     try:
-        once, twice = (_trace(loss, times) for times in (1, 2))
+        once, twice = (programs.trace(loss, times * loss.num_rows) for times in (1, 2))
     except Exception as error:
         text = f"{type(error).__name__}: {str(error)[:200]}"
         detail = f"it could not be traced with twice the rows ({text})"
         return Structure(None, (Finding("unknown", None, detail),), traced=False)
-    walk = Walk(len(jax.tree.leaves(loss.some(*loss.rows))[0]))
+    walk = Walk(loss.num_rows)
     try:
         (value,) = walk.run(once.jaxpr, twice.jaxpr, inputs(loss))
     except Exception as error:  # a primitive with unknown parameters
@@ -59,13 +58,6 @@ def inputs(loss: Loss) -> list[Value]:
             row = Value("row", leaves=frozenset({name}))
             found.append(row if j in loss.rows else Value(active=j in loss.argnums))
     return found
-
-
-def _trace(loss: Loss, times: int) -> Any:
-    def grow(x):
-        return jax.ShapeDtypeStruct((times * np.shape(x)[0], *np.shape(x)[1:]), jnp.result_type(x))
-
-    return jax.make_jaxpr(loss)(loss.arrays | jax.tree.map(grow, loss.some(*loss.rows)))
 
 
 class Walk:
@@ -122,11 +114,11 @@ class Walk:
         for x, y in zip(a.outvars, b.outvars, strict=True):
             real = jnp.issubdtype(x.aval.dtype, jnp.inexact) and a.primitive.name not in FLAT
             real |= self.hoist
-            given = Equation(
+            equation = Equation(
                 a.primitive.name, a.params, values if real else flat, shapes, before,
                 x.aval.shape, axes(x, y), self.rows,
             )  # fmt: skip
-            results.append(apply(given))
+            results.append(apply(equation))
         return results
 
     def _unpaired(self, once: Any, twice: Any, value: Value) -> Value:
