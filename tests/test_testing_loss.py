@@ -105,7 +105,8 @@ def remedy_of(report):
         "sum against mean": "factor",
     }
     found = [name for mark, name in marks.items() if mark in said]
-    return found[0] if found else said.split("`")[1]
+    # As in `weight_fn=lambda p, b: b["mask"].sum()`.
+    return found[0] if found else said.split("`")[1].partition(": ")[2]
 
 
 def follow(case, remedy, report, batch):
@@ -491,3 +492,10 @@ def test_the_models_of_the_benchmarks_have_no_finding(option):
     report = check_loss(model.mean_loss, *jax.tree.map(jnp.asarray, (params, batch)), **given)
     assert report.exact is True, report
     assert report.findings == ()
+
+
+@pytest.mark.parametrize("n", [None, 2])
+def test_a_loss_that_closes_over_its_batch_is_refused(n):
+    x = jnp.arange(8.0).reshape(4, 2)
+    with pytest.raises(ValueError, match="does not read the values of its batch"):
+        check_loss(lambda p, batch: jnp.mean((x @ p) ** 2), jnp.ones(2), x, num_microbatches=n)

@@ -93,6 +93,11 @@ def check(
     scalar = (lambda *args: whole(*args)[0]) if has_aux else whole
     loss = Loss(scalar, dict(enumerate(call.args)), names, trained, rows, keys, weight_fn)
     read = walk.read(loss)
+    if read.value is not None and not read.leaves:
+        raise ValueError(
+            "`fun` does not read the values of its batch, so every microbatch would be the full "
+            "batch; if it closes over other arrays, make them its arguments"
+        )
     structural = _by_structure(loss, read)
     if n is None:
         return structural
@@ -125,7 +130,7 @@ def _by_structure(loss: Loss, read: Structure) -> Report:
     found = sorted(read.findings, key=lambda finding: finding.kind not in LINES.get(kind, (kind,)))
     if detail:
         found.insert(0, Finding(kind, _line(read, kind), detail))
-    remedy = _remedy(Verdict(kind, float("nan")), _split(loss, kind, 1), weighted)
+    remedy = _remedy(Verdict(kind, float("nan")), _split(loss, kind, 1), loss)
     return Report(exact, findings=tuple(found), remedy=remedy)
 
 
@@ -216,7 +221,7 @@ def _explain(verdict: Verdict, read: Structure, bound: float, loss: Loss, first:
         verdict = Verdict("terms", verdict.error)
     kind, scale, weights, n = verdict.kind, verdict.scale, verdict.weights, len(first.used)
     left, split = None, _split(loss, kind, n)
-    remedy = _remedy(verdict, split, loss.weight_fn is not None)
+    remedy = _remedy(verdict, split, loss)
     if weights is not None:
         left = _left((scale or 1.0) * gradients.of_loop(loss, n, weights), first)
     elif split is not None and split.kind != "statistics":
@@ -269,8 +274,9 @@ def _detail(verdict: Verdict) -> str:
     return f"microbatches count alike, and `weight_fn` counts them differently{factor}"
 
 
-def _remedy(verdict: Verdict, split: Split | None, weighted: bool) -> str:
+def _remedy(verdict: Verdict, split: Split | None, loss: Loss) -> str:
     """Returns what a report advises."""
+    weighted = loss.weight_fn is not None
     kind, source, scale = verdict.kind, verdict.source, verdict.scale
     if kind == "coupled" or (split is not None and split.kind != "microbatched"):
         return REMEDIES[split.kind if split is not None else "microbatched"]
@@ -283,8 +289,13 @@ def _remedy(verdict: Verdict, split: Split | None, weighted: bool) -> str:
     times = f"; then multiply the loss by {scale:.6g}" if scale and abs(scale - 1) > 1e-3 else ""
     if source == "":
         return f"drop `weight_fn`, and `weight=` of `accumulate`{times}."
-    counted = f"`{source}`" if source else "the loss's own divisor"
+    if not source or not all(map(str.isidentifier, loss.names)):
+        counted = f"`{source}`" if source else "the loss's divisor"
+        return (
+            f"pass a function that returns {counted} as `weight_fn` to `optaccum.value_and_grad`, "
+            f"or its value as `weight=` to `optaccum.accumulate`{times}."
+        )
     return (
-        f"pass {counted} as `weight_fn` to `optaccum.value_and_grad`, or per microbatch as "
-        f"`weight=` to `optaccum.accumulate`{times}."
+        f"pass `weight_fn=lambda {', '.join(loss.names)}: {source}` to `optaccum.value_and_grad`, "
+        f"or its value for each microbatch as `weight=` to `optaccum.accumulate`{times}."
     )
