@@ -191,13 +191,9 @@ def _positions(argnums: Argnums, count: int) -> dict[str, tuple[int, ...]]:
     for option, several in positions.items():
         for j in several:
             if not -count <= j < count:
-                if option == ROWS and argnums.by_default:
-                    raise ValueError(
-                        f"the batch is argument 1, but the call has {count} positional; pass "
-                        "the batch after the parameters (if `fun` closes over it, every "
-                        f"microbatch would get all rows), or name a keyword argument in {NAMES}"
-                    )
                 by_name = f"or name a keyword argument in {NAMES}"
+                if argnums.by_default:
+                    by_name += "; if `fun` closes over its batch, make the batch an argument"
                 if option != ROWS:
                     by_name = "keyword arguments go to every microbatch whole"
                 raise ValueError(
