@@ -28,7 +28,10 @@ extensions = [
 exclude_patterns = ["_build", "**/.ipynb_checkpoints"]
 smartquotes_action = "D"  # dashes alone: a quoted word may be a string of Python
 nitpicky = True  # of our own names; other projects are not linked
-nitpick_ignore_regex = [("py:.*", r"(?!optaccum).*")]
+nitpick_ignore_regex = [
+    ("py:.*", r"(?!optaccum).*"),
+    ("py:class", r"optaccum\._\w+\.(Outputs|Params|Value)"),  # type variables
+]
 
 myst_enable_extensions = ["colon_fence", "deflist", "dollarmath"]
 myst_heading_anchors = 3

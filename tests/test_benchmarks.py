@@ -231,12 +231,12 @@ def test_a_release_counts_once_a_window_and_a_scan_once_a_microbatch(monkeypatch
 
     monkeypatch.setattr(hlo, "collectives", list)
     calls = Program([hlo.Collective("all-reduce", size, 1, size > 100) for size in (100, 900)])
-    hold = {"kind": "all-reduce", "bytes": 100, "times": 1}
-    release = {"kind": "all-reduce", "bytes": 900, "times": 1}
+    hold = {"kind": "all-reduce", "bytes": 100, "group": 0, "times": 1}
+    release = {"kind": "all-reduce", "bytes": 900, "group": 0, "times": 1}
     found = collectives.traffic([calls] * 3, 3)
     assert found == {"hold": [hold], "window": [release, hold | {"times": 3}]}
     found = collectives.traffic([Program([hlo.Collective("all-gather", 5, 3, False)])], 3)
-    gather = {"kind": "all-gather", "bytes": 5}
+    gather = {"kind": "all-gather", "bytes": 5, "group": 0}
     assert found == {"hold": [gather | {"times": 1}], "window": [gather | {"times": 3}]}
 
 

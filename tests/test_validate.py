@@ -434,7 +434,9 @@ def test_a_weight_fn_of_the_batch_alone_is_told_of_the_parameters():
 
 def test_a_loss_that_closes_over_its_batch_is_refused():
     step = optaccum.value_and_grad(lambda params: jnp.mean(params), num_microbatches=2)
-    with pytest.raises(ValueError, match="if `fun` closes over its batch, make the batch an argument"):
+    with pytest.raises(
+        ValueError, match="if `fun` closes over its batch, make the batch an argument"
+    ):
         step(jnp.ones(4))
 
 
