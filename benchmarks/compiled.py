@@ -193,7 +193,9 @@ def windows_table(result: Result, found: list[Result]) -> str:
         for chip in chips:
             parts = [group[chip][x] for x in ("hold", "release", "window")] if chip in group else []
             cells[chip] = " / ".join(map(three_digits, parts)) or "-"
-        spaces = (f"{group[chip]['temporaries']:.2f}" if chip in group else "-" for chip in chips)
+        spaces = (
+            f"{round(group[chip]['temporaries'], 2):g}" if chip in group else "-" for chip in chips
+        )
         rows.append(cells | {"temporaries": " / ".join(spaces)})
     sizes = dict.fromkeys(f"{row['inner']} {row['parameter_bytes'] / 1e6:,.0f} MB" for row in found)
     legend = f"Cells: bytes of a hold / a release / a window; temporaries for {', '.join(chips)}. "
