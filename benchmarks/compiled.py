@@ -5,7 +5,6 @@ training steps of a transformer, above the bytes that its gradients take alone. 
 eight devices send each other. Bytes are in P, the size of the parameters.
 """
 
-from collections import Counter
 from collections.abc import Iterable, Iterator
 import dataclasses
 import functools
@@ -254,13 +253,14 @@ def amounts(found: list[Result], row: Result) -> dict[str, float]:
 
     A kind says between how many devices, if not between all.
     """
-    totals: dict[str, float] = Counter()
+    totals: dict[str, float] = {}
     for one in found:
         group = one.get("group") or row["devices"]
         # An array that is gathered is as many times larger as there are devices with a part of it.
         whole = group if one["kind"] == "all-gather" else 1
         kind = one["kind"] + (f" of {group}" if group < row["devices"] else "")
-        totals[kind] += whole * one["bytes"] * one["times"] / row["parameter_bytes"]
+        size = whole * one["bytes"] * one["times"] / row["parameter_bytes"]
+        totals[kind] = totals.get(kind, 0) + size
     return totals
 
 
