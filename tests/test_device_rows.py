@@ -359,7 +359,7 @@ def _squares(model, x, mask):
     return jnp.sum(mask * (jnp.tanh(model(x)) ** 2).mean(1)) / jnp.maximum(mask.sum(), 1)
 
 
-def test_an_optimizer_of_nnx_reduces_once_and_refuses_changes_of_its_model():
+def test_an_optimizer_of_nnx_takes_reduce_axes_and_refuses_changes_of_its_model():
     x = jax.random.normal(jax.random.key(0), (2 * K, ROWS, 8))
     mask = jnp.arange(2 * K * ROWS).reshape(2 * K, ROWS) % 5 > 1
     options = {"weight_fn": lambda model, x, mask: mask.sum(), "batch_argnums": (1, 2)}
