@@ -770,7 +770,7 @@ UNROLLED = {
 
 def _unrolled(params, batch):
     h = batch["x"]
-    for i in range(4):
+    for i in range(len(params) // 2):
         h += jnp.tanh(h @ params[f"a{i}"]) @ params[f"b{i}"]
     return jnp.mean(h**2)
 
@@ -802,21 +802,22 @@ def test_a_backward_pass_hides_reductions(step, options, hides):
 
 
 def test_on_a_v5e_nothing_hides_them():
-    text = _program_of(_need(targets.V5E), _in_step, {"overlap_reduction": True})
+    layers = {name: x for name, x in UNROLLED.items() if name[1] in "01"}  # four take twice as long
+    text = _program_of(_need(targets.V5E), _in_step, {"overlap_reduction": True}, layers)
     assert "all-reduce(" in text
     assert "all-reduce-start" not in text
     assert "async" not in text
 
 
-def _program_of(target, step, options):
+def _program_of(target, step, options, layers=UNROLLED):
     """Returns the program for four devices."""
     mesh = Mesh(np.array(targets.devices(target, 4)), ("data",))
-    batch = {"x": jax.ShapeDtypeStruct((64, 256, 1024), jnp.float32)}
+    batch = {"x": jax.ShapeDtypeStruct((64, 32, 1024), jnp.float32)}
     tx = accumulate(4, ADAMW, reduce_axes="data")
     with jax.set_mesh(mesh):
-        params = _place(UNROLLED, NamedSharding(mesh, P()))
+        params = _place(layers, NamedSharding(mesh, P()))
         shardings = state_shardings(tx, params)
-        state = jax.tree.map(_place, jax.eval_shape(tx.init, UNROLLED), shardings)
+        state = jax.tree.map(_place, jax.eval_shape(tx.init, layers), shardings)
         args = params, state, _place(batch, NamedSharding(mesh, P("data")))
         step = jax.jit(functools.partial(step, **options), donate_argnums=(0, 1))
         compiled: Any = step.lower(*args).compile()

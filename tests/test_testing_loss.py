@@ -1,6 +1,7 @@
 """`check_loss` says of losses from public bugs and papers whether they accumulate, and why not."""
 
 import dataclasses
+import itertools
 
 from helpers import losses, reported
 from helpers.losses import BATCH, CASES, PARAMS, N
@@ -16,15 +17,16 @@ from optaccum.testing import assert_equivalent, check_loss
 
 X, W = jax.random.normal(jax.random.key(0), (8, 3)), jnp.array([1.0, -2.0, 0.5])
 
-# Every loss that is right, and the first one of each kind of mistake, which it is to keep.
+# Every loss that is right, and the first one of each kind of mistake, which it is to keep. They
+# take turns with what is added to them.
 FIRST = {(case.kind, case.structure): name for name, case in reversed(CASES.items())}
-MUTATIONS = [
-    pytest.param(how, name, id=f"{how}-{name}")
-    for how in ("weight", "factor", "coupled")
+CHANGED = [
+    name
     for name, case in CASES.items()
     if case.kind is None or FIRST[case.kind, case.structure] == name
-    if losses.mutate(case, how) is not None
+    if losses.mutate(case, "weight") is not None
 ]
+MUTATIONS = list(zip(itertools.cycle(("weight", "factor", "coupled")), CHANGED))
 
 
 def check(case, num_microbatches):
@@ -166,7 +168,7 @@ def test_what_is_clear_in_float32_is_clear_in_bfloat16(name, store):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seed", range(8))
+@pytest.mark.parametrize("seed", range(4))
 def test_no_order_of_rows_is_exact_by_chance(seed):
     """In half of these batches each microbatch has as many of the hardest rows."""
     case = reported.CASES["hard_examples"]

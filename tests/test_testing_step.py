@@ -522,8 +522,15 @@ def test_the_remedy_for_what_moves_beside_the_parameters_works():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["weights", "coupled"])
-@pytest.mark.parametrize("optimizer", ["sign_sgd", "rprop", "rmsprop", "adagrad"])
+@pytest.mark.parametrize(
+    ("optimizer", "kind"),
+    [
+        ("sign_sgd", "weights"),
+        ("rprop", "coupled"),
+        ("rmsprop", "coupled"),
+        ("adagrad", "weights"),
+    ],
+)
 def test_an_accumulator_shows_gradients_that_the_optimizer_hides(optimizer, kind):
     loss = masked_loss if kind == "weights" else coupled_loss
     make_step = plain(inside(getattr(optax, optimizer)(0.01)), loss)
