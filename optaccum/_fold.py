@@ -18,14 +18,14 @@ class Target(NamedTuple):
 
     Attributes:
         total: The sum.
-        path: What happens to the value before: dtypes that it is cast to, and permutations.
         seen: What `_scatters.apart` needs.
         apart: Whether it has to keep the value and the sum apart.
+        path: What happens to the value before: dtypes that it is cast to, and permutations.
     """
 
     total: jax.Array
     seen: jax.Array
-    apart: bool = False
+    apart: bool
     path: tuple[Any, ...] = ()
 
 

@@ -133,6 +133,15 @@ def test_rows_of_a_device_that_do_not_divide_are_refused():
                 run(params, batch)
 
 
+@needs_reshard
+def test_devices_that_divide_columns_do_not_divide_rows():
+    mesh = make_mesh(AxisType.Explicit, (2, 4), ("data", "model"))
+    with jax.set_mesh(mesh):
+        x = jax.device_put(jnp.ones((8, 4)), NamedSharding(mesh, P("data", "model")))
+        run = optaccum.value_and_grad(lambda w, x: jnp.mean((w * x) ** 2), num_microbatches=4)
+        np.testing.assert_allclose(jax.jit(run)(jnp.ones(()), x), (1.0, 2.0), rtol=1e-6)
+
+
 def test_local_weights_of_summed_gradients_are_refused(mesh):
     """Replicated parameters: JAX sums their gradients, and no local weight can be right."""
 

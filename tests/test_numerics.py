@@ -96,6 +96,16 @@ def test_gradients_may_be_wider_than_their_parameters():
     np.testing.assert_array_equal(updates, [1.0 + 2.0**-41])
 
 
+@pytest.mark.usefixtures("x64")
+def test_sums_of_complex_gradients_may_be_wider():
+    tx = accumulate(2, accumulator_dtype=jnp.complex128)
+    state = tx.init(jnp.zeros(1, jnp.complex64))
+    assert state.grad_sum.dtype == jnp.complex128
+    for g in (1.0 + 0j, 2.0**-40 * 1j):
+        _, state = tx.update(jnp.array([g], jnp.complex64), state)
+    np.testing.assert_array_equal(state.grad_sum, [1.0 + 2.0**-40 * 1j])
+
+
 def test_a_narrow_accumulator_rounds_once_a_microbatch():
     # 256 + 1 is not a bfloat16; 256 + 0.75 * 2 = 257.5 rounds to 258 only if the product and
     # the sum are rounded together: 0.75 * 2 = 1.5, and 256 + 1.5 = 257.5 -> 258 (even).
