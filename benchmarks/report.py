@@ -15,7 +15,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 
-from benchmarks import compiled, coupled, headline, large, overhead, scaling, training
+from benchmarks import compiled, coupled, folds, headline, large, overhead, scaling, training
 from benchmarks.contenders import APPLY_GRADIENTS, FULL_BATCH, MULTI_STEPS
 from benchmarks.tables import Result
 from benchmarks.targets import TITLES
@@ -25,6 +25,7 @@ BENCHMARKS: dict[str, Any] = {
     "headline": headline,
     "compiled": compiled,
     "large": large,
+    "folds": folds,
     "overhead": overhead,
     "train_step": training,
     "coupled": coupled,
@@ -33,7 +34,10 @@ BENCHMARKS: dict[str, Any] = {
 ROOT = pathlib.Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 EXPLANATIONS = ROOT / "docs" / "explanation"
-READMES = EXPLANATIONS / "holds.md", ROOT / "benchmarks" / "README.md"
+READMES = (
+    *(EXPLANATIONS / "holds.md", EXPLANATIONS / "scanned_layers.md"),
+    ROOT / "benchmarks" / "README.md",
+)
 # From the palette of Okabe and Ito, which the colour-blind can tell apart.
 BLUE, VERMILION, BLACK = "#0072B2", "#D55E00", "#000000"
 COLOURS = "#009E73", "#E69F00", "#CC79A7", "#9A9A9A"  # of chips

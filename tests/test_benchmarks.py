@@ -31,6 +31,7 @@ from benchmarks import (
     programs,
     report,
     scaling,
+    stacks,
     targets,
     training,
     transformer,
@@ -81,6 +82,13 @@ def test_a_large_model_is_gathered_and_reduced_once_or_does_not_fit(monkeypatch)
     result["rows"].append({**row, "fits": False, "name": "another"})
     assert "does not fit" in large.tables(result)["large"]
     assert "does not fit" not in tables["large"]
+
+
+def test_layers_that_fold_need_less_than_a_scan_by_hand():
+    result, tables = quick("folds")
+    for row, line in zip(result["rows"], tables["folds"].splitlines()[2:], strict=False):
+        saves = row["name"] in stacks.SCANNED or row["name"].endswith("weighted")
+        assert line.endswith(" yes |" if saves else " no |"), line
 
 
 def test_overhead_finds_every_contender_equal_to_the_full_batch():
