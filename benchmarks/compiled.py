@@ -29,7 +29,10 @@ OPTIMIZER = (
     *(APPLY_GRADIENTS, contenders.RELEASE, contenders.UPDATE),
     *(MULTI_STEPS, contenders.HAND_WRITTEN),
 )
-IN_STEP = contenders.VALUE_AND_GRAD, contenders.MICROBATCH, contenders.SCAN
+IN_STEP = (
+    *(contenders.VALUE_AND_GRAD, contenders.REDUCED_ONCE),
+    *(contenders.MICROBATCH, contenders.SCAN),
+)
 SMALL = transformer.Model(2048, 256, 2, 2, tied=False)
 MODELS = {  # and who trains them on eight devices
     "blocks in a list": (SMALL, (MULTI_STEPS, APPLY_GRADIENTS, contenders.APPLIED_ONCE, *IN_STEP)),

@@ -35,7 +35,7 @@ ROOT = pathlib.Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 EXPLANATIONS = ROOT / "docs" / "explanation"
 READMES = (
-    *(EXPLANATIONS / "holds.md", EXPLANATIONS / "scanned_layers.md"),
+    *(EXPLANATIONS / f"{name}.md" for name in ("holds", "one_reduction", "scanned_layers")),
     ROOT / "benchmarks" / "README.md",
 )
 # From the palette of Okabe and Ito, which the colour-blind can tell apart.
