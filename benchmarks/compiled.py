@@ -107,7 +107,6 @@ def model_task(target: str, config: Any, rows: int, sequence: int, devices: int 
 def traffic_row(target: str, model: str, config: Any, name: str) -> Result:
     """Returns what eight devices send each other in a hold and in a window."""
     task = model_task(target, config, 1, 64, DEVICES)
-    task = dataclasses.replace(task, weighted=True)
     row: Result = {"target": target, "model": model, "name": name, "devices": DEVICES}
     window = Window(ADAPTERS[name](task.inner, EVERY_K), task)
     return row | {"parameter_bytes": task.size} | traffic(window, EVERY_K)

@@ -57,9 +57,8 @@ Carry = dict[str, Any]
 class Step:
     """The program of one call, without the gradients that it is given."""
 
-    # `(part, grads, weight) -> part`. The part has the entries `names` of the carry; the weight is
-    # None if all microbatches count alike.
-    apply: Callable[[Carry, Any, Any], Carry]
+    # `(part, grads) -> part`. The part has the entries `names` of the carry.
+    apply: Callable[[Carry, Any], Carry]
     names: tuple[str, ...] = ("params", "state")
 
 
@@ -72,8 +71,8 @@ class Contender:
     init: Callable[[Any], Carry]
     # One for each call of a window. A single one is given the whole batch, more a microbatch each.
     steps: tuple[Step, ...]
-    # `(loss_fn, weight_fn, params, batch) -> (loss, grads)`
-    differentiate: Callable[..., Any] = lambda loss_fn, _, *args: jax.value_and_grad(loss_fn)(*args)
+    # `(loss_fn, params, batch) -> (loss, grads)`
+    differentiate: Callable[..., Any] = lambda loss_fn, *args: jax.value_and_grad(loss_fn)(*args)
     reference: optax.GradientTransformation | None = None  # that it steps, if not the one given
     # How many devices a replica is divided over, along a second axis of the mesh, `INSIDE`.
     inside: int = 1
@@ -82,8 +81,8 @@ class Contender:
     specs: Callable[[Any], Carry] = lambda params: {}
 
 
-def update(tx: Any, grads: Any, opt_state: Any, params: Any, weight: Any = None) -> Any:
-    """Returns what a transformation without weights makes of the parameters and its state."""
+def update(tx: Any, grads: Any, opt_state: Any, params: Any) -> Any:
+    """Returns what a transformation makes of the parameters and its state."""
     updates, opt_state = tx.update(grads, opt_state, params)
     return optax.apply_updates(params, updates), opt_state
 
@@ -91,8 +90,8 @@ def update(tx: Any, grads: Any, opt_state: Any, params: Any, weight: Any = None)
 def of(tx: Any, calls: int, apply: Any = update, init: Any = None, **more: Any) -> Contender:
     """Returns a contender whose calls are all the same step of a transformation."""
 
-    def step(part, grads, weight):
-        params, state = apply(tx, grads, part["state"], part["params"], weight=weight)
+    def step(part, grads):
+        params, state = apply(tx, grads, part["state"], part["params"])
         return {"params": params, "state": state}
 
     init = init or (lambda params: {"params": params, "state": tx.init(params)})

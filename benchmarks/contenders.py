@@ -46,13 +46,13 @@ def hand_written(inner: Inner, every_k: int) -> Contender:
     def init(params):
         return {"params": params, "state": tx.init(params), "sums": optax.tree.zeros_like(params)}
 
-    def overwrite(part, grads, weight):
+    def overwrite(part, grads):
         return {"sums": jax.tree.map(jnp.copy, grads)}
 
-    def add(part, grads, weight):
+    def add(part, grads):
         return {"sums": optax.tree.add(part["sums"], grads)}
 
-    def add_and_update(part, grads, weight):
+    def add_and_update(part, grads):
         mean = optax.tree.scale(1 / every_k, optax.tree.add(part["sums"], grads))
         params, opt_state = update(tx, mean, part["state"], part["params"])
         return {"params": params, "state": opt_state, "sums": part["sums"]}
@@ -84,7 +84,7 @@ def keras(inner: Inner, every_k: int) -> Contender:
                 optimizer.build([keras.Variable("zeros", p.shape, p.dtype) for p in leaves])
         return {"params": params, "state": [jnp.copy(v.value) for v in optimizer.variables]}
 
-    def apply(tx, grads, opt_state, params, weight):
+    def apply(tx, grads, opt_state, params):
         leaves, treedef = jax.tree.flatten(params)
         leaves, opt_state = tx.stateless_apply(opt_state, jax.tree.leaves(grads), leaves)
         return jax.tree.unflatten(treedef, leaves), opt_state
@@ -93,8 +93,8 @@ def keras(inner: Inner, every_k: int) -> Contender:
 
 
 def in_step(inner: Inner, every_k: int, **options: Any) -> Contender:
-    def differentiate(loss_fn, weight_fn, params, batch):
-        given = {"num_microbatches": every_k, "weight_fn": weight_fn, **options}
+    def differentiate(loss_fn, params, batch):
+        given = {"num_microbatches": every_k, **options}
         return optaccum.value_and_grad(loss_fn, **given)(params, batch)
 
     return of(inner.transformation, 1, differentiate=differentiate)
@@ -103,7 +103,7 @@ def in_step(inner: Inner, every_k: int, **options: Any) -> Contender:
 def microbatch(inner: Inner, every_k: int) -> Contender:
     """`optax.microbatch` with the accumulator that means what the full batch means."""
 
-    def differentiate(loss_fn, weight_fn, params, batch):
+    def differentiate(loss_fn, params, batch):
         rows = len(jax.tree.leaves(batch)[0]) // every_k
         mean = optax.microbatching.AccumulationType.MEAN
         return optax.microbatch(jax.value_and_grad(loss_fn), 1, rows, mean)(params, batch)
@@ -119,7 +119,7 @@ def scan(inner: Inner, every_k: int, sharded: bool = False, gathered: bool = Fal
     too.
     """
 
-    def differentiate(loss_fn, weight_fn, params, batch):
+    def differentiate(loss_fn, params, batch):
         def place(tree):
             if not sharded:
                 return tree
@@ -172,13 +172,12 @@ def value_and_apply(inner: Inner, every_k: int, **options: Any) -> Contender:
     """The step gets the loss in place of its gradients."""
     tx = optaccum.accumulate(every_k, inner.transformation, **options)
 
-    def apply(tx, given, state, params, weight):
-        loss_fn, weight_fn, batch = given
-        step = optaccum.value_and_apply(tx, loss_fn, weight_fn=weight_fn)
-        return step(params, state, batch)[1:]
+    def apply(tx, given, state, params):
+        loss_fn, batch = given
+        return optaccum.value_and_apply(tx, loss_fn)(params, state, batch)[1:]
 
-    def differentiate(loss_fn, weight_fn, params, batch):
-        return jnp.zeros([]), (loss_fn, weight_fn, batch)
+    def differentiate(loss_fn, params, batch):
+        return jnp.zeros([]), (loss_fn, batch)
 
     specs = lambda params: {"state": optaccum.state_shardings(tx, params, P())}  # noqa: E731
     return of(tx, every_k, apply, differentiate=differentiate, specs=specs)

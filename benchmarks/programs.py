@@ -36,7 +36,6 @@ class Task:
     tolerance: float = 1e-3  # how much of a step rounding explains
     model: Any = None
     devices: Sequence[Any] | None = None  # that share the rows of each batch
-    weighted: bool = False  # whether a microbatch counts with its tokens
 
     @property
     def size(self) -> int:
@@ -142,11 +141,9 @@ class Window:
     def _run(self, step: Step, part: Carry, batch: Any) -> tuple[Carry, Any]:
         model = self.task.model
         if model is None:
-            return part | step.apply(part, batch, None), None
-        weigh = model.tokens_of if self.task.weighted else None
-        params = part["params"]
-        loss, grads = self.contender.differentiate(model.mean_loss, weigh, params, batch)
-        return part | step.apply(part, grads, weigh and weigh(params, batch)), loss
+            return part | step.apply(part, batch), None
+        loss, grads = self.contender.differentiate(model.mean_loss, part["params"], batch)
+        return part | step.apply(part, grads), loss
 
     def _jit(self, step: Step, part: Carry) -> Any:
         run = functools.partial(self._run, step)

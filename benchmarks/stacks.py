@@ -1,7 +1,7 @@
-"""Models with a stack of layers, in the forms that people write them, and what is no stack.
+"""Models with a stack of layers, in the forms that people write, and some without a stack.
 
-A form is made for its sizes: `(loss_fn, init)`, a mean over rows of token ids, and the function
-that makes its parameters. `SCANNED` have their layers in a scan, `OTHERS` do not.
+A form takes sizes and returns `(loss_fn, init)`: a mean over rows of token ids, and the function
+that makes the parameters. `SCANNED` have their layers in a scan, `OTHERS` do not.
 """
 
 from collections.abc import Callable
@@ -207,7 +207,7 @@ def with_equinox(sizes: Sizes) -> Form:
     }
 
 
-def rows_of_a_table(loss_fn: Any) -> Callable[[Sizes], Form]:
+def only_a_table(loss_fn: Any) -> Callable[[Sizes], Form]:
     """A table as large as the layers of the other forms."""
 
     def make(sizes):
@@ -241,7 +241,7 @@ if hasattr(nnx, "as_pure"):  # the scan of Flax 0.12.0 writes into the state tha
     SCANNED["flax.nnx"] = with_nnx
 OTHERS = {
     "layers in a list": form(in_list, unstack),
-    "a tied table": rows_of_a_table(tied),
-    "a looked-up table": rows_of_a_table(looked_up),
-    "a looked-up table, weighted": rows_of_a_table(looked_up),
+    "a tied table": only_a_table(tied),
+    "a looked-up table": only_a_table(looked_up),
+    "a looked-up table, weighted": only_a_table(looked_up),
 }

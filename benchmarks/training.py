@@ -33,22 +33,21 @@ class Sizes(NamedTuple):
     preset: str
     dtype: str
     every_k: int
-    microbatch: int  # sequences
     sequence: int
     rounds: int
 
 
 # With --quick, on a CPU, elsewhere.
 SIZES = (
-    Sizes("100k", "float32", 4, 1, 16, 2),
-    Sizes("10m", "float32", 8, 1, 64, 15),
-    Sizes("350m", "bfloat16", 8, 1, 1024, 15),
+    Sizes("100k", "float32", 4, 16, 2),
+    Sizes("10m", "float32", 8, 64, 15),
+    Sizes("350m", "bfloat16", 8, 1024, 15),
 )
 
 
 def make_task(sizes: Sizes) -> Task:
     config = dataclasses.replace(transformer.PRESETS[sizes.preset], dtype=sizes.dtype)
-    batches = transformer.make_window(config, sizes.every_k, sizes.microbatch, sizes.sequence)
+    batches = transformer.make_window(config, sizes.every_k, 1, sizes.sequence)
     # A leaf's gradient has passed about 16 roundings in each block. They are independent, so it is
     # off by their unit times the square root of their number, and so is the step.
     unit = float(jnp.finfo(config.dtype).eps)
@@ -81,7 +80,6 @@ def tables(result: Result) -> dict[str, str]:
     }
     note = (
         f"Transformer of {result['parameters'] / 1e6:,.1f} M parameters, {result['dtype']}, a "
-        f"window of {result['every_k']} x {result['microbatch']} sequences of "
-        f"{result['sequence']} tokens. {where(result)}"
+        f"window of {result['every_k']} sequences of {result['sequence']} tokens. {where(result)}"
     )
     return {"train_step": table(rows_of(result["contenders"], columns), note)}

@@ -219,7 +219,7 @@ def test_nan_is_noticed():
 
 def test_training_that_differs_is_noticed_even_in_bfloat16(monkeypatch):
     monkeypatch.setitem(transformer.PRESETS, "tiny", MODEL)
-    task = training.make_task(training.Sizes("tiny", "bfloat16", 3, 1, 8, 1))
+    task = training.make_task(training.Sizes("tiny", "bfloat16", 3, 8, 1))
     assert agrees(task) == {"right": True, "of sum": False, "stale": False}
 
 

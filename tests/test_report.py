@@ -86,7 +86,7 @@ def train_step():
         **{"time_to_microbatch": quartiles(0.5)},
     }
     setting = {"parameters": 10_000_000, "dtype": "float32", "every_k": 8}
-    return ORIGIN | setting | {"microbatch": 1, "sequence": 64, "contenders": [ran]}
+    return ORIGIN | setting | {"sequence": 64, "contenders": [ran]}
 
 
 def large():
