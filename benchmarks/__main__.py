@@ -1,15 +1,12 @@
 """Run all benchmarks, or those named, write their figures to `results`, and then the report.
 
-Several run in a process each: one of them compiles for chips that are not here, another makes
-eight devices of a CPU.
+Several run in a process each: some compile for chips that are not here.
 """
 
 import argparse
-from collections.abc import Iterator
 import contextlib
 import importlib.metadata
 import json
-import pathlib
 import platform
 import subprocess
 import sys
@@ -20,13 +17,11 @@ import jax
 from benchmarks import report, targets
 from benchmarks.tables import Result
 
-RESULTS = pathlib.Path(__file__).parent / "results"
-COMPILED = "compiled", "headline", "large"  # for chips that are not here
+COMPILED = "compiled", "headline", "large", "folds"  # for chips that are not here
 PACKAGES = "jax", "jaxlib", "optax", "flax", "keras", "libtpu", "jax-cuda12-plugin"
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Runs the benchmarks one after the other; Ctrl-C ends with what has been measured."""
     names = list(report.BENCHMARKS)
     parser = argparse.ArgumentParser("python -m benchmarks", description=__doc__)
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(names)} (all)")
@@ -36,63 +31,32 @@ def main(argv: list[str] | None = None) -> None:
     if unknown := set(args.names) - set(names):
         parser.error(f"no such benchmark: {', '.join(sorted(unknown))}")
     names = args.names or names
-    if len(names) > 1:
-        for name in names:
-            run(name, *(["--quick"] if args.quick else []))
+    if len(names) == 1:
+        run(names[0], args.quick)
         return
-    if names[0] in COMPILED:
+    for name in names:
+        options = ["--quick"] if args.quick else []
+        if status := subprocess.call([sys.executable, "-m", "benchmarks", name, *options]):
+            sys.exit(status)
+
+
+def run(name: str, quick: bool) -> None:
+    """Runs a benchmark, prints its tables, and writes its figures and the report."""
+    if name in COMPILED:
         targets.prepare()
-    if names[0] in ("compiled", "large", "collectives"):
         jax.config.update("jax_num_cpu_devices", 8)
     jax.config.update("jax_enable_compilation_cache", False)
-    backend = jax.default_backend()
-    scale = 0 if args.quick else 1 if backend == "cpu" else 2
-    suffix = "" if names[0] in COMPILED else f"-{backend}"
-    if names[0] == "large":  # of which the newest and an older JAX are compared
-        suffix = f"-jax{'.'.join(jax.__version__.split('.')[:2])}"
-    file = RESULTS / f"{names[0]}{suffix}.json"
-    measure(names[0], report.BENCHMARKS[names[0]].measure(scale), None if args.quick else file)
-    if not args.quick:
+    backend, start = jax.default_backend(), time.perf_counter()
+    result = report.BENCHMARKS[name].measure(0 if quick else 1 if backend == "cpu" else 2)
+    result = origin(name) | result | {"seconds": round(time.perf_counter() - start)}
+    for title, table in report.BENCHMARKS[name].tables(result).items():
+        print(f"\n{title}\n\n{table}")
+    if not quick:
+        suffix = "" if name in COMPILED else f"-{backend}"
+        if name in ("large", "folds"):  # of which the newest and an older JAX are compared
+            suffix = f"-jax{'.'.join(jax.__version__.split('.')[:2])}"
+        (report.RESULTS / f"{name}{suffix}.json").write_text(json.dumps(result, indent=2) + "\n")
         report.write()
-
-
-def run(name: str, *options: str) -> None:
-    """Runs a benchmark in a process of its own, and ends with its exit status if it fails."""
-    process = subprocess.Popen([sys.executable, "-m", "benchmarks", name, *options])
-    try:
-        status = process.wait()
-    except KeyboardInterrupt:
-        status = process.wait()  # it has been interrupted too, and saves what it has
-    if status:
-        sys.exit(status)
-
-
-def measure(name: str, figures: Iterator[Result], file: pathlib.Path | None) -> None:
-    """Prints the tables, and writes the figures if a file is named.
-
-    A benchmark yields all figures that it has, again and again as they become more. Ctrl-C ends the
-    run with the last of them.
-    """
-    print(f"benchmarks: {name}", file=sys.stderr)
-    start, result, stopped = time.perf_counter(), {}, False
-    try:
-        for more in figures:
-            result = more
-    except KeyboardInterrupt:
-        stopped = True
-        found = "these are the figures so far" if result else "there are no figures yet"
-        print(f"Stopped: {found}.", file=sys.stderr)
-    if result:
-        result = origin(name) | result | {"seconds": round(time.perf_counter() - start)}
-        result |= {"complete": False} if stopped else {}
-        for title, table in report.BENCHMARKS[name].tables(result).items():
-            print(f"\n{title}\n\n{table}")
-        if file:
-            unfinished = file.with_name(f"{file.name}.part")
-            unfinished.write_text(json.dumps(result, indent=2) + "\n")
-            unfinished.replace(file)  # so that there is never half a file
-    if stopped:
-        sys.exit(130)
 
 
 def origin(name: str) -> Result:

@@ -1,100 +1,98 @@
 """Compile accumulation for chips that are not here, and count the bytes moved and sent.
 
-Nothing runs. `optimizer`: gradients lie ready, and a window is its k calls. `training`: whole
-training steps of a transformer, above the bytes that its gradients take alone. `traffic`: what
-eight devices send each other. Bytes are in P, the size of the parameters.
+Nothing runs. `optimizer`: gradients lie ready, and a window is its k calls. `traffic`: what eight
+devices send each other in a window of training steps. Bytes are in P, the size of the parameters.
 """
 
-from collections.abc import Iterable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterable
 import dataclasses
-import functools
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from benchmarks import contenders, hlo, targets, transformer
-from benchmarks.collectives import traffic
-from benchmarks.contender import INNERS, Contender, Step
-from benchmarks.contenders import ADAPTERS, APPLY_GRADIENTS, MULTI_STEPS, VALUE_AND_GRAD
+from benchmarks.contender import INNERS
+from benchmarks.contenders import ADAPTERS, APPLY_GRADIENTS, MULTI_STEPS
 from benchmarks.programs import Task, Window, progress
-from benchmarks.tables import (
-    NOT_EQUIVALENT,
-    Result,
-    name_of,
-    rows_of,
-    table,
-    three_digits,
-    versions,
-)
+from benchmarks.tables import Result, table, three_digits, versions
+from benchmarks.targets import TITLES
 
 EVERY_K, DEVICES = 8, 8
 REDUCED = 0.005  # a smaller part of P is not shown as an array
-TITLES = {"h100": "H100", "v5e": "TPU v5e", "v6e": "TPU v6e", "cpu": "CPU"}
 FORGETS = (
     "‡ Its gradient of the embedding is wrong: all devices but one forget earlier microbatches "
     "(openxla/xla issue 49143)."
 )
-UNWEIGHTED = f"{VALUE_AND_GRAD}, unweighted"
 OPTIMIZER = (
-    *(APPLY_GRADIENTS, contenders.RELEASE, contenders.TRAIN_STATE, contenders.NNX_OPTIMIZER),
-    *(contenders.UPDATE, contenders.FLAX_OPTIMIZER, MULTI_STEPS, contenders.AGGREGATING),
-    *(contenders.APPLY_EVERY, contenders.HAND_WRITTEN, contenders.NOT_ZEROING),
+    *(APPLY_GRADIENTS, contenders.RELEASE, contenders.UPDATE),
+    *(MULTI_STEPS, contenders.HAND_WRITTEN),
 )
-IN_STEP = VALUE_AND_GRAD, contenders.MICROBATCH, contenders.SCAN
-TRAINING = MULTI_STEPS, APPLY_GRADIENTS, *IN_STEP
+IN_STEP = (
+    *(contenders.VALUE_AND_GRAD, contenders.REDUCED_ONCE),
+    *(contenders.MICROBATCH, contenders.SCAN),
+)
 SMALL = transformer.Model(2048, 256, 2, 2, tied=False)
-LARGE = dataclasses.replace(transformer.PRESETS["350m"], layers=2, dtype=jnp.bfloat16)
 MODELS = {  # and who trains them on eight devices
-    "blocks in a list": (
-        SMALL,
-        (
-            *(MULTI_STEPS, APPLY_GRADIENTS, contenders.CALLS_DEFERRED, contenders.CALLS_EXPLICIT),
-            *(contenders.FSDP, contenders.ZERO_2, UNWEIGHTED, *IN_STEP),
-            *(contenders.IN_STEP_DEFERRED, contenders.IN_STEP_EXPLICIT),
-        ),
-    ),
-    "blocks in a scan": (dataclasses.replace(SMALL, scanned=True), (UNWEIGHTED, *IN_STEP)),
-    "tied embedding": (
-        dataclasses.replace(SMALL, tied=True),
-        (UNWEIGHTED, *IN_STEP, contenders.IN_STEP_DEFERRED),
-    ),
+    "blocks in a list": (SMALL, (MULTI_STEPS, APPLY_GRADIENTS, contenders.APPLIED_ONCE, *IN_STEP)),
+    "blocks in a scan": (dataclasses.replace(SMALL, scanned=True), IN_STEP),
+    "tied embedding": (dataclasses.replace(SMALL, tied=True), IN_STEP),
 }
-QUICK = contenders.CALLS_DEFERRED, contenders.FSDP, contenders.ZERO_2, *IN_STEP[:2]
 # TPUs stage leaves below some 64 MB through memory on the chip, and count them twice.
-LEAVES = {"sgd": (4, 4096, 8192), "adamw": (4, 4096, 8192), "muon": (2, 8192, 8192)}
+LEAVES = {"adamw": (4, 4096, 8192), "sgd": (4, 4096, 8192), "muon": (2, 8192, 8192)}
+
+
+def by_program(read: Callable[[str], Any], window: Window) -> list[Any]:
+    """Returns what is read from the text of the program of each call."""
+    found = {program: read(program.as_text()) for program in dict.fromkeys(window.programs)}
+    return [found[program] for program in window.programs]
+
+
+def moved(window: Window) -> tuple[int, hlo.Moved]:
+    """Returns the bytes that a window moves, and those of its last call."""
+    found = by_program(hlo.moved, window)
+    return sum(one.hold for one in found[:-1]) + found[-1].release, found[-1]
+
+
+def traffic(window: Window, every_k: int) -> Result:
+    """Returns the collectives of a window, and of a microbatch that does not release it."""
+    found = by_program(hlo.collectives, window)
+    calls = [[one for one in call if not one.conditional] for call in found]
+    whole = [one for call in calls[:-1] for one in call] + found[-1]
+    hold = calls[0]
+    if len(calls) == 1:
+        # The scan of a whole batch has a trip for each microbatch, or some for the layers of each.
+        hold = [one for one in hold if one.trips % every_k == 0]
+        hold = [dataclasses.replace(one, trips=one.trips // every_k) for one in hold]
+    forgets = any(by_program(hlo.forgotten, window))
+    return {"window": summed(whole), "hold": summed(hold), "forgets": forgets}
+
+
+def summed(found: Iterable[hlo.Collective]) -> list[Result]:
+    """Returns how many times collectives of each kind, size and group run, the largest first."""
+    times = Counter()
+    for one in found:
+        times[one.bytes, one.kind, one.group or 0] += one.trips
+    names = "bytes", "kind", "group", "times"
+    runs = sorted(times.items(), reverse=True)
+    return [dict(zip(names, (*key, count), strict=True)) for key, count in runs]
 
 
 def optimizer_row(target: str, inner: str, name: str, leaves: tuple[int, ...]) -> Result:
     """Returns what a window moves if the gradients lie ready."""
     params = {f"w{i}": jax.ShapeDtypeStruct(leaves[1:], jnp.float32) for i in range(leaves[0])}
     task = Task(params, [params], EVERY_K, INNERS[inner], devices=targets.devices(target))
-    return {"target": target, "inner": inner} | window_row(task, name)
-
-
-def window_row(task: Task, name: str, free: float = 0.0) -> Result:
-    """Returns the figures of a window: bytes in P, above `free` in each of its microbatches."""
-    contender = ADAPTERS[name](task.inner, EVERY_K)
-    window = Window(contender, task)
-    moved = [hlo.moved(program.as_text()) for program in window.programs]
-    reported = [(p.cost_analysis() or {}).get("bytes accessed") for p in window.programs]
-    pairs = zip(reported, moved, strict=True)
-    total = sum(one.hold for one in moved[:-1]) + moved[-1].release
-    row: Result = {"name": name, "equivalent": contender.equivalent}
-    row |= {"parameter_bytes": task.size, "hold": None, "release": None, "gradients": free}
-    if len(moved) > 1:
-        # The first hold may overwrite the sums, and do without reading them.
-        row |= {"hold": moved[-2].hold / task.size - free}
-        row |= {"release": moved[-1].release / task.size - free}
-        row |= {"kernels_of_hold": moved[-2].kernels_of_hold}
-    return row | {
-        "window": total / task.size - EVERY_K * free,
-        "reported_release": reported[-1] / task.size if reported[-1] else None,
-        "disagreement": max((abs(x / one.release - 1) for x, one in pairs if x), default=None),
-        "kernels_of_release": moved[-1].kernels_of_release,
-        "temporaries": window.temporary_bytes / task.size,
-        "peak_bytes": window.peak_bytes,
-        "compile_s": window.trace_s + window.compile_s,
+    window = Window(ADAPTERS[name](task.inner, EVERY_K), task)
+    total, last = moved(window)
+    reported = (window.programs[-1].cost_analysis() or {}).get("bytes accessed")
+    # The first hold may overwrite the sums, and do without reading them.
+    hold = hlo.moved(window.programs[-2].as_text()).hold
+    return {
+        **{"target": target, "inner": inner, "name": name, "parameter_bytes": task.size},
+        **{"hold": hold / task.size, "release": last.release / task.size},
+        **{"window": total / task.size, "temporaries": window.temporary_bytes / task.size},
+        "disagreement": abs(reported / last.release - 1) if reported else None,
     }
 
 
@@ -106,42 +104,22 @@ def model_task(target: str, config: Any, rows: int, sequence: int, devices: int 
     return Task(transformer.param_shapes(config), [batch], EVERY_K, model=config, devices=on)
 
 
-def training_row(target: str, name: str, *sizes: Any) -> Result:
-    """Returns what training steps move above the bytes that their gradients take alone."""
-    task = model_task(target, *sizes)
-    return {"target": target} | window_row(task, name, gradients_alone(target, *sizes))
-
-
-@functools.cache
-def gradients_alone(target: str, *sizes: Any) -> float:
-    """Returns the bytes in P that the gradients of a model take alone."""
-    task = model_task(target, *sizes)
-    keep = Step(lambda part, grads, weight: {"state": grads}, ("state",))
-    alone = Contender(lambda p: {"params": p, "state": p}, (keep, keep))
-    return hlo.moved(Window(alone, task).programs[0].as_text()).release / task.size
-
-
-def traffic_row(target: str, model: str, config: Any, name: str) -> Any:
+def traffic_row(target: str, model: str, config: Any, name: str) -> Result:
     """Returns what eight devices send each other in a hold and in a window."""
-    config = dataclasses.replace(config, one_hot="explicit" in name)
     task = model_task(target, config, 1, 64, DEVICES)
-    task = dataclasses.replace(task, weighted=name != UNWEIGHTED, optimized=False)
-    adapter = ADAPTERS[VALUE_AND_GRAD if name == UNWEIGHTED else name]
-    programs = Window(adapter(task.inner, EVERY_K), task).programs
-    row = {"target": target, "model": model, "name": name, "devices": DEVICES}
-    row |= {"parameter_bytes": task.size} | traffic(programs, EVERY_K)
-    return row | {"forgets": any(hlo.forgotten(program.as_text()) for program in programs)}
+    row: Result = {"target": target, "model": model, "name": name, "devices": DEVICES}
+    window = Window(ADAPTERS[name](task.inner, EVERY_K), task)
+    return row | {"parameter_bytes": task.size} | traffic(window, EVERY_K)
 
 
-def measure(scale: int) -> Iterator[Result]:
+def measure(scale: int) -> Result:
     remedies = {x: targets.missing(x) for x in (targets.TARGETS if scale else ["cpu"])}
     found = [target for target, remedy in remedies.items() if not remedy]
-    chips = [target for target in found if not scale or target in ("h100", "v5e")]
     result: Result = {
         "device": "compiled for " + ", ".join(found),
         "every_k": EVERY_K,
         "left_out": {target: remedy for target, remedy in remedies.items() if remedy},
-        **{"optimizer": [], "traffic": [], "training": []},
+        **{"optimizer": [], "traffic": []},
     }
     sizes = LEAVES if scale else {"adamw": (2, 64, 128)}
     jobs: list[Any] = [
@@ -150,29 +128,26 @@ def measure(scale: int) -> Iterator[Result]:
         for inner, leaves in sizes.items()
         for name in OPTIMIZER
     ]
-    small = {"blocks in a list": (dataclasses.replace(SMALL, layers=1), QUICK)}
     jobs += [
         (traffic_row, chip, model, config, name)
-        for chip in chips
-        for model, (config, names) in (MODELS if scale else small).items()
+        for chip in found
+        if chip in (targets.H100, targets.V5E) or not scale
+        for model, (config, names) in MODELS.items()
         for name in names
     ]
-    size = (LARGE, 4, 1024) if scale else (transformer.PRESETS["100k"], 1, 32)
-    jobs += [(training_row, chip, name, *size) for chip in chips for name in TRAINING]
     for job, *given in progress(jobs, "Compiling"):
         result[job.__name__.removesuffix("_row")].append(job(*given))
-        yield result
+    return result
 
 
 def tables(result: Result) -> dict[str, str]:
-    """Returns all tables by name."""
-    adamw = [row for row in result["optimizer"] if row["inner"] == "adamw"]
-    others = [row for row in result["optimizer"] if row["inner"] != "adamw"]
-    named = {"compiled": windows_table(result, adamw)} if adamw else {}
-    named |= {"compiled_others": windows_table(result, others)} if others else {}
-    named |= {"compiled_programs": kernels_table(result, adamw)} if adamw else {}
-    named |= {"compiled_training": training_table(result)} if result["training"] else {}
-    return named | ({"compiled_traffic": traffic_table(result)} if result["traffic"] else {})
+    """Returns what AdamW's windows move, those of the others, and what devices send."""
+    adamw, others = (
+        [row for row in result["optimizer"] if (row["inner"] == "adamw") == main]
+        for main in (True, False)
+    )
+    named = {"compiled": windows_table(result, adamw), "compiled_traffic": traffic_table(result)}
+    return named | ({"compiled_others": windows_table(result, others)} if others else {})
 
 
 def by_chip(found: Iterable[Any], *names: str) -> dict[Any, dict[str, Any]]:
@@ -185,48 +160,16 @@ def by_chip(found: Iterable[Any], *names: str) -> dict[Any, dict[str, Any]]:
 
 def windows_table(result: Result, found: list[Result]) -> str:
     """Returns bytes and temporaries of each contender, target by target."""
-    rows, chips = [], [x for key, x in TITLES.items() if any(row["target"] == key for row in found)]
-    for (inner, _), group in by_chip(found, "inner", "name").items():
-        cells = {} if inner == "adamw" else {"inner": inner}
-        cells["contender"] = name_of(next(iter(group.values())))
-        for chip in chips:
-            parts = [group[chip][x] for x in ("hold", "release", "window")] if chip in group else []
-            cells[chip] = " / ".join(map(three_digits, parts)) or "-"
-        spaces = (
-            f"{round(group[chip]['temporaries'], 2):g}" if chip in group else "-" for chip in chips
-        )
-        rows.append(cells | {"temporaries": " / ".join(spaces)})
-    sizes = dict.fromkeys(f"{row['inner']} {row['parameter_bytes'] / 1e6:,.0f} MB" for row in found)
-    legend = f"Cells: bytes of a hold / a release / a window; temporaries for {', '.join(chips)}. "
-    legend += "All are in sizes of the parameters, P."
-    parameters = f"Parameters: {', '.join(sizes)}. {_setting(result)}"
-    return table(rows, legend, NOT_EQUIVALENT, parameters)
-
-
-def kernels_table(result: Result, found: list[Result]) -> str:
-    """Returns kernels of a hold and a release, and the time to compile a window."""
     rows = []
-    for group in by_chip(found, "name").values():
-        cells = {"contender": name_of(next(iter(group.values())))}
+    for (inner, name), group in by_chip(found, "inner", "name").items():
+        cells = {"inner": inner, "contender": name}
         for chip, row in group.items():
-            cells[f"{chip}: kernels"] = f"{row['kernels_of_hold']} / {row['kernels_of_release']}"
-            cells[f"{chip}: compile"] = f"{row['compile_s']:.1f} s"
+            parts = (three_digits(row[x]) for x in ("hold", "release", "window"))
+            cells[chip] = f"{' / '.join(parts)}; {round(row['temporaries'], 2):g}"
         rows.append(cells)
-    return table(rows, _agreement(result), _setting(result))
-
-
-def training_table(result: Result) -> str:
-    """Returns what training steps move above their gradients, and their peak."""
-    columns = {
-        "target": lambda row: TITLES[row["target"]],
-        "contender": name_of,
-        **{f"{part}, P": (part, "{:+.1f}") for part in ("hold", "release", "window")},
-        "temporaries, P": ("temporaries",),
-        "peak": ("peak_bytes", "{:.2f} GB", 1e9),
-    }
-    sizes = {row["parameter_bytes"] / 4e6 for row in result["training"]}
-    notes = [f"Transformer of {size:.1f} M parameters in bfloat16." for size in sizes]
-    return table(rows_of(result["training"], columns), *notes, _setting(result))
+    size = ", ".join({f"{row['parameter_bytes'] / 1e6:,.0f} MB" for row in found})
+    legend = f"Cells: bytes of a hold / a release / a window; temporaries. All are in P, {size}."
+    return table(rows, legend, setting(result))
 
 
 def traffic_table(result: Result) -> str:
@@ -239,17 +182,11 @@ def traffic_table(result: Result) -> str:
             cells |= {f"{chip}: {part}": sent(row[part], row) for part in ("hold", "window")}
         rows.append(cells)
     notes = [FORGETS] if any(row["forgets"] for row in result["traffic"]) else []
-    return table(rows, *notes, _setting(result))
+    return table(rows, *notes, setting(result))
 
 
 def sent(found: list[Result], row: Result) -> str:
-    """Returns a cell of what is sent, by kind."""
-    cells = [f"{kind} {size:.2f}" for kind, size in amounts(found, row).items() if size >= REDUCED]
-    return ", ".join(cells) or ("scalars" if found else "none")
-
-
-def amounts(found: list[Result], row: Result) -> dict[str, float]:
-    """Returns the sizes in P of the arrays that are reduced or gathered, by kind.
+    """Returns a cell with the sizes in P of the arrays that are reduced or gathered, by kind.
 
     A kind says between how many devices, if not between all.
     """
@@ -261,25 +198,11 @@ def amounts(found: list[Result], row: Result) -> dict[str, float]:
         kind = one["kind"] + (f" of {group}" if group < row["devices"] else "")
         size = whole * one["bytes"] * one["times"] / row["parameter_bytes"]
         totals[kind] = totals.get(kind, 0) + size
-    return totals
+    cells = [f"{kind} {size:.2f}" for kind, size in totals.items() if size >= REDUCED]
+    return ", ".join(cells) or ("scalars" if found else "none")
 
 
-def _agreement(result: Result) -> str:
-    """Returns how well the bytes agree with those that the compilers of TPUs report."""
-    largest: dict[str, float] = {}
-    for row in result["optimizer"]:
-        if row["target"] in (targets.V5E, targets.V6E) and row["disagreement"] is not None:
-            largest[row["inner"]] = max(largest.get(row["inner"], 0), row["disagreement"])
-    if not largest:
-        return "No compiler of a TPU was there to compare the bytes with."
-    parts = ", ".join(f"{inner} {part:.1%}" for inner, part in largest.items())
-    return (
-        f"Bytes differ from those that the compilers of TPUs report by at most: {parts}. These "
-        "count an operand of a product once for each side that it stands on."
-    )
-
-
-def _setting(result: Result) -> str:
+def setting(result: Result) -> str:
     remedies = result["left_out"].items()
     left_out = "".join(f" Left out: {TITLES[chip]}; `{remedy}`." for chip, remedy in remedies)
     return f"k = {result['every_k']}. Compiled with {versions(result)}{left_out}"

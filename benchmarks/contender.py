@@ -12,7 +12,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import AxisType
 import optax
 
 AXIS, INSIDE = "data", "fsdp"
@@ -36,7 +35,6 @@ class Inner:
     transformation: optax.GradientTransformation
     keras: tuple[str, dict[str, Any]]  # the name and the options of Keras's, which accumulates
     reference: optax.GradientTransformation  # what one step of that does
-    bandwidth_bound: bool = True  # whether a release takes as long as its bytes take to move
 
 
 INNERS = {
@@ -50,7 +48,6 @@ INNERS = {
         _muon(eps=MUON_EPS),
         ("Muon", RATES | {"nesterov": False, "rms_rate": MUON_RMS}),
         _muon(eps=1e-7),  # which Keras fixes
-        bandwidth_bound=False,
     ),
 }
 Carry = dict[str, Any]
@@ -60,9 +57,8 @@ Carry = dict[str, Any]
 class Step:
     """The program of one call, without the gradients that it is given."""
 
-    # `(part, grads, weight) -> part`. The part has the entries `names` of the carry; the weight is
-    # None if all microbatches count alike.
-    apply: Callable[[Carry, Any, Any], Carry]
+    # `(part, grads) -> part`. The part has the entries `names` of the carry.
+    apply: Callable[[Carry, Any], Carry]
     names: tuple[str, ...] = ("params", "state")
 
 
@@ -75,24 +71,18 @@ class Contender:
     init: Callable[[Any], Carry]
     # One for each call of a window. A single one is given the whole batch, more a microbatch each.
     steps: tuple[Step, ...]
-    # `(loss_fn, weight_fn, params, batch) -> (loss, grads)`
-    differentiate: Callable[..., Any] = lambda loss_fn, _, *args: jax.value_and_grad(loss_fn)(*args)
-    equivalent: bool = True  # whether it means to do what one step on the full batch does
+    # `(loss_fn, params, batch) -> (loss, grads)`
+    differentiate: Callable[..., Any] = lambda loss_fn, *args: jax.value_and_grad(loss_fn)(*args)
     reference: optax.GradientTransformation | None = None  # that it steps, if not the one given
-    # How it uses several devices that share the rows of each batch: Auto for `jax.jit`, Explicit
-    # for that under explicit sharding, Manual in `jax.shard_map`.
-    axis_type: AxisType = AxisType.Auto
     # How many devices a replica is divided over, along a second axis of the mesh, `INSIDE`.
     inside: int = 1
     # `params -> {name: spec}`, of entries of the carry that are not replicated: each a prefix of
-    # its tree, or None to leave it to `init`. Called under `jax.set_mesh`.
+    # its tree. Called under `jax.set_mesh`.
     specs: Callable[[Any], Carry] = lambda params: {}
-    # Makes of the parameters those that the loss is differentiated by.
-    prepare: Callable[[Any], Any] = lambda params: params
 
 
-def update(tx: Any, grads: Any, opt_state: Any, params: Any, weight: Any = None) -> Any:
-    """Returns what a transformation without weights makes of the parameters and its state."""
+def update(tx: Any, grads: Any, opt_state: Any, params: Any) -> Any:
+    """Returns what a transformation makes of the parameters and its state."""
     updates, opt_state = tx.update(grads, opt_state, params)
     return optax.apply_updates(params, updates), opt_state
 
@@ -100,8 +90,8 @@ def update(tx: Any, grads: Any, opt_state: Any, params: Any, weight: Any = None)
 def of(tx: Any, calls: int, apply: Any = update, init: Any = None, **more: Any) -> Contender:
     """Returns a contender whose calls are all the same step of a transformation."""
 
-    def step(part, grads, weight):
-        params, state = apply(tx, grads, part["state"], part["params"], weight=weight)
+    def step(part, grads):
+        params, state = apply(tx, grads, part["state"], part["params"])
         return {"params": params, "state": state}
 
     init = init or (lambda params: {"params": params, "state": tx.init(params)})

@@ -4,7 +4,6 @@
 trained here, on whole batches and on microbatches with different numbers of tokens.
 """
 
-from collections.abc import Iterator
 import dataclasses
 import sys
 from typing import Any
@@ -15,10 +14,11 @@ import numpy as np
 import optax
 
 from benchmarks import targets, transformer
-from benchmarks.compiled import TITLES, model_task
+from benchmarks.compiled import model_task
 from benchmarks.contenders import ADAPTERS, APPLY_GRADIENTS, FULL_BATCH, MULTI_STEPS
 from benchmarks.programs import Window
 from benchmarks.tables import Result, rows_of, table, versions
+from benchmarks.targets import TITLES
 from optaccum import accumulate, apply_gradients
 
 EVERY_K = 8  # of the losses
@@ -76,7 +76,7 @@ def losses(every_k: int, batches: list[Any]) -> list[float]:
     return found
 
 
-def measure(scale: int) -> Iterator[Result]:
+def measure(scale: int) -> Result:
     if scale and (remedy := targets.missing(targets.H100)):
         sys.exit(f"compiling for an H100 needs packages: {remedy}")
     found = (
@@ -87,7 +87,7 @@ def measure(scale: int) -> Iterator[Result]:
     batches = make_batches(80 if scale else 3, 4 * EVERY_K, 32)
     ways = {FULL_BATCH: 1, APPLY_GRADIENTS: EVERY_K}
     trained = {name: losses(every_k, batches) for name, every_k in ways.items()}
-    yield {"memory": found, "every_k": EVERY_K, "losses": trained}
+    return {"memory": found, "every_k": EVERY_K, "losses": trained}
 
 
 def apart(result: Result) -> float:

@@ -59,8 +59,6 @@ class Moved:
 
     hold: int  # of a call that does not take the step
     release: int  # of a call that does
-    kernels_of_hold: int  # instructions that move a thousandth of `release` or more
-    kernels_of_release: int
 
 
 def collectives(text: str) -> list[Collective]:
@@ -85,9 +83,7 @@ def moved(text: str) -> Moved:
     runs = [(program.bytes(one), times, in_step) for one, times, in_step in program.runs()]
     release = sum(size * times for size, times, _ in runs)
     hold = sum(size * times for size, times, in_step in runs if not in_step)
-    kernels = [(times, in_step) for size, times, in_step in runs if size >= release / 1000]
-    of_hold = sum(times for times, in_step in kernels if not in_step)
-    return Moved(hold, release, of_hold, sum(times for times, _ in kernels))
+    return Moved(hold, release)
 
 
 def hidden(text: str) -> tuple[int, int]:

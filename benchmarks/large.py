@@ -6,19 +6,18 @@ P, the size of the parameters. Activations are constrained to the rows of the ba
 it.
 """
 
-from collections.abc import Iterator
 import dataclasses
 from typing import Any
 
 import jax
 
 from benchmarks import contenders, hlo, targets, transformer
-from benchmarks.collectives import traffic
-from benchmarks.compiled import EVERY_K, TITLES, model_task, sent
+from benchmarks.compiled import EVERY_K, by_program, model_task, moved, sent, traffic
 from benchmarks.contender import AXIS, INSIDE, Contender, Inner
 from benchmarks.contenders import ADAPTERS, LEVANTER, MAXTEXT, REDUCED_ONCE, VALUE_AND_GRAD
 from benchmarks.programs import Window, progress
 from benchmarks.tables import Result, rows_of, table, versions
+from benchmarks.targets import TITLES
 
 ONE = (
     contenders.MULTI_STEPS,
@@ -59,7 +58,6 @@ def row(model: str, target: str, devices: int, placed: str, name: str, tokens: i
         axes = ()
     config = dataclasses.replace(transformer.PRESETS[model], axes=axes)
     task = model_task(target, config, 1, tokens, devices)
-    task = dataclasses.replace(task, optimized=False)
     result: Result = {"model": model, "target": target, "devices": devices, "placed": placed}
     result |= {"name": name, "parameter_bytes": task.size}
     try:
@@ -68,15 +66,12 @@ def row(model: str, target: str, devices: int, placed: str, name: str, tokens: i
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
         return result | {"fits": False}
-    texts = {program: program.as_text() for program in dict.fromkeys(window.programs)}
-    moved = [hlo.moved(texts[program]) for program in window.programs]
-    total = sum(one.hold for one in moved[:-1]) + moved[-1].release
+    total, _ = moved(window)
+    hidden = by_program(hlo.hidden, window)[-1] if target == targets.H100 else None
     return result | {
-        **{"fits": True, "peak_bytes": window.peak_bytes},
+        **{"fits": True, "peak_bytes": window.peak_bytes, "hidden": hidden},
         **{"temporaries": window.temporary_bytes / task.size, "moved": total / task.size},
-        "forgets": any(map(hlo.forgotten, texts.values())),
-        "hidden": hlo.hidden(texts[window.programs[-1]]) if target == targets.H100 else None,
-        **traffic(window.programs, EVERY_K),
+        **traffic(window, EVERY_K),
     }
 
 
@@ -90,7 +85,7 @@ def cells(row: Result) -> tuple[str, str]:
     return sent(row["hold"], row), sent([one for one in left.values() if one["times"]], row)
 
 
-def measure(scale: int) -> Iterator[Result]:
+def measure(scale: int) -> Result:
     remedies = {x: targets.missing(x) for x in (targets.H100, targets.V5E, targets.V6E)}
     jobs = [
         (*setting, name) for *setting, names in JOBS for name in names if not remedies[setting[1]]
@@ -98,10 +93,8 @@ def measure(scale: int) -> Iterator[Result]:
     tokens = 2048
     if not scale:
         jobs, tokens = [("100k", targets.CPU, 8, FSDP, name) for name in SHARED], 32
-    result: Result = {"every_k": EVERY_K, "rows": []}
-    for job in progress(jobs, "Compiling"):
-        result["rows"].append(row(*job, tokens))
-        yield result
+    rows = [row(*job, tokens) for job in progress(jobs, "Compiling")]
+    return {"every_k": EVERY_K, "rows": rows}
 
 
 def tables(result: Result) -> dict[str, str]:

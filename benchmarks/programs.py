@@ -36,8 +36,6 @@ class Task:
     tolerance: float = 1e-3  # how much of a step rounding explains
     model: Any = None
     devices: Sequence[Any] | None = None  # that share the rows of each batch
-    weighted: bool = False  # whether a microbatch counts with its tokens
-    optimized: bool = True  # whether the compiler of a CPU optimises; all but times is the same
 
     @property
     def size(self) -> int:
@@ -59,12 +57,12 @@ class Task:
 
         return [jax.tree.map(mean, *self.microbatches)]
 
-    def shapes(self, calls: int, rows: int | None = None) -> Any:
-        """Returns the shapes of what a call is given, with so many rows if it says so."""
+    def shapes(self, calls: int) -> Any:
+        """Returns the shapes of what a call is given."""
 
         def shape(x):
-            whole = len(x) * self.every_k if calls == 1 else len(x)
-            return jax.ShapeDtypeStruct((rows or whole, *x.shape[1:]), x.dtype)
+            rows = len(x) * self.every_k if calls == 1 else len(x)
+            return jax.ShapeDtypeStruct((rows, *x.shape[1:]), x.dtype)
 
         return jax.tree.map(shape, self.microbatches[0]) if self.model else self.microbatches[0]
 
@@ -76,29 +74,26 @@ class Window:
     the bytes of the hungriest.
     """
 
-    def __init__(self, contender: Contender, task: Task, rows: int | None = None):
-        """Compiles each program for so many rows, by default the task's; donates its part."""
+    def __init__(self, contender: Contender, task: Task):
+        """Compiles each program; it donates its part of the carry."""
         self.contender, self.task = contender, task
         devices = task.devices or jax.devices()[:1]
-        self.manual = contender.axis_type is AxisType.Manual
-        kinds = (AxisType.Auto if self.manual else contender.axis_type,)
         axes = (AXIS,) if contender.inside == 1 else (AXIS, INSIDE)
-        shape = (-1, contender.inside)[: len(axes)]
-        self.mesh = Mesh(np.array(devices).reshape(shape), axes, axis_types=kinds * len(axes))
+        grid = np.array(devices).reshape((-1, contender.inside)[: len(axes)])
+        self.mesh = Mesh(grid, axes, axis_types=(AxisType.Auto,) * len(axes))
         self.rows = P(axes)
         self.trace_s = self.compile_s = 0.0
-        cheap = {"xla_backend_optimization_level": "0"} if devices[0].platform == "cpu" else {}
         with jax.set_mesh(self.mesh):
             shapes = self._carry_shapes()
             calls = len(contender.steps)
-            batch = self._shapes(task.shapes(calls, rows), self._named(self.rows))
+            batch = self._shapes(task.shapes(calls), self._named(self.rows))
             compiled = {}
             for step in dict.fromkeys(contender.steps):
                 start = time.perf_counter()
                 part = {name: shapes[name] for name in self._names(step)}
                 lowered = self._jit(step, part).lower(part, batch)
                 middle = time.perf_counter()
-                compiled[step] = lowered.compile({} if task.optimized else cheap)
+                compiled[step] = lowered.compile()
                 self.trace_s += middle - start
                 self.compile_s += time.perf_counter() - middle
         self.programs = [compiled[step] for step in contender.steps]
@@ -146,36 +141,23 @@ class Window:
     def _run(self, step: Step, part: Carry, batch: Any) -> tuple[Carry, Any]:
         model = self.task.model
         if model is None:
-            return part | step.apply(part, batch, None), None
-        weigh = model.tokens_of if self.task.weighted else None
-        params = self.contender.prepare(part["params"])
-        loss, grads = self.contender.differentiate(model.mean_loss, weigh, params, batch)
-        weight = weigh(part["params"], batch) if weigh else None
-        return part | step.apply(part, grads, weight), loss[None] if self.manual else loss
+            return part | step.apply(part, batch), None
+        loss, grads = self.contender.differentiate(model.mean_loss, part["params"], batch)
+        return part | step.apply(part, grads), loss
 
     def _jit(self, step: Step, part: Carry) -> Any:
         run = functools.partial(self._run, step)
         specs = {name: self.specs[name] for name in part}
-        out_specs = specs, P(AXIS) if self.manual else P()
-        if self.manual:
-            in_specs = specs, P(AXIS)
-            run = jax.shard_map(run, mesh=self.mesh, in_specs=in_specs, out_specs=out_specs)
         # An unused argument is kept, or what overwrites a buffer could not be given that buffer.
         given = {"donate_argnums": 0, "keep_unused": True}
-        return jax.jit(run, out_shardings=self._named(out_specs), **given)
+        return jax.jit(run, out_shardings=self._named((specs, P())), **given)
 
     def _carry_shapes(self) -> Carry:
         params = self._shapes(self.task.params, self._named(P()))
         entries = [name for step in self.contender.steps for name in step.names]
         self.specs = dict.fromkeys(["params", *entries], P()) | self.contender.specs(params)
-        init = self.contender.init
-        if self.manual:
-            init = jax.shard_map(init, mesh=self.mesh, in_specs=P(), out_specs=self.specs)
-        self._init = jax.jit(init, out_shardings=self._named(self.specs))
-        shapes = jax.eval_shape(self._init, params)
-        if None in self.specs.values():  # only the compiler knows
-            return self._shapes(shapes, self._init.lower(params).compile().output_shardings)
-        return self._shapes(shapes, self._named(self.specs))
+        self._init = jax.jit(self.contender.init, out_shardings=self._named(self.specs))
+        return self._shapes(jax.eval_shape(self._init, params), self._named(self.specs))
 
     def _named(self, specs: Any) -> Any:
         return jax.tree.map(functools.partial(NamedSharding, self.mesh), specs)
@@ -192,21 +174,6 @@ def peak_bytes(program: Any) -> int:
     sizes = program.memory_analysis()
     kept = sizes.output_size_in_bytes - sizes.alias_size_in_bytes
     return sizes.argument_size_in_bytes + kept + sizes.temp_size_in_bytes
-
-
-def largest_batch(
-    peak_of: Callable[[int], int], start: int, peak: int, budget: float, doublings: int
-) -> tuple[int, bool]:
-    """Returns the largest power of two that fits, or 0, and whether the search was cut short.
-
-    It begins at `start`, a power of two, which needs `peak` bytes.
-    """
-    size, last = start, start << doublings
-    while size and (peak if size == start else peak_of(size)) > budget:
-        size //= 2
-    while start <= size < last and peak_of(2 * size) <= budget:
-        size *= 2
-    return size, size == last
 
 
 def nbytes(tree: Any) -> int:
@@ -232,10 +199,9 @@ def check(found: Mapping[str, Contender], task: Task) -> tuple[dict[str, Window]
             full_batch = name == FULL_BATCH
             expected[tx] = trained if full_batch else Window(of(tx, 1), task).train()
         error = largest_error(trained, expected[tx], task)
-        row = {"name": name, "equivalent": one.equivalent, "agrees": error <= 1, "error": error}
-        names = "peak_bytes", "temporary_bytes", "trace_s", "compile_s"
-        rows[name] = row | {figure: getattr(window, figure) for figure in names}
-        rows[name]["temporaries"] = window.temporary_bytes / task.size
+        row = {"name": name, "agrees": error <= 1, "error": error}
+        row |= {x: getattr(window, x) for x in ("peak_bytes", "trace_s", "compile_s")}
+        rows[name] = row | {"temporaries": window.temporary_bytes / task.size}
     return windows, rows
 
 
@@ -255,9 +221,7 @@ def largest_error(trained: Any, expected: Any, task: Task) -> float:
     return float(np.max(jax.tree.leaves(jax.tree.map(error, trained, expected, task.params))))
 
 
-def take_turns(
-    turns: Mapping[str, Callable[[], Any]], rounds: int, warmup: int = WARMUP_ROUNDS
-) -> dict[str, np.ndarray]:
+def take_turns(turns: Mapping[str, Callable[[], Any]], rounds: int) -> dict[str, np.ndarray]:
     """Returns the seconds that each turn took, round by round.
 
     All run once a round, in a new order every round, so that whatever else the machine does
@@ -266,7 +230,7 @@ def take_turns(
     """
     seconds = {name: [] for name in turns}
     shuffled = random.Random(0)
-    for turn in progress(range(warmup + rounds), "Timing"):
+    for turn in progress(range(WARMUP_ROUNDS + rounds), "Timing"):
         for name in shuffled.sample(list(turns), len(turns)):
             times, start = [], time.perf_counter()
             done = turns[name]()
@@ -274,7 +238,7 @@ def take_turns(
                 jax.block_until_ready(lap)
                 times.append(time.perf_counter() - start)
                 start = time.perf_counter()
-            if turn >= warmup:
+            if turn >= WARMUP_ROUNDS:
                 seconds[name].append(times if isinstance(done, Iterator) else times[0])
     return {name: np.array(times) for name, times in seconds.items()}
 

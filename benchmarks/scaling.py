@@ -5,19 +5,17 @@ dispatch one step, at few parameters. `every_k`: the time of a hold, for which t
 window must not matter. `dtype`: time and bytes in float32 and bfloat16.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
 import dataclasses
-import itertools
 from typing import Any
 
 import numpy as np
 import optax
 
 from benchmarks import contenders
-from benchmarks.contender import INNERS, Contender
-from benchmarks.contenders import ALONE, APPLY_GRADIENTS, MULTI_STEPS, UPDATE
+from benchmarks.contender import INNERS
+from benchmarks.contenders import APPLY_GRADIENTS, MULTI_STEPS, UPDATE
 from benchmarks.programs import Task, check, make_trees, nbytes, time_parts
-from benchmarks.tables import Result, middle, quartiles, rows_of, table, where
+from benchmarks.tables import Result, quartiles, rows_of, table, three_digits, where
 
 # A small `eps` would hide the scale of the gradients from Adam, and a sum from a mean; and a small
 # step would drown in the rounding of bfloat16 parameters.
@@ -30,7 +28,7 @@ ROUNDS = 2, 5, 5
 # CPU, elsewhere. The contenders and the check need 84 bytes for each parameter.
 SWEEPS: dict[str, tuple[Any, Any, Any]] = {
     "parameters": (
-        (*BOTH, ALONE),
+        BOTH,
         ((10**4, 10**5), np.logspace(6, 8, 5).round(), np.logspace(6, 9, 7).round()),
         ({"every_k": 2, "leaves": 2}, {"every_k": 2}, {"every_k": 2}),
     ),
@@ -50,92 +48,56 @@ SWEEPS: dict[str, tuple[Any, Any, Any]] = {
         ({"parameters": 10**5, "leaves": 2}, {"parameters": 10**7}, {"parameters": 10**8}),
     ),
 }
-TIMES = {"hold ms": "hold_ms", "release ms": "release_ms"}
+TIMES = {"hold ms": ("hold_ms", three_digits), "release ms": ("release_ms", three_digits)}
 SHOWN: Any = {  # in the table of each sweep
-    "parameters": TIMES | {"temporaries": "temporaries"},
+    "parameters": TIMES | {"temporaries, P": ("temporaries",)},
     "leaves": {
-        "trace s": "trace_s",
-        "compile s": "compile_s",
-        "dispatch ms": "dispatch_ms",
-        "trace, compile ms/leaf": "compilation_ms_a_leaf",
-        "dispatch us/leaf": "dispatch_us_a_leaf",
+        "trace s": ("trace_s",),
+        "compile s": ("compile_s",),
+        "dispatch ms": ("dispatch_ms",),
     },
-    "every_k": TIMES | {"mean ms": "microbatch_ms"},
+    "every_k": TIMES | {"mean ms": ("microbatch_ms", three_digits)},
     "dtype": TIMES
-    | {"params MB": "parameter_bytes", "state MB": "state_bytes", "temps MB": "temporary_bytes"},
-}
-FITTED = {
-    "parameters": ("hold_ms", "release_ms"),
-    "leaves": ("trace_s", "compile_s", "dispatch_ms"),
-    "every_k": ("hold_ms", "microbatch_ms"),
-    "dtype": (),
+    | {
+        "params MB": ("parameter_bytes", "{:.0f}", 1e6),
+        "state MB": ("state_bytes", "{:.0f}", 1e6),
+        "temporaries, P": ("temporaries",),
+    },
 }
 
 
-def measure_point(
-    found: Mapping[str, Contender], sweep: str, rounds: int, sizes: dict[str, Any]
-) -> list[dict[str, Any]]:
+def measure_point(names: Any, sweep: str, rounds: int, sizes: dict[str, Any]) -> list[Result]:
     """Returns a row of figures for each contender at one value of the variable of a sweep."""
     sizes = {"leaves": 16, "every_k": 4, "dtype": "float32"} | sizes
     leaves, every_k, dtype = sizes["leaves"], sizes["every_k"], sizes["dtype"]
     shape = (int(sizes["parameters"]) // leaves,)
     params, *grads = make_trees(1 + min(every_k, 2), leaves, shape, dtype)
     task = Task(params, grads, every_k, INNER, TOLERANCE[dtype])
-    windows, rows = check(found, task)
+    windows, rows = check(contenders.make(names, INNER, every_k)[0], task)
     seconds = time_parts(windows, rounds)
     for name, row in rows.items():
-        times = seconds[name]
         row |= {sweep: sizes[sweep], "parameter_bytes": task.size, "hold_ms": None}
-        row |= {"agrees": row["agrees"] if row["equivalent"] else None}
         row |= {"state_bytes": nbytes(windows[name].carry) - task.size}
-        row |= {f"{part}_ms": quartiles(1e3 * values) for part, values in times.items()}
-        row["compilation_ms_a_leaf"] = 1e3 * (row["trace_s"] + row["compile_s"]) / leaves
-        row["dispatch_us_a_leaf"] = quartiles(1e6 * times["dispatch"] / leaves)
+        row |= {f"{part}_ms": quartiles(1e3 * times) for part, times in seconds[name].items()}
     return list(rows.values())
 
 
-def measure(scale: int) -> Iterator[Result]:
+def measure(scale: int) -> Result:
     sweeps: dict[str, Any] = {}
     for name, (names, values, others) in SWEEPS.items():
-        rows = []
+        sweeps[name] = []
         for value in np.array(values[scale]).tolist():
             sizes = others[scale] | {name: value}
-            found, _ = contenders.make(names, INNER, sizes.get("every_k", 4))
-            rows += measure_point(found, name, ROUNDS[scale], sizes)
-            sweeps[name] = {**others[scale], "rows": rows, "slopes": slopes(name, rows)}
-            yield {"rounds": ROUNDS[scale], "sweeps": sweeps}
-
-
-def slopes(sweep: str, rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Returns how each contender's figures grow with the variable: as which power of it."""
-    fits = []
-    for quantity, name in itertools.product(FITTED[sweep], dict.fromkeys(r["name"] for r in rows)):
-        of = [row for row in rows if row["name"] == name and row[quantity]]
-        if len(of) < 2:
-            continue
-        x, y = np.log([(row[sweep], middle(row[quantity])) for row in of]).T
-        fit = {"quantity": quantity, "name": name, "slope": np.polyfit(x, y, 1)[0].item()}
-        fits.append(fit | {"slope_of_largest": np.polyfit(x[-3:], y[-3:], 1)[0].item()})
-    return fits
-
-
-def digits(value: float) -> str:
-    return f"{value:.0f}" if value >= 100 else f"{value:.2f}" if value < 10 else f"{value:.1f}"
+            sweeps[name] += measure_point(names, name, ROUNDS[scale], sizes)
+    return {"rounds": ROUNDS[scale], "sweeps": sweeps}
 
 
 def tables(result: Result) -> dict[str, str]:
-    """Returns the rows of each sweep, and all slopes."""
-    named, fits = {}, []
+    """Returns the rows of each sweep."""
+    named = {}
     for sweep, found in result["sweeps"].items():
         variable = "k" if sweep == "every_k" else sweep
-        columns = {variable: (sweep, "{:,.0f}"), "contender": ("name",)}
-        for heading, figure in SHOWN[sweep].items():
-            columns[heading] = (figure, digits, 1e6 if heading.endswith("MB") else 1)
-        rows = rows_of(found["rows"], columns | {"agrees": ("agrees",)})
+        columns = {variable: (sweep, "{:,.0f}"), "contender": ("name",)} | SHOWN[sweep]
+        rows = rows_of(found, columns | {"agrees": ("agrees",)})
         named[sweep] = table(rows, where(result))
-        for fit in found["slopes"]:
-            quantity = fit["quantity"].replace("microbatch", "mean").rpartition("_")[0]
-            fits.append(fit | {"figure": f"{quantity}, by {variable}"})
-    columns = {"figure": ("figure",), "contender": ("name",), "slope": ("slope",)}
-    rows = rows_of(fits, columns | {"largest three": ("slope_of_largest",)})
-    return named | ({"slopes": table(rows, where(result))} if rows else {})
+    return named

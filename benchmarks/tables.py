@@ -8,8 +8,7 @@ from tabulate import tabulate
 
 Result = dict[str, Any]
 AGREES = {True: "yes", False: "NO", None: "-"}
-NOT_EQUIVALENT = "† By its definition it computes something else than the full batch."
-TEXT = frozenset({"contender", "figure", "inner", "model", "target"})
+TEXT = frozenset({"contender", "inner", "model", "target"})
 
 
 def table(rows: Sequence[dict[str, str]], *notes: str) -> str:
@@ -32,11 +31,6 @@ def rows_of(found: Iterable[Any], columns: Mapping[str, Any]) -> list[dict[str, 
     return [{heading: cell(one, of) for heading, of in columns.items()} for one in found]
 
 
-def name_of(row: Mapping[str, Any]) -> str:
-    """Returns a contender's name, with a mark if it does not claim to match the full batch."""
-    return row["name"] + ("" if row.get("equivalent", True) else " †")
-
-
 def quartiles(values: Any) -> dict[str, float]:
     q1, median, q3 = np.percentile(values, (25, 50, 75)).tolist()
     return {"q1": q1, "median": median, "q3": q3}
@@ -47,18 +41,13 @@ def ratios(seconds: Mapping[str, Any], name: str, units: Mapping[str, str]) -> d
     return {unit: quartiles(seconds[name] / seconds[of]) for unit, of in units.items()}
 
 
-def middle(figure: Any) -> Any:
-    """Returns a figure, or the median of {q1, median, q3}."""
-    return figure["median"] if isinstance(figure, dict) else figure
-
-
 def median(figure: Any, form: str | Callable[[Any], str] = "{:.2f}", unit: float = 1) -> str:
     """Returns a figure, or its median, in a unit; a text as it is, and "-" if there is none."""
     if figure is None or isinstance(figure, bool):
         return AGREES[figure]
     if isinstance(figure, str):
         return figure
-    value = middle(figure) / unit
+    value = (figure["median"] if isinstance(figure, dict) else figure) / unit
     return form(value) if callable(form) else form.format(value)
 
 
@@ -67,16 +56,9 @@ def three_digits(figure: Any) -> str:
     return median(figure, lambda value: f"{value:,.0f}" if value >= 100 else f"{value:.3g}")
 
 
-def fitting(row: Mapping[str, Any], name: str) -> str:
-    """Returns the largest size that fits, as far as the search went."""
-    size = f"{row[name]:,}" if row[name] else "none"
-    return f"at least {size}" if row["capped"] else size
-
-
 def where(result: Result) -> str:
     """Returns what the figures were measured on, and when."""
-    stopped = "" if result.get("complete", True) else " Stopped before its end."
-    return f"Measured on: {result['device']}, {versions(result)}{stopped}"
+    return f"Measured on: {result['device']}, {versions(result)}"
 
 
 def versions(result: Result) -> str:

@@ -17,6 +17,7 @@ from typing import Any
 
 CPU, H100, V5E, V6E = "cpu", "h100", "v5e", "v6e"
 TARGETS = (CPU, H100, V5E, V6E)
+TITLES = {H100: "H100", V5E: "TPU v5e", V6E: "TPU v6e", CPU: "CPU"}
 TPU_TOPOLOGIES = {
     V5E: {1: "v5e:2x2", 4: "v5e:2x2", 8: "v5e:2x4", 16: "v5e:4x4", 256: "v5e:16x16"},
     V6E: {1: "v6e:2x2", 8: "v6e:2x4"},

@@ -27,9 +27,6 @@ class Model:
     remat: bool = False  # whether blocks are computed again for the gradient
     tied: bool = True  # whether the head is the embedding of the tokens
     scanned: bool = False  # whether the blocks lie in one stack, with a scan over them
-    # Whether tokens are looked up by a product. Under explicit sharding only the gradient of a
-    # parameter that stands in a product can stay unreduced.
-    one_hot: bool = False
     # Axes of the mesh that divide the rows of activations. Under automatic sharding with divided
     # parameters XLA otherwise divides activations along other axes, and sends them.
     axes: tuple[str, ...] = ()
@@ -53,11 +50,7 @@ class Model:
 
     def features(self, params: Any, table: jax.Array, tokens: jax.Array) -> jax.Array:
         """Returns what it makes of each token, from their embeddings: [rows, sequence, width]."""
-        if self.one_hot:
-            x = jax.nn.one_hot(tokens, self.vocabulary, dtype=table.dtype) @ table
-        else:
-            x = table[tokens]
-        x = self._rows(x)
+        x = self._rows(table[tokens])
         block = jax.checkpoint(self._block) if self.remat else self._block
         if self.scanned:
             x, _ = lax.scan(lambda x, one: (block(x, one), None), x, params["blocks"])
@@ -92,9 +85,7 @@ class Model:
 
 PRESETS = {
     "100k": Model(vocabulary=1024, width=64, layers=1, heads=2),
-    "3m": Model(vocabulary=2048, width=192, layers=4, heads=3),
     "10m": Model(vocabulary=8192, width=320, layers=6, heads=5),
-    "110m": Model(vocabulary=16384, width=768, layers=12, heads=12),
     "350m": Model(vocabulary=32768, width=1024, layers=24, heads=16, remat=True),
     **{
         name: Model(32768, width, layers, heads, jnp.bfloat16, remat=True, tied=False, scanned=True)

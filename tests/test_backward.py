@@ -1,195 +1,21 @@
 """Gradients of scanned layers are added to the sums inside the backward scan."""
 
-import functools
 from typing import Any
 
-import equinox as eqx
-from flax import linen as nn, nnx
 import jax
-from jax import lax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
 
+from benchmarks import stacks
 import optaccum
 from optaccum import _fold
 
-LAYERS, WIDTH, HIDDEN, VOCABULARY, ROWS, N = 4, 32, 64, 16, 8, 2
-
-
-def stack(*shape):
-    return jax.random.normal(jax.random.key(len(shape)), shape) * 0.1
-
-
-def layer(h, w):
-    return h + jnp.tanh(h @ w["a"]) @ w["b"], None
-
-
-PARAMS = {
-    "table": stack(VOCABULARY, WIDTH),
-    "layers": {"a": stack(LAYERS, WIDTH, HIDDEN), "b": stack(LAYERS, HIDDEN, WIDTH)},
-}
-IDS = jax.random.randint(jax.random.key(9), (ROWS, 3), 0, VOCABULARY)
-
-
-def loss_of(h, params):
-    return jnp.mean((h @ params["table"].T) ** 2)
-
-
-def through(layer, params, ids):
-    return loss_of(lax.scan(layer, params["table"][ids], params["layers"])[0], params)
-
-
-def scanned(params, ids):
-    return through(jax.checkpoint(layer), params, ids)
-
-
-def cast(fun):
-    """All parameters in bfloat16, outside of the scan."""
-    return lambda params, ids: fun(
-        jax.tree.map(lambda p: p.astype(jnp.bfloat16), params), ids
-    ).astype(jnp.float32)
-
-
-def along_axis_1(params, ids):
-    layers = jax.tree.map(lambda p: jnp.moveaxis(p, 1, 0), params["layers"])
-    return scanned({**params, "layers": layers}, ids)
-
-
-def in_stages(params, ids):
-    """The stack is divided into stages, a scan in a scan."""
-    stages = jax.tree.map(lambda p: p.reshape(2, 2, *p.shape[1:]), params["layers"])
-
-    def stage(h, w):
-        return lax.scan(jax.checkpoint(layer), h, w)[0], None
-
-    return loss_of(lax.scan(stage, params["table"][ids], stages)[0], params)
-
-
-def experts(params, ids):
-    """Every layer has experts, which `vmap` runs; a router weighs them."""
-
-    def mixture(h, w):
-        scores = jax.nn.softmax(h @ w["router"])
-        outs = jax.vmap(lambda a, b: jnp.tanh(h @ a) @ b)(w["a"], w["b"])
-        return h + jnp.einsum("etsd,tse->tsd", outs, scores), None
-
-    return loss_of(lax.scan(mixture, params["table"][ids], params["layers"])[0], params)
-
-
-@jax.custom_vjp
-def kernel(x, w):
-    return jnp.tanh(x @ w)
-
-
-def _kernel_forward(x, w):
-    y = kernel(x, w)
-    return y, (x, w, y)
-
-
-def _kernel_backward(kept, cotangent):
-    x, w, y = kept
-    pre = cotangent * (1 - y * y)
-    return pre @ w.T, jnp.einsum("...i,...j->ij", x, pre)
-
-
-kernel.defvjp(_kernel_forward, _kernel_backward)
-
-
-def with_kernels(params, ids):
-    def block(h, w):
-        return h + kernel(kernel(h, w["a"]), w["b"]), None
-
-    return through(block, params, ids)
-
-
-EXPERTS = {
-    "table": PARAMS["table"],
-    "layers": {
-        "a": stack(LAYERS, 2, WIDTH, HIDDEN),
-        "b": stack(LAYERS, 2, HIDDEN, WIDTH),
-        "router": stack(LAYERS, WIDTH, 2),
-    },
-}
-ON_AXIS_1 = {**PARAMS, "layers": jax.tree.map(lambda p: jnp.moveaxis(p, 0, 1), PARAMS["layers"])}
-
-
-class Block(nn.Module):
-    @nn.compact
-    def __call__(self, h):
-        return h + nn.Dense(WIDTH)(nn.tanh(nn.Dense(HIDDEN)(h))), None
-
-
-def linen(axis):
-    layers = nn.scan(
-        nn.remat(Block), variable_axes={"params": axis}, split_rngs={"params": True}, length=LAYERS
-    )()
-    params = layers.init(jax.random.key(0), jnp.ones((1, WIDTH)))
-
-    def loss_fn(params, ids):
-        h, _ = layers.apply(params["layers"], params["table"][ids])
-        return loss_of(h, params)
-
-    return loss_fn, {"table": PARAMS["table"], "layers": params}
-
-
-class NnxBlock(nnx.Module):
-    def __init__(self, rngs):
-        self.up, self.down = (
-            nnx.Linear(WIDTH, HIDDEN, rngs=rngs),
-            nnx.Linear(HIDDEN, WIDTH, rngs=rngs),
-        )
-
-    def __call__(self, h):
-        return h + self.down(nnx.tanh(self.up(h)))
-
-
-def with_nnx():
-    keys = jax.random.split(jax.random.key(0), LAYERS)
-    blocks = nnx.vmap(lambda key: NnxBlock(nnx.Rngs(key)))(keys)
-    graph, state = nnx.split(blocks)
-
-    def loss_fn(params, ids):
-        run = nnx.scan(lambda h, block: block(h), in_axes=(nnx.Carry, 0), out_axes=nnx.Carry)
-        return loss_of(run(params["table"][ids], nnx.merge(graph, params["layers"])), params)
-
-    return loss_fn, {"table": PARAMS["table"], "layers": state}
-
-
-def with_equinox():
-    def make(key):
-        return eqx.nn.MLP(WIDTH, WIDTH, HIDDEN, depth=1, key=key)
-
-    blocks = eqx.filter_vmap(make)(jax.random.split(jax.random.key(0), LAYERS))
-    arrays, static = eqx.partition(blocks, eqx.is_inexact_array)
-
-    def loss_fn(params, ids):
-        def block(h, w):
-            return h + jax.vmap(jax.vmap(eqx.combine(w, static)))(h), None
-
-        h = lax.scan(jax.checkpoint(block), params["table"][ids], params["layers"])[0]
-        return loss_of(h, params)
-
-    return loss_fn, {"table": PARAMS["table"], "layers": arrays}
-
-
-LOSSES = {
-    "layers in checkpoints": lambda: (scanned, PARAMS),
-    "layers without": lambda: (functools.partial(through, layer), PARAMS),
-    "the loss in a checkpoint": lambda: (jax.checkpoint(scanned), PARAMS),
-    "the loss in jit": lambda: (jax.jit(scanned), PARAMS),
-    "all in bfloat16": lambda: (cast(scanned), PARAMS),
-    "stacked along axis 1": lambda: (along_axis_1, ON_AXIS_1),
-    "stages of layers": lambda: (in_stages, PARAMS),
-    "experts": lambda: (experts, EXPERTS),
-    "kernels": lambda: (with_kernels, PARAMS),
-    "flax.linen": lambda: linen(0),
-    "flax.linen along axis 1": lambda: linen(1),
-    "equinox": with_equinox,
-}
-if hasattr(nnx, "as_pure"):  # the scan of Flax 0.12.0 writes into the state that it reads
-    LOSSES["flax.nnx"] = with_nnx
+SIZES, ROWS, N = stacks.Sizes(layers=4, width=32, hidden=64, vocabulary=16), 8, 2
+scanned, init = stacks.SCANNED["layers in checkpoints"](SIZES)
+PARAMS = init()
+IDS = jax.random.randint(jax.random.key(9), (ROWS, 3), 0, SIZES.vocabulary)
 
 
 def compiled(fun, params, **options) -> Any:
@@ -205,7 +31,7 @@ def size(tree):
     return sum(x.nbytes for x in jax.tree.leaves(tree))
 
 
-CASES = [(name, True) for name in LOSSES] + [("layers without", False), ("experts", False)]
+CASES = [(name, True) for name in stacks.SCANNED] + [("layers without", False), ("experts", False)]
 # On every version: each primitive that is looked into, a transpose, a reshape, and frameworks.
 FIRST = "layers in checkpoints", "the loss in jit", "stages of layers", "flax.linen along axis 1"
 FIRST += "flax.nnx", "experts"
@@ -219,7 +45,8 @@ FIRST += "flax.nnx", "experts"
     ],
 )
 def test_sums_are_the_same_bits_in_less_memory(name, weighted, monkeypatch):
-    fun, params = LOSSES[name]()
+    fun, init = stacks.SCANNED[name](SIZES)
+    params = init()
     options = {"weight_fn": lambda params, ids: jnp.sum(ids > 3)} if weighted else {}
     folded = compiled(fun, params, **options)
     without_folding(monkeypatch)

@@ -345,9 +345,7 @@ ENTRY %main (p: pred[], start: (s32[], f32[4])) -> f32[4] {
     assert hlo.collectives(text) == [hlo.Collective("all-reduce", 16, 16, False)]
     # Each trip negates (reads 16 bytes, keeps 16 on the chip) and reduces (writes 16); the
     # condition reads two numbers and writes a truth value; the step reads and writes 16 bytes.
-    moved = hlo.moved(text)
-    assert (moved.hold, moved.release) == (16 * 32 + 9, 16 * 32 + 9 + 32)
-    assert moved.kernels_of_release == moved.kernels_of_hold + 1 == 16 * 2 + 2
+    assert hlo.moved(text) == hlo.Moved(16 * 32 + 9, 16 * 32 + 9 + 32)
 
 
 def test_the_fused_collectives_of_a_tpu_are_named_and_counted_once():

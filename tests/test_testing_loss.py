@@ -483,9 +483,7 @@ def test_devices_that_reduce_are_followed():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "option", [{}, {"tied": False}, {"scanned": True}, {"one_hot": True}], ids=str
-)
+@pytest.mark.parametrize("option", [{}, {"tied": False}, {"scanned": True}], ids=str)
 def test_the_models_of_the_benchmarks_have_no_finding(option):
     model = dataclasses.replace(transformer.PRESETS["100k"], vocabulary=32, width=16, **option)
     params = transformer.make_params(model)
