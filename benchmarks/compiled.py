@@ -186,7 +186,13 @@ def traffic_table(result: Result) -> str:
 
 
 def sent(found: list[Result], row: Result) -> str:
-    """Returns a cell with the sizes in P of the arrays that are reduced or gathered, by kind.
+    """Returns a cell of what is sent."""
+    cells = [f"{kind} {size:.2f}" for kind, size in amounts(found, row).items() if size >= REDUCED]
+    return ", ".join(cells) or ("scalars" if found else "none")
+
+
+def amounts(found: list[Result], row: Result) -> dict[str, float]:
+    """Returns the sizes in P of the arrays that are reduced or gathered, by kind.
 
     A kind says between how many devices, if not between all.
     """
@@ -198,8 +204,7 @@ def sent(found: list[Result], row: Result) -> str:
         kind = one["kind"] + (f" of {group}" if group < row["devices"] else "")
         size = whole * one["bytes"] * one["times"] / row["parameter_bytes"]
         totals[kind] = totals.get(kind, 0) + size
-    cells = [f"{kind} {size:.2f}" for kind, size in totals.items() if size >= REDUCED]
-    return ", ".join(cells) or ("scalars" if found else "none")
+    return totals
 
 
 def setting(result: Result) -> str:

@@ -120,10 +120,7 @@ def draw_compiled(result: Result) -> Figure:
         places = [names.index(name) + shift for name in of]
         bars = axes.barh(places, list(of.values()), height, color=COLOURS[i], label=TITLES[chip])
         axes.bar_label(bars, fmt="%.0f", padding=3, size=8)
-    axes.set_yticks(range(len(names)), names)
-    axes.yaxis.set_inverted(True)
-    axes.grid(visible=False, axis="y")
-    axes.tick_params(axis="y", length=0)
+    _sideways(axes, names)
     axes.set_xlabel(
         f"bytes read and written per window of k = {result['every_k']}, in sizes of the parameters"
     )
@@ -141,11 +138,45 @@ def draw_compiled(result: Result) -> Figure:
     return figure
 
 
+def draw_large(result: Result) -> Figure:
+    rows = [x for x in result["rows"] if x["fits"] and (x["model"], x["devices"]) == ("7b", 8)]
+    figure = Figure((9, 1 + 0.3 * len(rows)), layout="constrained")
+    left, right = figure.subplots(1, 2, sharey=True)
+    panels = {
+        "peak memory of a device, GB": (left, [row["peak_bytes"] / 1e9 for row in rows]),
+        "sent per window, P": (
+            right,
+            [sum(compiled.amounts(row["window"], row).values()) for row in rows],
+        ),
+    }
+    for title, (axes, values) in panels.items():
+        colours = [BLUE if "optaccum" in row["name"] else COLOURS[-1] for row in rows]
+        bars = axes.barh(range(len(rows)), values, 0.7, color=colours)
+        axes.bar_label(bars, fmt="%.1f", padding=3, size=8)
+        axes.set_title(title)
+        axes.margins(x=0.15)
+        _sideways(axes, [f"{row['placed'].split(',')[0]}: {row['name']}" for row in rows])
+    figure.suptitle(
+        f"Windows of {result['every_k']} microbatches, 7 billion parameters (P) on eight H100"
+    )
+    return figure
+
+
+def _sideways(axes: Axes, names: Sequence[str]) -> None:
+    axes.set_yticks(range(len(names)), names)
+    axes.set_ylim(len(names) - 0.5, -0.5)
+    axes.grid(visible=False, axis="y")
+    axes.tick_params(axis="y", length=0)
+
+
+FIGURES = {"headline": draw_headline, "compiled": draw_compiled, "large": draw_large}
+
+
 def draw(results: Mapping[str, Sequence[Result]], folder: pathlib.Path) -> None:
     """Draws each figure whose result there is."""
     with matplotlib.rc_context(STYLE):
-        for name, draw_figure in {"headline": draw_headline, "compiled": draw_compiled}.items():
-            for result in results[name]:
+        for name, draw_figure in FIGURES.items():
+            for result in results[name][:1]:
                 # Without the version of matplotlib, the same figures give the same file.
                 file = folder / f"{name}.png"
                 draw_figure(result).savefig(file, metadata={"Software": None})

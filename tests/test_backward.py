@@ -88,6 +88,22 @@ def test_a_weight_does_not_overflow_the_dtype_of_a_table(dtype):
     np.testing.assert_array_equal(state.grad_sum[:4], 1e5)
 
 
+def test_a_scatter_into_ones_is_weighed_whole():
+    @jax.custom_vjp
+    def look_up(table, ids):
+        return table[ids]
+
+    look_up.defvjp(
+        lambda table, ids: (table[ids], (table, ids)),
+        lambda kept, rows: (jnp.ones_like(kept[0]).at[kept[1]].add(rows), None),
+    )
+    table, ids = jnp.zeros((5, 2)), jnp.arange(4)
+    tx = optaccum.accumulate(2, optax.sgd(1.0))
+    step = jax.jit(optaccum.value_and_apply(tx, lambda t, ids: jnp.sum(look_up(t, ids))))
+    _, _, state = step(table, tx.init(table), ids, weight=3.0)
+    np.testing.assert_array_equal(state.grad_sum, [[6.0] * 2] * 4 + [[3.0] * 2])
+
+
 def test_narrow_sums_take_in_a_weighted_table_in_float32():
     tx = optaccum.accumulate(4, optax.sgd(1.0), accumulator_dtype=jnp.float16)
     step = jax.jit(optaccum.value_and_apply(tx, lambda t, ids: jnp.sum(t[ids] * 1e-3)))

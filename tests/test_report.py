@@ -191,7 +191,7 @@ def test_fill_replaces_what_is_between_markers_and_nothing_else():
 
 def test_figures_are_drawn_from_what_there_is(results, tmp_path):
     report.draw(results, tmp_path)
-    assert [path.name for path in tmp_path.glob("*.png")] == ["compiled.png"]
+    assert {path.name for path in tmp_path.glob("*.png")} == {"compiled.png", "large.png"}
 
 
 def test_help_does_not_write_the_report(monkeypatch, capsys):
