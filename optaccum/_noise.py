@@ -126,12 +126,18 @@ def update_noise_scale(
         loss_reduction: As :func:`optaccum.accumulate` was built, which the state does not show.
 
     Raises:
-        TypeError: if `grads` are unreduced under explicit sharding, since they have no norm.
+        TypeError: if `noise` is not a `NoiseScale`, or if `grads` are unreduced under explicit
+            sharding, since they have no norm.
         ValueError: if an argument is out of its range, if the state has several members of
             `jax.vmap`, or as :func:`optaccum.get_state` does.
 
     References: McCandlish et al., arXiv:1812.06162, appendix A.1, which has equal weights.
     """
+    if not isinstance(noise, NoiseScale):
+        raise TypeError(
+            "`noise` must be what `init_noise_scale` returns, got "
+            f"{type(noise).__name__}; the order is (noise, grads, opt_state)"
+        )
     summed = check_loss_reduction(loss_reduction) == "sum"
     decay = check_decay("`decay`", decay)
     w = jnp.asarray(1.0 if weight is None else as_weight("`weight`", weight), jnp.float32)

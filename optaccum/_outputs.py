@@ -14,7 +14,7 @@ from optaccum._trees import ARRAYS
 
 
 def as_loss(fun: Callable[..., Any], has_aux: bool) -> Callable[..., Any]:
-    """Returns `fun`, which raises if it returns more than a loss and `has_aux` does not say so."""
+    """Returns `fun`, which raises unless it returns a loss, or with `has_aux` `(loss, aux)`."""
 
     @functools.wraps(fun)
     def loss_fn(*args, **kwargs):
@@ -24,6 +24,9 @@ def as_loss(fun: Callable[..., Any], has_aux: bool) -> Callable[..., Any]:
                 f"`fun` must return a scalar, got a {type(loss).__name__} of {len(loss)}; pass "
                 "`has_aux=True` if it returns `(loss, aux)`"
             )
+        if has_aux and not (isinstance(loss, tuple | list) and len(loss) == 2):
+            got = _validate.describe(loss)
+            raise TypeError(f"`fun` must return `(loss, aux)` with `has_aux=True`, got {got}")
         return loss
 
     return loss_fn

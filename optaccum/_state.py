@@ -119,7 +119,7 @@ def has_sums(state: AccumulateState) -> bool:
 def check_state(state: Any) -> None:
     """Raises unless `state` is what `init` returns."""
     if not isinstance(state, AccumulateState):
-        remedy = "the order is update(grads, state, params)"
+        remedy = "the order is (grads, state, params), in `value_and_apply` (params, state, *args)"
         if isinstance(state, optax.MultiStepsState):
             remedy = "convert it with optaccum.from_multi_steps"
         elif isinstance(state, dict):

@@ -390,6 +390,7 @@ def test_a_decay_may_be_traced():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
+        ({"noise": None}, r"`noise` must be .*, got NoneType; the order is \(noise, grads"),
         ({"weight": jnp.ones(2)}, "`weight` must be a scalar"),
         ({"loss_reduction": "total"}, "`loss_reduction` must be 'mean' or 'sum'"),
         ({"opt_state": ()}, "`opt_state` holds no AccumulateState"),
@@ -400,6 +401,6 @@ def test_a_decay_may_be_traced():
     ],
 )
 def test_what_cannot_be_measured_is_refused(change, message):
-    options = {"grads": PARAMS, "opt_state": TX.init(PARAMS), **change}
+    options = {"noise": init_noise_scale(), "grads": PARAMS, "opt_state": TX.init(PARAMS)}
     with pytest.raises((TypeError, ValueError), match=message):
-        update_noise_scale(init_noise_scale(), **options)
+        update_noise_scale(**options | change)

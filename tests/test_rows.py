@@ -212,6 +212,13 @@ def test_what_jax_refuses_it_refuses():
         optaccum.grad(lambda p, b: p, num_microbatches=2)(PARAMS, BATCH)
 
 
+@pytest.mark.parametrize("result", [jnp.float32(1), (1.0, 2.0, 3.0)])
+def test_a_loss_without_aux_is_refused(result):
+    step = optaccum.value_and_grad(lambda p, b: result, has_aux=True, num_microbatches=2)
+    with pytest.raises(TypeError, match=r"must return `\(loss, aux\)` with `has_aux=True`, got "):
+        step(PARAMS, BATCH)
+
+
 @pytest.mark.parametrize("n", [1, 2])
 def test_aux_that_cannot_be_stacked_is_refused(n):
     def named(p, b):

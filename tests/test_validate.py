@@ -137,7 +137,7 @@ def test_the_state_of_multi_steps_is_refused_with_the_remedy():
 @pytest.mark.parametrize("every_k", [1, 4])
 def test_a_state_that_is_not_ours_is_refused(every_k):
     tx = accumulate(every_k, optax.sgd(0.1))
-    remedy = r"the order is update\(grads, state, params\), and a checkpoint is restored into"
+    remedy = r"the order is \(grads, state, params\), in .*, and a checkpoint is restored into"
     with pytest.raises(TypeError, match=rf"must be the AccumulateState.*got dict; {remedy}"):
         tx.update(GRADS, PARAMS, tx.init(PARAMS))
     with pytest.raises(TypeError, match=r"must be the AccumulateState.*got tuple"):
