@@ -162,6 +162,20 @@ def test_what_is_no_weight_on_one_device_counts_nothing_there(mesh):
         assert (bool(state.released), int(state.skipped)) == (True, 0)
 
 
+def test_what_is_no_weight_on_all_devices_rejects_the_microbatch(mesh):
+    tx = accumulate(2, optax.sgd(1.0), reduce_axes="data")
+
+    def run(weights):
+        params = vary(jnp.zeros(1))
+        state = tx.init(jnp.zeros(1))
+        for i in range(3):
+            _, state = tx.update(params + 1.0, state, weight=weights[i])
+        return state.mini_step, state.skipped
+
+    found = jax.shard_map(run, mesh=mesh, in_specs=P(), out_specs=P())(jnp.array([1.0, -1.0, 1.0]))
+    assert tuple(map(int, found)) == (0, 1)
+
+
 def test_a_window_without_weight_is_dropped_on_all_devices(mesh):
     tx = accumulate(K, INNER, reduce_axes="data")
     x, mask = jnp.concatenate([X, X]), jnp.concatenate([jnp.zeros_like(MASK), MASK])
