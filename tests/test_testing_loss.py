@@ -126,6 +126,10 @@ def follow(case, remedy, report, batch):
     return jax.tree.map(lambda g: scale * g, gradient(reported.PARAMS, batch)[1])
 
 
+# The report has tried each of them. The first of a kind is followed by hand, too.
+FOLLOWED = {case.remedy: name for name, case in reversed(reported.CASES.items())}
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", reported.CASES)
 def test_a_remedy_works_when_it_is_followed(name):
@@ -142,6 +146,8 @@ def test_a_remedy_works_when_it_is_followed(name):
         return
     assert report.left is not None
     assert report.left < 1e-5
+    if FOLLOWED[remedy] != name:
+        return
     expected = jax.grad(case.fun)(reported.PARAMS, batch)
     for a, e in zip(
         *map(jax.tree.leaves, (follow(case, remedy, report, batch), expected)), strict=True
