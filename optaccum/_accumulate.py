@@ -231,7 +231,7 @@ def apply_gradients(
             before a link that keeps state.
 
     Raises:
-        TypeError: if `tx` is not a transformation, or there are no parameters.
+        TypeError: if `tx` is not a transformation, or parameters are missing.
         Exception: what `tx.update` raises.
     """
     if params is None and jax.tree.leaves(grads):

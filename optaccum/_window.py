@@ -163,7 +163,7 @@ def mean(sums: Sums, like: Sums, *, of_grads: bool = True, cast: bool = True) ->
     Args:
         sums: The sums of a window.
         like: What the last microbatch added. If it added None, others may have added to the sum:
-            then the mean has the dtype of the sum. It is None if there is no sum.
+            then the mean has the dtype of the sum. It is None without sums.
         of_grads: Whether to average the gradients, too, or to return their sums.
         cast: Whether to cast to the dtypes of `like`, or to keep the dtypes of the sums.
     """
