@@ -53,7 +53,7 @@ def run(name: str, quick: bool) -> None:
         print(f"\n{title}\n\n{table}")
     if not quick:
         suffix = "" if name in COMPILED else f"-{backend}"
-        if name in ("compiled", "large", "folds"):  # of which the newest and an older JAX are compared
+        if name in ("compiled", "large", "folds"):  # which compare the newest and an older JAX
             suffix = f"-jax{'.'.join(jax.__version__.split('.')[:2])}"
         (report.RESULTS / f"{name}{suffix}.json").write_text(json.dumps(result, indent=2) + "\n")
         report.write()
