@@ -9,9 +9,9 @@ import jax
 import optax
 
 from optaccum import _callbacks, _validate
-from optaccum._accumulator import Accumulator
+from optaccum._accumulator import Accumulator, Arguments
 from optaccum._extra_args import ExtraArgs
-from optaccum._spelling import named_by
+from optaccum._spelling import OURS, named_by
 from optaccum._state import AccumulateState, has_sums
 from optaccum._trees import apply_updates
 from optaccum._window_of_one import WindowOfOne
@@ -241,7 +241,9 @@ def apply_gradients(
         )
     accumulator = accumulator_of(tx)
     if accumulator is not None:
-        return accumulator.apply(grads, opt_state, params, **extra_args)
+        ours = {name: extra_args.pop(name, None) for name in OURS}
+        call = Arguments(grads, opt_state, params, **ours, extra_args=extra_args)
+        return accumulator.for_state(opt_state).apply(call)
     _validate.check_transformation("`tx`", tx)
     _warn_if_misplaced(opt_state)
     tree: Any = params

@@ -20,7 +20,6 @@ from optaccum._trees import (
     cast_floating,
     cast_like,
     copy_shared,
-    eval_shape,
     fast,
     keep_untrained,
 )
@@ -122,23 +121,13 @@ class Accumulator:
         call = Arguments(updates, state, params, weight, release, extra_args)
         return self.for_state(state).take_in(call, step, ())
 
-    def apply(
-        self,
-        grads: Any,
-        state: Any,
-        params: Any,
-        /,
-        *,
-        weight: Any = None,
-        release: Any = None,
-        **extra_args: Any,
-    ) -> tuple[Any, Any]:
-        """Takes in one microbatch; returns the parameters, untouched on a hold, and the state."""
-        call = Arguments(grads, state, params, weight, release, extra_args)
-        return self.for_state(state).apply_call(call)
+    def apply(self, call: Arguments, added: Added | None = None) -> tuple[Any, Any]:
+        """Takes in one microbatch; returns the parameters, untouched on a hold, and the state.
 
-    def apply_call(self, call: Arguments, added: Added | None = None) -> tuple[Any, Any]:
-        """Returns what `apply` does; `added` if the microbatch is in the sums already."""
+        Args:
+            call: The arguments of `update`.
+            added: The window with the microbatch, if it is in it already.
+        """
 
         def step(params, inner_state, mean, args):
             updates, inner_state = self.inner.update(mean, inner_state, params, **args)
@@ -164,7 +153,7 @@ class Accumulator:
             call: The arguments of `update`.
             step: `(*carried, inner_state, mean, args) -> (result, inner_state)`.
             carried: What the result replaces: `(params,)`, or () for updates.
-            added: The window with the microbatch, if it is in it already.
+            added: As in `apply`.
         """
         grads, state, params, *_ = call
         if added is None:
@@ -188,33 +177,20 @@ class Accumulator:
         # Step, or hold.
         trained = None if params is None else fast(params)
 
-        def reduce(kept):
-            sent = kept._replace(grads=cast_floating(kept.grads, self.reduce_dtype))
-            with jax.named_scope("optaccum.reduce"):
-                reduced = devices.reduce_stored(sent, trained)
-            return reduced._replace(grads=cast_like(reduced.grads, kept.grads))
-
         def take_step(*start):
             kept, like = map(self.extra_args.for_means, (sums, values))
-            kept = reduce(kept) if devices.axes else kept
+            kept = self._reduce(kept, devices, trained) if devices.axes else kept
             mean, means = self._mean(kept._replace(weight=total), like, microbatch)
-            result, new = step(*start, mean, self.extra_args.with_means(inner_args, means, mean))
-            return result, cast_like(new, state.inner_state)
-
-        def shapes():
-            kept, like = map(self.extra_args.for_means, (sums, values))
-            if devices.axes:  # the sums may be unreduced, the mean is not
-                kept = jax.eval_shape(reduce, kept)
-            mean, means = eval_shape(self._mean, kept, like, microbatch)
             args = self.extra_args.with_means(inner_args, means, mean)
-            return eval_shape(self.inner.update, mean, state.inner_state, params, **args)[:1]
+            result, new = step(*start, mean, args)
+            return result, cast_like(new, state.inner_state)
 
         with _reduce_axes.explain_varying(grads, trained):
             result, inner_state = branch(
                 releases,
                 jax.named_scope("optaccum.release")(take_step),
                 (*carried, state.inner_state),
-                shapes=None if carried else shapes,
+                makes_more=not carried,
                 by_select=release is True,
             )
         return result, AccumulateState(
@@ -297,6 +273,13 @@ class Accumulator:
         if total is not None:
             grads = devices.store(Sums((), total, ())).grads
         return Sums(weight, grads, _reductions.add(state.arg_sums, values.args, microbatch))
+
+    def _reduce(self, sums: Sums, devices: Replicated, like: Any) -> Sums:
+        """Returns the sums over all devices, which are sent in `reduce_dtype`."""
+        sent = sums._replace(grads=cast_floating(sums.grads, self.reduce_dtype))
+        with jax.named_scope("optaccum.reduce"):
+            reduced = devices.reduce_stored(sent, like)
+        return reduced._replace(grads=cast_like(reduced.grads, sums.grads))
 
     def _mean(self, sums: Sums, values: Sums, microbatch: Microbatch) -> tuple[Any, Any]:
         """Returns G and the means of the arguments of the window that the microbatch closes."""

@@ -38,7 +38,7 @@ def branch(
     step: Callable[..., tuple],
     start: tuple,
     *,
-    shapes: Callable[[], tuple] | None = None,
+    makes_more: bool = False,
     by_select: bool = False,
 ) -> Any:
     """Returns `step(*start)` if the predicate holds, else `(zeros, *start)`.
@@ -50,20 +50,12 @@ def branch(
         predicate: bool[].
         step: Returns `(..., *start)`. It may close over tracers.
         start: Its arguments. Non-array leaves pass through.
-        shapes: Returns what the zeros are like without a trace of `step`, for holds outside
-            `jax.jit`. None if `step` returns no more than `start`.
+        makes_more: Whether `step` returns more than `start`, which is zeros on a hold.
         by_select: Whether to take the step always, and select.
     """
-    if not isinstance(predicate, Tracer):
-        if predicate:
-            return step(*start)
-        if shapes is None:
-            return start
-        # A Python bool is known in a traced program, too: there zeros need the step's mesh axes.
-        static = isinstance(predicate, bool)
-        like = jax.eval_shape(step, *start)[: -len(start)] if static else shapes()
-        return *_zeros(like), *start
-
+    known = not isinstance(predicate, Tracer)
+    if known and predicate:
+        return step(*start)
     arrays, join = take_apart(start)
 
     @jax.jit  # traced once, however often it is called
@@ -71,8 +63,10 @@ def branch(
         results = step(*join(arrays))
         return results[: -len(start)], take_apart(results[-len(start) :])[0]
 
-    like = () if shapes is None else jax.eval_shape(run, arrays)[0]
-    if by_select:
+    like = jax.eval_shape(run, arrays)[0] if makes_more else ()
+    if known:
+        zeros, arrays = _hold(like, arrays)
+    elif by_select:
         zeros, arrays = optax.tree.where(predicate, run(arrays), _hold(like, arrays))
     else:
         zeros, arrays = conditional(predicate, run, arrays, like)
@@ -123,12 +117,8 @@ def conditional(
 
 
 def _hold(like: tuple, start: list) -> tuple:
-    return _zeros(like), start
-
-
-def _zeros(like: tuple) -> tuple:
     with jax.named_scope("optaccum.hold"):
-        return jax.tree.map(jnp.zeros_like, like)
+        return jax.tree.map(jnp.zeros_like, like), start
 
 
 def hoisted(fun: Callable[..., Any], *example: jax.Array) -> tuple[Callable[..., Any], list, Any]:

@@ -57,13 +57,13 @@ def copy_shared(state: Any, params: Any) -> Any:
     return jax.tree.map(leaf, state)
 
 
-def take_apart(tree: Any, kinds: tuple = ARRAYS) -> tuple[list, Callable[[Any], Any]]:
+def take_apart(tree: Any) -> tuple[list, Callable[[Any], Any]]:
     """Returns the arrays of `tree`, and a function that puts arrays back between other leaves.
 
     A module of Equinox has functions among its leaves, which no branch can return.
     """
     leaves, structure = jax.tree.flatten(tree)
-    places = [i for i, x in enumerate(leaves) if isinstance(x, kinds)]
+    places = [i for i, x in enumerate(leaves) if isinstance(x, ARRAYS)]
 
     def join(arrays):
         whole = list(leaves)
@@ -72,19 +72,6 @@ def take_apart(tree: Any, kinds: tuple = ARRAYS) -> tuple[list, Callable[[Any], 
         return structure.unflatten(whole)
 
     return [leaves[i] for i in places], join
-
-
-def eval_shape(fun: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
-    """`jax.eval_shape`, which also takes non-array leaves."""
-    arrays, join = take_apart((args, kwargs), (*ARRAYS, jax.ShapeDtypeStruct))
-    if len(arrays) == len(jax.tree.leaves((args, kwargs))):
-        return jax.jit(fun).eval_shape(*args, **kwargs)  # JAX caches this trace
-
-    def call(arrays):
-        args, kwargs = join(arrays)
-        return fun(*args, **kwargs)
-
-    return jax.eval_shape(call, arrays)
 
 
 def fast(params: Any) -> Any:

@@ -179,7 +179,7 @@ def _take_in(accumulator: Accumulator, loss: Loss, args: Sequence[Any], call: Ar
     else:
         call, added = _add(accumulator, loss, args, call, devices)
     extra_args = accumulator.extra_args.with_value(call.extra_args, added.value[0])
-    return added.value, *accumulator.apply_call(call._replace(extra_args=extra_args), added)
+    return added.value, *accumulator.apply(call._replace(extra_args=extra_args), added)
 
 
 def _add(
