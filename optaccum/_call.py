@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from optaccum import _batch, _keys
+from optaccum import _batch
 from optaccum._batch import named_leaves
 from optaccum._trees import ARRAYS
 from optaccum._validate import check_argnums, check_names, check_takes, describe
@@ -75,17 +75,19 @@ class Roles(NamedTuple):
 
     def split(self, args: Iterable[Any], n: int) -> list[Any]:
         """Returns arguments with their rows as `microbatch` wants them, [rows / n, n, ...]."""
-        if self.stacked:
+        if self.stacked or n == 1:
             return list(args)
         return [_batch.split(x, n) if j in self.rows else x for j, x in enumerate(args)]
 
-    def microbatch(self, args: Iterable[Any], i: jax.Array) -> list[Any]:
-        """Returns the arguments of microbatch i: its rows, its keys and the others whole."""
+    def microbatch(self, args: Iterable[Any], i: Any, n: int) -> list[Any]:
+        """Returns the arguments of microbatch i of n: its rows, its keys and the others whole."""
         args = list(args)
+        if n == 1 and not self.stacked:
+            return args
         for j in self.rows:
             args[j] = _batch.take(args[j], i, 0 if self.stacked else 1)
         for j in self.keys:
-            args[j] = _keys.fold_in(args[j], i)
+            args[j] = _batch.fold_in(args[j], i)
         return args
 
 
@@ -173,10 +175,10 @@ class Call:
         if n > 1 or stacked:
             each = Roles((), (0,), (), (), stacked)
             _batch.check_objects(
-                self.titled(rows), lambda x: each.microbatch(each.split([x], n), jnp.int32(0))[0]
+                self.titled(rows), lambda x: each.microbatch(each.split([x], n), jnp.int32(0), n)[0]
             )
         others = self.titled(self.others((*rows, *keys, *carry)))
-        _keys.check_keys(self.titled(keys), others, may_carry=CARRY in self.argnums.positions)
+        _batch.check_keys(self.titled(keys), others, may_carry=CARRY in self.argnums.positions)
         check_no_other_rows(self, self.argnums)
 
 

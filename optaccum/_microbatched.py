@@ -11,7 +11,7 @@ import numpy as np
 from optaccum import _batch, _call, _passes, _reduce_axes, _validate
 from optaccum._batch import named_leaves
 from optaccum._conditional import hoisted
-from optaccum._in_place import refuse_changes
+from optaccum._outputs import refuse_changes
 
 Outputs = TypeVar("Outputs")
 Arguments = ParamSpec("Arguments")

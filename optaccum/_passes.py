@@ -16,7 +16,7 @@ from jax.custom_derivatives import SymbolicZero
 import jax.numpy as jnp
 import numpy as np
 
-from optaccum import _batch, _devices, _gradients, _keys, _scatters, _window
+from optaccum import _batch, _devices, _gradients, _scatters, _window
 from optaccum._backward import add_gradients
 from optaccum._call import Roles
 from optaccum._trees import cast_like
@@ -45,7 +45,7 @@ def take_apart(args: list[Any], roles: Roles) -> tuple[Arrays, Arrays, Callable[
             leaves[k] = x
         args = structure.unflatten(leaves)
         for j in roles.keys:
-            args[j] = _keys.fold_in(args[j], i)
+            args[j] = _batch.fold_in(args[j], i)
         return args
 
     return [leaves[k] for k in whole], [leaves[k] for k in rows], join

@@ -28,39 +28,26 @@ class Rule:
     `primal`, `forward` and `backward` are what `jax.custom_vjp` wants. They keep no array: rules
     of differentiation outlive the trace that arrays belong to. So they take what `fun` and
     `weight_fn` close over, too.
-
-    Attributes:
-        fun: `(closed_over, *arrays)` returns what the loss returns for a microbatch.
-        weight_fn: The same for its weight, or None.
-        others: The leaves of all arguments, None for arrays.
-        owners: The argument that each leaf belongs to.
-        titles: What errors call the arguments.
-        overwrites: Which leaves their gradients replace.
-        structure: Of the arguments.
-        roles: Of the arguments.
-        varies: The mesh axes of `jax.shard_map` over which each leaf varies.
-        devices: How they share what has no rows.
-        settings: Of the loop.
     """
 
-    fun: Callable[..., Any]
-    weight_fn: Callable[..., Any] | None
-    others: list[Any]
-    owners: list[int]
-    titles: list[str]
-    overwrites: list[bool]
-    structure: Any
-    roles: Roles
-    varies: list[frozenset[str]]
-    devices: _devices.Replicated
+    fun: Callable[..., Any]  # `(closed_over, *arrays)` returns the loss of a microbatch
+    weight_fn: Callable[..., Any] | None  # the same for its weight
+    others: list[Any]  # the leaves of all arguments, None for arrays
+    owners: list[int]  # the argument that each leaf belongs to
+    titles: list[str]  # what errors call the arguments
+    overwrites: list[bool]  # which leaves their gradients replace
+    structure: Any  # of the arguments
+    roles: Roles  # of the arguments
+    varies: list[frozenset[str]]  # the axes of `jax.shard_map` over which each leaf varies
+    devices: _devices.Replicated  # how they share what has no rows
     settings: Settings
 
-    def primal(self, arrays: Arrays, closed_over: tuple) -> tuple[Any, Any, Any]:
-        """Returns loss, aux and carry, by forward passes alone."""
-        return self._loop(arrays, closed_over, ())[:3]
+    def primal(self, arrays: Arrays, closed_over: tuple) -> Any:
+        """Returns the value of the loss, by forward passes alone."""
+        return self._loop(arrays, closed_over, ())[0]
 
     def forward(self, arrays: Any, closed_over: Any) -> tuple[Any, Any]:
-        """Returns loss, aux and carry, and the gradients of what is differentiated."""
+        """Returns the value, and the gradients of what is differentiated."""
         _passes.check_closed_over(jax.tree.leaves(closed_over, is_leaf=_is_primal))
         trained = tuple(k for k, x in arrays.items() if x.perturbed)
         for k in trained:
@@ -76,13 +63,12 @@ class Rule:
             (arrays, closed_over),
             is_leaf=_is_primal,
         )
-        *results, grads = self._loop(arrays, closed_over, trained)
-        return tuple(results), grads
+        return self._loop(arrays, closed_over, trained)
 
     def backward(self, grads: Arrays, cotangents: Any) -> tuple[Any, Any]:
         """Returns the cotangents of the arrays, and none of what the functions close over."""
-        of_loss, *others = cotangents
-        for x in jax.tree.leaves(others, is_leaf=lambda x: isinstance(x, SymbolicZero)):
+        of_loss, of_aux = cotangents if self.settings.has_aux else (cotangents, ())
+        for x in jax.tree.leaves(of_aux, is_leaf=lambda x: isinstance(x, SymbolicZero)):
             if not isinstance(x, SymbolicZero) and x.dtype != jax.dtypes.float0:
                 raise TypeError(
                     "`aux` of optaccum.microbatched_loss is differentiated, but only the loss has "
@@ -131,7 +117,7 @@ class Rule:
         return {k: leaves[k] for k in self.places}
 
     def _loop(self, arrays: Arrays, closed_over: tuple, trained: tuple[int, ...]) -> tuple:
-        """Returns loss, aux, carry, and the gradients of leaves."""
+        """Returns the value and the gradients of leaves."""
         args = self.arguments(arrays)
         params = {k: x for k, x in self.arrays(args).items() if k in trained}
         of_fun, of_weight, count = closed_over
@@ -149,15 +135,15 @@ class Rule:
 
         differentiate = jax.value_and_grad(value, len(args), self.settings.has_aux)
         loop = Loop(
+            settings=self.settings,
             args=[*args, params],
-            roles=self.roles._replace(trained=(len(args),)),
+            roles=self.roles,
             params=params,
             differentiate=differentiate if trained else forward_only,
             devices=self.devices,
             overwritten=Overwritten.among((self.overwrites[k] for k in params), self.axes),
             count=count,
             weight_fn=None if self.weight_fn is None else weight,
-            **self.settings._asdict(),
         )
         return loop()
 
@@ -169,10 +155,10 @@ def run(
     devices: _devices.Replicated,
     settings: Settings,
     count: jax.Array | None,
-) -> tuple[Any, Any, Any]:
-    """Returns loss, aux and carry of a call. The functions are by position."""
+) -> Any:
+    """Returns the value of a call. The functions are by position."""
     n, roles = settings.n, call.roles
-    args = roles.split(call.args, n) if n > 1 else list(call.args)
+    args = roles.split(call.args, n)
     for j in (*roles.keys, *roles.carry):  # raw keys may be NumPy's
         args[j] = jax.tree.map(strongly_typed, args[j])
     leaves, structure = jax.tree.flatten(args)
@@ -190,8 +176,7 @@ def run(
         settings=settings,
     )
     arrays = rule.arrays(args)
-    first = rule.arguments(arrays)
-    first = roles.microbatch(first, jnp.int32(0)) if n > 1 or roles.stacked else first
+    first = roles.microbatch(rule.arguments(arrays), jnp.int32(0), n)
     of_fun, fun_closes_over = _of_arrays(rule, fun, first, settings.has_aux)
     of_weight, weight_closes_over = None, []
     if weight_fn is not None:
@@ -209,23 +194,22 @@ def _of_arrays(
 
     A result that is known when `fun` is traced stays as it is.
     """
-    places = rule.places
     found = []
 
     def flat(*arrays):
-        leaves = jax.tree.leaves(first)
-        for k, x in zip(places, arrays, strict=True):
+        leaves, structure = jax.tree.flatten(first)
+        for k, x in zip(rule.places, arrays, strict=True):
             leaves[k] = x
-        results = fun(*jax.tree.structure(first).unflatten(leaves))
+        results = fun(*structure.unflatten(leaves))
         if has_aux:
             check_aux(results[1:])
         leaves, structure = jax.tree.flatten(results)
-        found.append((leaves, structure))
+        known = [None if isinstance(x, jax.Array) else x for x in leaves]
+        found[:] = known, structure
         return [x for x in leaves if isinstance(x, jax.Array)]
 
     run, closed_over, _ = hoisted(flat, *rule.arrays(first).values())
-    leaves, structure = found[0]
-    known = [None if isinstance(x, jax.Array) else x for x in leaves]
+    known, structure = found
 
     def of_arrays(closed_over, *arrays):
         traced = iter(run(closed_over, *arrays))

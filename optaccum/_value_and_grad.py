@@ -9,9 +9,8 @@ import jax
 from optaccum import _call, _reduce_axes, _validate, _window
 from optaccum._device_rows import as_shard, on_each_device
 from optaccum._devices import Automatic
-from optaccum._in_place import refuse_changes
 from optaccum._loop import Loop, Settings
-from optaccum._outputs import as_loss
+from optaccum._outputs import as_loss, refuse_changes
 from optaccum._overwritten import Overwritten, overwritten
 from optaccum._trees import cast_floating
 from optaccum._window import Sums
@@ -225,11 +224,8 @@ def value_and_grad(
         call = _call.Call(fun, positions, args, kwargs)
         devices = _reduce_axes.check_mesh(axes)
         if isinstance(devices, Automatic):
-            loss, aux, grads = from_jit(call, devices)
-        else:
-            loss, aux, new, grads = make_loop(call, call.args, *settings.of_call(call))()
-            aux = (new, aux) if call.roles.carry else aux
-        return ((loss, aux) if has_aux else loss), grads
+            return from_jit(call, devices)
+        return make_loop(call, call.args, *settings.of_call(call))()
 
     def make_loop(call, args, of_call, count):
         trained, carry = call.roles.trained, call.roles.carry
@@ -241,7 +237,8 @@ def value_and_grad(
         loss_fn = refuse_changes(loss_fn, call.title, carry)
         params = shared[at] if isinstance(at, int) else tuple(shared[j] for j in at)
         return Loop(
-            args=call.roles.split(shared, of_call.n) if of_call.n > 1 else shared,
+            settings=of_call,
+            args=call.roles.split(shared, of_call.n),
             roles=call.roles,
             params=params,
             differentiate=jax.value_and_grad(loss_fn, at, has_aux),
@@ -249,11 +246,10 @@ def value_and_grad(
             devices=devices,
             overwritten=Overwritten.among(overwritten(params), axes),
             count=count,
-            **of_call._asdict(),
         )
 
     def from_jit(call, devices):
-        """Returns loss, aux and gradients under automatic sharding."""
+        """Returns value and gradients under automatic sharding."""
         if call.roles.carry:
             raise ValueError(
                 "`carry_argnum` cannot be used with `reduce_axes` under automatic sharding, since "
@@ -278,7 +274,7 @@ def value_and_grad(
         trained = tuple(call.args[j] for j in call.roles.trained)
         like = trained if isinstance(argnums, tuple | list) else trained[0]
         grads, _ = _window.mean(sums, Sums(None, like, ()))
-        return loss, aux, grads
+        return ((loss, aux) if has_aux else loss), grads
 
     return value_and_grad_fn
 
