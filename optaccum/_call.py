@@ -18,19 +18,12 @@ TRAINED, KEYS, CARRY = "`argnums`", "`rng_argnums`", "`carry_argnum`"
 
 
 class Argnums(NamedTuple):
-    """The checked options that give arguments their roles.
+    """The checked options that give arguments their roles."""
 
-    Attributes:
-        positions: {option: positions}, counted from the end if they are negative.
-        names: The keyword arguments to split; None if `batch_argnames` was left out.
-        by_default: Whether `batch_argnums` was left out.
-        layout: `batch_layout`, or None for a function without that option.
-    """
-
-    positions: dict[str, tuple[int, ...]]
-    names: tuple[str, ...] | None
-    by_default: bool
-    layout: str | None
+    positions: dict[str, tuple[int, ...]]  # by option, counted from the end if negative
+    names: tuple[str, ...] | None  # the keyword arguments to split; None if they were left out
+    by_default: bool  # whether `batch_argnums` was left out
+    layout: str | None  # `batch_layout`; None for a function without that option
 
 
 def check_roles(
@@ -92,27 +85,20 @@ class Roles(NamedTuple):
 
 
 class Call:
-    """The arguments of a call by position, with keyword arguments behind the others.
-
-    Attributes:
-        args: All arguments.
-        count: How many of them are given by position.
-        names: The names of the others.
-        argnums: The options that give them their roles.
-        roles: Their roles in this call.
-    """
+    """The arguments of a call: `count` by position, then keyword arguments with these `names`."""
 
     def __init__(self, fun: Any, argnums: Argnums, args: tuple, kwargs: dict[str, Any]):
         self.args = [*args, *kwargs.values()]
         self.count, self.names, self.argnums = len(args), [*kwargs], argnums
         positions = _positions(argnums, self.count)
+        lacks = f"but the call has the keyword arguments {self.names}"
         for name in argnums.names or ():
             if name in kwargs:
                 positions[ROWS] += (self.count + self.names.index(name),)
-            elif wrong := _absent(fun, name, args, self.names):
+            elif wrong := _absent(fun, name, args, lacks):
                 raise ValueError(f"{NAMES} names {name!r}, {wrong}")
         if not positions[ROWS]:
-            raise ValueError(f"{NAMES} names {argnums.names}, {_not_among(self.names)}")
+            raise ValueError(f"{NAMES} names {argnums.names}, {lacks}")
         by_role = (positions.get(option, ()) for option in (TRAINED, ROWS, KEYS, CARRY))
         self.roles = Roles(*by_role, stacked=argnums.layout == "stacked")
 
@@ -121,11 +107,6 @@ class Call:
         """The number of rows of each leaf of the batch; of microbatches, if they are stacked."""
         leaves = jax.tree.leaves([self.args[j] for j in self.roles.rows])
         return [x.shape[0] for x in leaves if getattr(x, "shape", ())]
-
-    @property
-    def num_rows(self) -> int:
-        """The number of rows of the batch."""
-        return self.nums_rows[0]
 
     def title(self, j: int) -> str:
         """Returns what an error calls an argument."""
@@ -136,7 +117,7 @@ class Call:
         return {self.title(j): self.args[j] for j in positions}
 
     def others(self, positions: Iterable[int]) -> list[int]:
-        """Returns all positions but some."""
+        """Returns all positions but these."""
         return [j for j in range(len(self.args)) if j not in positions]
 
     def by_position(self, fun: Callable[..., Any], option: str = "") -> Callable[..., Any]:
@@ -211,7 +192,7 @@ def _positions(argnums: Argnums, count: int) -> dict[str, tuple[int, ...]]:
     return {option: tuple(j % count for j in several) for option, several in positions.items()}
 
 
-def _absent(fun: Any, name: str, args: tuple, keywords: list[str]) -> str | None:
+def _absent(fun: Any, name: str, args: tuple, lacks: str) -> str | None:
     """Returns why a call lacks a keyword argument, or None if `fun` has a default for it.
 
     Many models have a mask that most calls leave out.
@@ -225,11 +206,7 @@ def _absent(fun: Any, name: str, args: tuple, keywords: list[str]) -> str | None
         return f"which the call passes by position; name argument {j} in {ROWS}"
     if name in parameters and parameters[name].default is not inspect.Parameter.empty:
         return None
-    return _not_among(keywords)
-
-
-def _not_among(keywords: list[str]) -> str:
-    return f"but the call has the keyword arguments {keywords}"
+    return lacks
 
 
 def check_no_other_rows(call: Call, argnums: Argnums) -> None:

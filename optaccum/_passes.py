@@ -32,6 +32,8 @@ def take_apart(args: list[Any], roles: Roles) -> tuple[Arrays, Arrays, Callable[
     `join(i, *whole, *rows)` returns the arguments of microbatch i, with its keys. It keeps no
     array: rules of differentiation outlive the trace that arrays belong to.
     """
+    named = {*roles.rows, *roles.keys, *roles.trained}  # raw keys and rows may be NumPy's
+    args = [jax.tree.map(jnp.asarray, x) if j in named else x for j, x in enumerate(args)]
     leaves, structure = jax.tree.flatten(args)
     in_rows = [j in roles.rows for j, tree in enumerate(args) for _ in jax.tree.leaves(tree)]
     arrays = [k for k, x in enumerate(leaves) if isinstance(x, jax.Array)]
@@ -57,17 +59,12 @@ class Passes:
 
     `run`, `forward` and `backward` are what `jax.custom_vjp` wants. They take the arrays without
     rows, the ones with rows as [m, n, ...], and what the function closes over.
-
-    Attributes:
-        fun: `(closed_over, i, *whole, *rows)` returns the outputs of microbatch i, leaves [m, ...].
-        devices: How they share what has no rows.
-        n: The number of microbatches.
-        accumulator_dtype: Dtype of the sums of gradients, or None.
     """
 
+    # `(closed_over, i, *whole, *rows)` returns the outputs of microbatch i, leaves [m, ...].
     fun: Callable[..., Any]
-    devices: _devices.Replicated
-    n: int
+    devices: _devices.Replicated  # how they share what has no rows
+    n: int  # the number of microbatches
     accumulator_dtype: Any
 
     def run(self, whole: Arrays, rows: Arrays, closed_over: Arrays) -> Any:
@@ -97,8 +94,8 @@ class Passes:
         values = [[x.value for x in xs] for xs in (whole, rows, closed_over)]
         return self.run(*values), (trained, *values)
 
-    def backward(self, residuals: Any, cotangents: Any) -> tuple[list, list, list]:
-        """Returns the cotangents of whole arrays, of rows and of what the function closes over."""
+    def backward(self, residuals: Any, cotangents: Any) -> tuple[list, list, None]:
+        """Returns the cotangents of whole arrays and of rows, and none of what is closed over."""
         (of_whole, of_rows), whole, rows, closed_over = residuals
         shared = share(whole, self.devices)
         trained = {k: shared[k] for k in of_whole}, of_rows
@@ -117,11 +114,8 @@ class Passes:
         with jax.named_scope("optaccum.reduce"):
             sums = {k: _devices.reduce_like(s, whole[k], self.devices) for k, s in sums.items()}
         sums = cast_like(sums, of_whole)
-        return (
-            [sums.get(k) for k in range(len(whole))],
-            [joined.get(k) for k in range(len(rows))],
-            [None] * len(closed_over),
-        )
+        of_whole = [sums.get(k) for k in range(len(whole))]
+        return of_whole, [joined.get(k) for k in range(len(rows))], None
 
     def _pull(self, residuals: Any, cotangents: Any, i: jax.Array) -> tuple[Any, Any]:
         """Returns the cotangents of the rows of microbatch i, and of whole arrays."""
