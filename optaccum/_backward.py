@@ -23,13 +23,9 @@ from optaccum._window import Microbatch
 def add_gradients(
     fun: Callable[[], tuple[Any, Any]], sums: Any, microbatch: Microbatch, seen: jax.Array
 ) -> tuple[Any, Any]:
-    """Returns `value` and `sums` with `grads`, for `fun() -> (value, grads)`.
+    """Returns `value` and `sums` with `grads`, for `fun() -> (value, grads)`, traced once.
 
-    Args:
-        fun: A gradient, which is traced once. It may close over tracers.
-        sums: A pytree like `grads`.
-        microbatch: How gradients are added.
-        seen: f32[] >= 0 that changes from trip to trip, as `_scatters.apart` needs it.
+    `seen`, f32[] >= 0, changes from trip to trip, as `_scatters.apart` needs it.
     """
     if not tracing():  # under `jax.disable_jit`, `fun` may read arrays
         value, grads = fun()
@@ -38,19 +34,12 @@ def add_gradients(
 
 
 class Gradient(NamedTuple):
-    """The program of a gradient, `() -> (value, grads)`.
+    """The program of a gradient, `() -> (value, grads)`."""
 
-    Attributes:
-        closed: Its jaxpr: the arrays of the value, then the gradients.
-        holds: Which of its results hold a scatter.
-        as_value: Puts the arrays of the value among its other leaves.
-        of_grads: Tree structure of the gradients.
-    """
-
-    closed: core.ClosedJaxpr
-    holds: list[bool]
-    as_value: Callable[[list], Any]
-    of_grads: Any
+    closed: core.ClosedJaxpr  # returns the arrays of the value, then the gradients
+    holds: list[bool]  # which of these hold a scatter
+    as_value: Callable[[list], Any]  # puts the arrays of the value among its other leaves
+    of_grads: Any  # tree structure of the gradients
 
     @classmethod
     def traced(cls, fun: Callable[[], tuple[Any, Any]]) -> "Gradient":

@@ -14,22 +14,17 @@ from optaccum._window import Microbatch
 
 
 class Target(NamedTuple):
-    """The sum that a value is added to.
-
-    Attributes:
-        total: The sum.
-        seen: What `_scatters.apart` needs.
-        apart: Whether it has to keep the value and the sum apart.
-        path: What happens to the value before: dtypes that it is cast to, and permutations.
-    """
+    """The sum that a value is added to."""
 
     total: jax.Array
-    seen: jax.Array
-    apart: bool
-    path: tuple[Any, ...] = ()
+    seen: jax.Array  # what `_scatters.apart` needs
+    apart: bool  # whether it has to keep the value and the sum apart
+    path: tuple[Any, ...] = ()  # what happens to the value before: casts and permutations
 
 
 Targets = dict[int, Target]  # by the position of a result
+
+_CALLS, _CHECKPOINTS = {"jit", "pjit"}, {"checkpoint", "remat2"}
 
 
 def evaluate(
@@ -116,11 +111,11 @@ def _can_hold_slices(eqn: core.JaxprEqn, j: int, target: Target) -> bool:
         return False
     if eqn.primitive.name == "scan":
         return eqn.params["length"] > 1 and j >= _carries(eqn)
-    if eqn.primitive.name in ("jit", "pjit"):
+    if eqn.primitive.name in _CALLS:
         shardings = *eqn.params["in_shardings"], *eqn.params["out_shardings"]
         calls = all(type(s).__name__ == "UnspecifiedValue" for s in shardings)
     else:
-        checkpoint = eqn.primitive.name in ("remat2", "checkpoint")
+        checkpoint = eqn.primitive.name in _CHECKPOINTS
         calls = checkpoint and isinstance(eqn.params["prevent_cse"], bool)
     return calls and bool(_plan(opened(eqn.params["jaxpr"])[0], {j: target})[0])
 
@@ -220,19 +215,7 @@ def _scan(eqn: core.JaxprEqn, values: list, targets: Targets, microbatch: Microb
 
 
 def _call(eqn: core.JaxprEqn, values: list, targets: Targets, microbatch: Microbatch) -> list:
-    """Evaluates what `jax.jit` calls."""
-    jaxpr, consts = opened(eqn.params["jaxpr"])
-
-    @jax.jit
-    def inside(values, totals):
-        within = {j: target._replace(total=totals[j]) for j, target in targets.items()}
-        return evaluate(jaxpr, consts, values, within, microbatch)
-
-    return inside(values, {j: target.total for j, target in targets.items()})
-
-
-def _checkpoint(eqn: core.JaxprEqn, values: list, targets: Targets, microbatch: Microbatch) -> list:
-    """Evaluates what `jax.checkpoint` computes again, still behind its barrier."""
+    """Evaluates what `jax.jit` calls, or `jax.checkpoint` computes again, behind its barrier."""
     jaxpr, consts = opened(eqn.params["jaxpr"])
     totals = {j: target.total for j, target in targets.items()}
 
@@ -240,6 +223,8 @@ def _checkpoint(eqn: core.JaxprEqn, values: list, targets: Targets, microbatch: 
         within = {j: target._replace(total=totals[j]) for j, target in targets.items()}
         return evaluate(jaxpr, consts, values, within, microbatch)
 
+    if eqn.primitive.name not in _CHECKPOINTS:
+        return jax.jit(inside)(values, totals)
     closed = jax.make_jaxpr(inside)(values, totals)
     invars = [*closed.jaxpr.constvars, *closed.jaxpr.invars]
     hoisted = closed.jaxpr.replace(constvars=[], invars=invars)
@@ -256,11 +241,4 @@ def _scatter(eqn: core.JaxprEqn, values: list, targets: Targets, microbatch: Mic
     return [plus(target, table, microbatch._replace(weight=None))]
 
 
-_HANDLERS = {
-    "scan": _scan,
-    "jit": _call,
-    "pjit": _call,
-    "remat2": _checkpoint,
-    "checkpoint": _checkpoint,
-    "scatter-add": _scatter,
-}
+_HANDLERS = {"scan": _scan, "scatter-add": _scatter} | dict.fromkeys(_CALLS | _CHECKPOINTS, _call)
