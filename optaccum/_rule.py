@@ -1,6 +1,6 @@
 """A loss and its rule of differentiation, whose forward pass computes the gradients too."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 import dataclasses
 from typing import Any
 
@@ -31,7 +31,7 @@ class Rule:
     """
 
     fun: Callable[..., Any]  # `(closed_over, *arrays)` returns the loss of a microbatch
-    weight_fn: Callable[..., Any] | None  # the same for its weight
+    weight_fn: Any  # the same for its weight, or None
     others: list[Any]  # the leaves of all arguments, None for arrays
     owners: list[int]  # the argument that each leaf belongs to
     titles: list[str]  # what errors call the arguments
@@ -111,7 +111,7 @@ class Rule:
             leaves[k] = vary(self.devices.share(x), self.axes) if shares or carried else x
         return self.structure.unflatten(leaves)
 
-    def arrays(self, args: list[Any]) -> Arrays:
+    def arrays(self, args: Sequence[Any]) -> Arrays:
         """Returns the arrays of arguments, of the batch or of a microbatch."""
         leaves = jax.tree.leaves(args)
         return {k: leaves[k] for k in self.places}
@@ -122,28 +122,27 @@ class Rule:
         params = {k: x for k, x in self.arrays(args).items() if k in trained}
         of_fun, of_weight, count = closed_over
 
-        def value(*args):
-            *args, params = args
-            return self.fun(of_fun, *(self.arrays(args) | params).values())
+        def differentiate(*args):
+            def value(params):
+                return self.fun(of_fun, *(self.arrays(args) | params).values())
 
-        def forward_only(*args):
-            return value(*args), {}
+            if not trained:
+                return value({}), {}
+            return jax.value_and_grad(value, has_aux=self.settings.has_aux)(params)
 
         def weight(*args):
-            assert self.weight_fn is not None
-            return self.weight_fn(of_weight, *self.arrays(list(args[:-1])).values())
+            return self.weight_fn(of_weight, *self.arrays(args).values())
 
-        differentiate = jax.value_and_grad(value, len(args), self.settings.has_aux)
         loop = Loop(
             settings=self.settings,
-            args=[*args, params],
+            args=args,
             roles=self.roles,
             params=params,
-            differentiate=differentiate if trained else forward_only,
+            differentiate=differentiate,
+            weight_fn=None if self.weight_fn is None else weight,
             devices=self.devices,
             overwritten=Overwritten.among((self.overwrites[k] for k in params), self.axes),
             count=count,
-            weight_fn=None if self.weight_fn is None else weight,
         )
         return loop()
 
@@ -178,9 +177,7 @@ def run(
     arrays = rule.arrays(args)
     first = roles.microbatch(rule.arguments(arrays), jnp.int32(0), n)
     of_fun, fun_closes_over = _of_arrays(rule, fun, first, settings.has_aux)
-    of_weight, weight_closes_over = None, []
-    if weight_fn is not None:
-        of_weight, weight_closes_over = _of_arrays(rule, weight_fn, first)
+    of_weight, weight_closes_over = _of_arrays(rule, weight_fn, first)
     rule = dataclasses.replace(rule, fun=of_fun, weight_fn=of_weight)
     call_rule = jax.custom_vjp(rule.primal)
     call_rule.defvjp(rule.forward, rule.backward, symbolic_zeros=True)
@@ -188,12 +185,14 @@ def run(
 
 
 def _of_arrays(
-    rule: Rule, fun: Callable[..., Any], first: list[Any], has_aux: bool = False
-) -> tuple[Callable[..., Any], list]:
+    rule: Rule, fun: Callable[..., Any] | None, first: list[Any], has_aux: bool = False
+) -> tuple[Any, list]:
     """Returns `fun` as `(closed_over, *arrays)`, and what it closes over.
 
     A result that is known when `fun` is traced stays as it is.
     """
+    if fun is None:
+        return None, []
     found = []
 
     def flat(*arrays):

@@ -227,15 +227,19 @@ def value_and_grad(
             return from_jit(call, devices)
         return make_loop(call, call.args, *settings.of_call(call))()
 
+    def of_trained(call, values):
+        """Returns what belongs to the arguments that are differentiated: one value, or a tuple."""
+        several = tuple(values[j] for j in call.roles.trained)
+        return several if isinstance(argnums, tuple | list) else several[0]
+
     def make_loop(call, args, of_call, count):
         trained, carry = call.roles.trained, call.roles.carry
         devices, *_ = [_reduce_axes.check_sums(args[j], axes) for j in trained]
         # Of parameters that all devices share JAX would sum the gradients, each time.
         shared = [devices.share(x) if j in (*trained, *carry) else x for j, x in enumerate(args)]
-        at = trained if isinstance(argnums, tuple | list) else trained[0]
         loss_fn = as_loss(call.by_position(fun), has_aux)
         loss_fn = refuse_changes(loss_fn, call.title, carry)
-        params = shared[at] if isinstance(at, int) else tuple(shared[j] for j in at)
+        at, params = of_trained(call, range(len(args))), of_trained(call, shared)
         return Loop(
             settings=of_call,
             args=call.roles.split(shared, of_call.n),
@@ -271,9 +275,7 @@ def value_and_grad(
         loss, total, grads, aux = on_each_device(on_device, devices, call, out_specs=out_specs)
         # Reduced out here, sums can be scattered to where their parameters are divided.
         sums = devices.reduce_stored(Sums((), grads, ()), None)._replace(weight=total)
-        trained = tuple(call.args[j] for j in call.roles.trained)
-        like = trained if isinstance(argnums, tuple | list) else trained[0]
-        grads, _ = _window.mean(sums, Sums(None, like, ()))
+        grads, _ = _window.mean(sums, Sums(None, of_trained(call, call.args), ()))
         return ((loss, aux) if has_aux else loss), grads
 
     return value_and_grad_fn
