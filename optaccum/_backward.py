@@ -63,15 +63,12 @@ class Gradient(NamedTuple):
 
     def add_to(self, sums: Any, microbatch: Microbatch, seen: jax.Array) -> tuple[Any, Any]:
         """Returns the value, and `sums` with the gradients; a None adds nothing."""
-        microbatch, count = microbatch.decided(), len(self.holds)
-        first = count - self.of_grads.num_leaves
+        microbatch, first = microbatch.decided(), len(self.holds) - self.of_grads.num_leaves
         # Every class can be rebuilt from instances of `object`, as JAX does; a None stays.
-        places = {object(): j for j in range(first, count)}
+        places = {object(): j for j in range(first, len(self.holds))}
         grads = self.of_grads.unflatten(places)
         leaves, structure = jax.tree.flatten(grads, is_leaf=is_none)
-        pairs = [
-            (places.get(x), s) for x, s in zip(leaves, structure.flatten_up_to(sums), strict=True)
-        ]
+        pairs = [*zip(map(places.get, leaves), structure.flatten_up_to(sums), strict=True)]
         targets = {j: Target(s, seen, self.holds[j]) for j, s in pairs if j is not None}
         jaxpr, consts = opened(self.closed)
         try:  # traced before it is run, so that nothing is left of it if it fails

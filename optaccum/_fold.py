@@ -40,18 +40,18 @@ def evaluate(
     )
     plan, skipped = _plan(jaxpr, targets)
     results: dict[int, Any] = {}
-    first = 0
-    for at in (*sorted(plan), len(jaxpr.eqns)):
-        _run([e for e in jaxpr.eqns[first:at] if id(e) not in skipped], jaxpr, env)
-        if at < len(jaxpr.eqns):
-            eqn, inner = jaxpr.eqns[at], plan[at]
-            values = [_read(env, v) for v in eqn.invars]
-            within = {j: target for j, (_, target) in inner.items()}
-            outs = _HANDLERS[eqn.primitive.name](eqn, values, within, microbatch)
-            env |= zip(eqn.outvars, outs, strict=True)
-            for j, (i, _) in inner.items():
-                results[i] = jnp.reshape(outs[j], targets[i].total.shape)
-        first = at + 1
+    for at, eqn in enumerate(jaxpr.eqns):
+        if id(eqn) in skipped:
+            continue
+        if at not in plan:
+            env |= zip(eqn.outvars, _run(eqn, jaxpr, env), strict=True)
+            continue
+        values = [_read(env, v) for v in eqn.invars]
+        within = {j: target for j, (_, target) in plan[at].items()}
+        outs = _HANDLERS[eqn.primitive.name](eqn, values, within, microbatch)
+        env |= zip(eqn.outvars, outs, strict=True)
+        for j, (i, _) in plan[at].items():
+            results[i] = jnp.reshape(outs[j], targets[i].total.shape)
     for i, v in enumerate(jaxpr.outvars):
         if i not in results:
             x = _read(env, v)
@@ -80,20 +80,18 @@ def _plan(jaxpr: core.Jaxpr, targets: Targets) -> tuple[dict, set[int]]:
                 plan.setdefault(at, {})[j] = i, target
                 skipped |= set(map(id, passed))
                 break
+            path = target.path
             if eqn.primitive is lax.transpose_p:
-                step = tuple(eqn.params["permutation"])
+                target = target._replace(path=(tuple(eqn.params["permutation"]), *path))
             elif eqn.primitive is lax.convert_element_type_p:
-                step = eqn.params["new_dtype"]
-            elif eqn.primitive is lax.reshape_p and not any(map(_permutes, target.path)):
+                target = target._replace(path=(eqn.params["new_dtype"], *path))
+            elif eqn.primitive is lax.reshape_p and not any(map(_permutes, path)):
                 # A reshape of the sum is free.
                 before: Any = eqn.invars[0]
                 target = target._replace(total=jnp.reshape(target.total, before.aval.shape))
-                step = None
             else:
                 break
             passed.append(eqn)
-            if step is not None:
-                target = target._replace(path=(step, *target.path))
             v = eqn.invars[0]
     return plan, skipped
 
@@ -136,14 +134,11 @@ def _is_lookup(eqn: core.JaxprEqn, target: Target, made: dict, jaxpr: core.Jaxpr
     return zeros and {_window.at_least_float32(of_rows.dtype), of_rows.dtype} == dtypes
 
 
-def _run(eqns: list[core.JaxprEqn], jaxpr: core.Jaxpr, env: dict[Any, Any]) -> None:
-    """Evaluates equations, and adds what they make to `env`."""
-    made = dict.fromkeys(v for e in eqns for v in e.outvars)
-    reads = dict.fromkeys(v for e in eqns for v in e.invars if isinstance(v, core.Var))
-    needed = [v for v in reads if v not in made]
-    part = jaxpr.replace(constvars=[], invars=needed, outvars=[*made], eqns=eqns)
-    outs = core.jaxpr_as_fun(core.ClosedJaxpr(part, ()))(*[env[v] for v in needed])
-    env |= zip(made, outs, strict=True)
+def _run(eqn: core.JaxprEqn, jaxpr: core.Jaxpr, env: dict[Any, Any]) -> list[Any]:
+    """Returns the results of an equation."""
+    reads = [*dict.fromkeys(v for v in eqn.invars if isinstance(v, core.Var))]
+    part = jaxpr.replace(constvars=[], invars=reads, outvars=eqn.outvars, eqns=[eqn])
+    return core.jaxpr_as_fun(core.ClosedJaxpr(part, ()))(*[env[v] for v in reads])
 
 
 def _read(env: dict[Any, Any], v: Any) -> Any:
@@ -172,8 +167,7 @@ def _of_slices(path: tuple[Any, ...]) -> tuple[int, tuple[Any, ...]]:
 
 def _carries(eqn: core.JaxprEqn) -> int:
     """Returns how many results of a scan are carries: these have the same shape inside."""
-    inside = opened(eqn.params["jaxpr"])[0].outvars
-    return _scatters.alike(inside, eqn.outvars)
+    return _scatters.alike(opened(eqn.params["jaxpr"])[0].outvars, eqn.outvars)
 
 
 def opened(jaxpr: Any) -> tuple[core.Jaxpr, Sequence[Any]]:

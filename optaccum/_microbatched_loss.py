@@ -87,10 +87,8 @@ def microbatched_loss(
         TypeError, ValueError: as :func:`optaccum.value_and_grad` does; when differentiated, for
             what has no derivative here.
     """
-    accumulator_dtype = _validate.check_dtype(accumulator_dtype)
-    settings = Settings.checked(
-        fun, weight_fn, num_microbatches, has_aux, loss_reduction, accumulator_dtype
-    )
+    dtype = _validate.check_dtype(accumulator_dtype)
+    settings = Settings.checked(fun, weight_fn, num_microbatches, has_aux, loss_reduction, dtype)
     axes = _validate.check_axes(reduce_axes)
     positions = _call.check_roles(
         batch_argnames,

@@ -12,7 +12,7 @@ from typing import Any
 
 import jax
 from jax import lax
-from jax.custom_derivatives import SymbolicZero
+from jax.custom_derivatives import SymbolicZero, custom_vjp_primal_tree_values
 import jax.numpy as jnp
 import numpy as np
 
@@ -91,7 +91,7 @@ class Passes:
         check_closed_over(closed_over)
         trained = [{k: x.value for k, x in enumerate(xs) if x.perturbed} for xs in (whole, rows)]
         _gradients.dtypes_of_sums(trained, self.accumulator_dtype)  # raises if it does not fit
-        values = [[x.value for x in xs] for xs in (whole, rows, closed_over)]
+        values = custom_vjp_primal_tree_values((whole, rows, closed_over))
         return self.run(*values), (trained, *values)
 
     def backward(self, residuals: Any, cotangents: Any) -> tuple[list, list, None]:
@@ -99,7 +99,21 @@ class Passes:
         (of_whole, of_rows), whole, rows, closed_over = residuals
         shared = share(whole, self.devices)
         trained = {k: shared[k] for k in of_whole}, of_rows
-        pull = functools.partial(self._pull, (trained, shared, rows, closed_over), cotangents)
+
+        def pull(i):
+            """Returns the cotangents of the rows of microbatch i, and of whole arrays."""
+            microbatch = _batch.take(rows, i)
+
+            # With the fences of `jax.checkpoint` compilers go through the parts of `fun` one after
+            # the other. Without, XLA:GPU keeps what two towers compute at the same time.
+            @jax.checkpoint
+            def fun(some_whole, some_rows):
+                arrays = [some_whole.get(k, x) for k, x in enumerate(shared)]
+                arrays += [some_rows.get(k, x) for k, x in enumerate(microbatch)]
+                return self.fun(closed_over, i, *arrays)
+
+            outputs, vjp = jax.vjp(fun, trained[0], {k: microbatch[k] for k in of_rows})
+            return vjp(jax.tree.map(functools.partial(_cotangent, i), outputs, cotangents))[::-1]
 
         def body(carried, i):
             sums, joined, seen = carried
@@ -116,23 +130,6 @@ class Passes:
         sums = cast_like(sums, of_whole)
         of_whole = [sums.get(k) for k in range(len(whole))]
         return of_whole, [joined.get(k) for k in range(len(rows))], None
-
-    def _pull(self, residuals: Any, cotangents: Any, i: jax.Array) -> tuple[Any, Any]:
-        """Returns the cotangents of the rows of microbatch i, and of whole arrays."""
-        (of_whole, of_rows), whole, rows, closed_over = residuals
-        rows = _batch.take(rows, i)
-
-        # With the fences of `jax.checkpoint` compilers go through the parts of `fun` one after the
-        # other. Without, XLA:GPU keeps what two towers compute at the same time.
-        @jax.checkpoint
-        def fun(some_whole, some_rows):
-            arrays = [some_whole.get(k, x) for k, x in enumerate(whole)]
-            arrays += [some_rows.get(k, x) for k, x in enumerate(rows)]
-            return self.fun(closed_over, i, *arrays)
-
-        outputs, vjp = jax.vjp(fun, of_whole, {k: rows[k] for k in of_rows})
-        of_whole, of_rows = vjp(jax.tree.map(functools.partial(_cotangent, i), outputs, cotangents))
-        return of_rows, of_whole
 
 
 def check_closed_over(values: list) -> None:

@@ -6,7 +6,7 @@ from typing import Any
 
 import jax
 from jax import lax
-from jax.custom_derivatives import SymbolicZero
+from jax.custom_derivatives import SymbolicZero, custom_vjp_primal_tree_values
 import jax.numpy as jnp
 
 from optaccum import _devices, _passes, _window
@@ -48,7 +48,7 @@ class Rule:
 
     def forward(self, arrays: Any, closed_over: Any) -> tuple[Any, Any]:
         """Returns the value, and the gradients of what is differentiated."""
-        _passes.check_closed_over(jax.tree.leaves(closed_over, is_leaf=_is_primal))
+        _passes.check_closed_over(jax.tree.leaves(closed_over))
         trained = tuple(k for k, x in arrays.items() if x.perturbed)
         for k in trained:
             j = self.owners[k]
@@ -58,17 +58,14 @@ class Rule:
                     f"{self.titles[j]} is differentiated, but it is {role}, and only the other "
                     "arguments have gradients; use jax.lax.stop_gradient"
                 )
-        arrays, closed_over = jax.tree.map(
-            lambda x: jnp.asarray(x.value),  # JAX 0.7.2 hands on numbers
-            (arrays, closed_over),
-            is_leaf=_is_primal,
-        )
+        values = custom_vjp_primal_tree_values((arrays, closed_over))
+        arrays, closed_over = jax.tree.map(jnp.asarray, values)  # JAX 0.7.2 hands on numbers
         return self._loop(arrays, closed_over, trained)
 
     def backward(self, grads: Arrays, cotangents: Any) -> tuple[Any, Any]:
         """Returns the cotangents of the arrays, and none of what the functions close over."""
         of_loss, of_aux = cotangents if self.settings.has_aux else (cotangents, ())
-        for x in jax.tree.leaves(of_aux, is_leaf=lambda x: isinstance(x, SymbolicZero)):
+        for x in jax.tree.leaves(of_aux):
             if not isinstance(x, SymbolicZero) and x.dtype != jax.dtypes.float0:
                 raise TypeError(
                     "`aux` of optaccum.microbatched_loss is differentiated, but only the loss has "
@@ -215,7 +212,3 @@ def _of_arrays(
         return structure.unflatten([next(traced) if x is None else x for x in known])
 
     return of_arrays, closed_over
-
-
-def _is_primal(x: Any) -> bool:
-    return hasattr(x, "perturbed")

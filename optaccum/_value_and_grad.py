@@ -193,9 +193,8 @@ def value_and_grad(
 
     References: `optax.microbatch`; github.com/google-research/t5x `trainer.py`.
     """
-    settings = Settings.checked(
-        fun, weight_fn, num_microbatches, has_aux, loss_reduction, accumulator_dtype
-    )
+    dtype = _validate.check_accumulator_dtype(accumulator_dtype)
+    settings = Settings.checked(fun, weight_fn, num_microbatches, has_aux, loss_reduction, dtype)
     axes = _validate.check_axes(reduce_axes)
     reduce_dtype = _validate.check_reduce_dtype(reduce_dtype, axes)
     settings = settings._replace(reduce_dtype=reduce_dtype, overlap_reduction=overlap_reduction)
