@@ -76,17 +76,12 @@ def check_shared(name: str, rows: int, devices: int, remedy: str = PAD) -> None:
 
 
 def check_batch(
-    batch: dict[str, Any],
-    n: int,
-    remedy: str = PAD,
-    *,
-    uneven: bool | None = None,
-    devices: int = 1,
+    batch: dict[str, Any], n: int, remedy: str = PAD, layout: str | None = None, devices: int = 1
 ) -> None:
     """Raises unless all leaves have one number of rows, which `n` divides on every device.
 
-    `uneven` is whether they may have different numbers; None if no option says so. `devices` share
-    the rows, or as many as the types say.
+    With the `layout` "uneven" they may have different numbers; None if there is no such option.
+    `devices` share the rows, or as many as the types say.
     """
     leaves = named_leaves(batch)
     if not leaves:
@@ -98,8 +93,8 @@ def check_batch(
                 "an argument of its own, and name the batch in `batch_argnums`"
             )
         (first, whole), rows = leaves[0], leaf.shape[0]
-        if rows != whole.shape[0] and not uneven:
-            split_each = "" if uneven is None else "; pass `batch_layout='uneven'` to split each"
+        if rows != whole.shape[0] and layout != "uneven":
+            split_each = "" if layout is None else "; pass `batch_layout='uneven'` to split each"
             raise ValueError(
                 f"batch leaves must have one number of rows, but {first} has {whole.shape[0]} and "
                 f"{name} has {rows}{split_each}"

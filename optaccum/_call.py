@@ -147,12 +147,10 @@ class Call:
                     "equinox.is_inexact_array)`, and let `fun` begin with "
                     "`model = equinox.combine(params, static)`"
                 )
-        layout = self.argnums.layout
         if stacked:
             _batch.check_stack(self.titled(rows), n, devices)
         else:
-            uneven = None if layout is None else layout == "uneven"
-            _batch.check_batch(self.titled(rows), n, remedy, uneven=uneven, devices=devices)
+            _batch.check_batch(self.titled(rows), n, remedy, self.argnums.layout, devices)
         if n > 1 or stacked:
             each = Roles((), (0,), (), (), stacked)
             _batch.check_objects(
