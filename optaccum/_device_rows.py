@@ -21,9 +21,9 @@ def on_each_device(
     fun: Callable[..., Any],
     devices: Automatic,
     call: Call,
+    out_specs: Any,
     more: tuple[Any, ...] = (),
     specs: tuple[Any, ...] = (),
-    out_specs: Any = (),
 ) -> Any:
     """Returns `fun(args, *more)` for the rows of each device, with the shardings `out_specs`.
 

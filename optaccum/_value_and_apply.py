@@ -226,7 +226,7 @@ def _add_on_each_device(
     whole: Any = jax.P()
     specs = AccumulateState(*[whole] * len(state))._replace(weight=sharded, grad_sum=sharded)
     (weight, value, counts, skip_state), (aux, sums) = on_each_device(
-        fun, devices, by_position, (local_call.state,), (specs,), (whole, sharded)
+        fun, devices, by_position, (whole, sharded), (local_call.state,), (specs,)
     )
     (grads, values), known_positive, decided = shapes
     counts = decided if isinstance(decided, bool) else counts

@@ -264,14 +264,13 @@ def value_and_grad(
         def on_device(args):
             loop = make_loop(call, args, *of_call)
             sums, each, _ = loop.sums()
-            like = Sums(None, (), each.loss)
             _, (total, loss) = loop.devices.reduce((), (sums.weight, sums.args))
-            _, loss = _window.mean(Sums(total, (), loss), like)
+            _, loss = _window.mean(Sums(total, (), loss), Sums(None, (), each.loss))
             grads = cast_floating(sums.grads, reduce_dtype)
             return loss, total, as_shard(grads, devices), as_shard(each.aux, devices, axis=1)
 
         out_specs = jax.P(), jax.P(), jax.P(devices.axes), jax.P(None, devices.axes)
-        loss, total, grads, aux = on_each_device(on_device, devices, call, out_specs=out_specs)
+        loss, total, grads, aux = on_each_device(on_device, devices, call, out_specs)
         # Reduced out here, sums can be scattered to where their parameters are divided.
         sums = devices.reduce_stored(Sums((), grads, ()), None)._replace(weight=total)
         grads, _ = _window.mean(sums, Sums(None, of_trained(call, call.args), ()))
