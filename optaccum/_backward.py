@@ -23,13 +23,9 @@ from optaccum._window import Microbatch
 def add_gradients(
     fun: Callable[[], tuple[Any, Any]], sums: Any, microbatch: Microbatch, seen: jax.Array
 ) -> tuple[Any, Any]:
-    """Returns `value` and `sums` with `grads`, for `fun() -> (value, grads)`.
+    """Returns `value` and `sums` with `grads`, for `fun() -> (value, grads)`, traced once.
 
-    Args:
-        fun: A gradient, which is traced once. It may close over tracers.
-        sums: A pytree like `grads`.
-        microbatch: How gradients are added.
-        seen: f32[] >= 0 that changes from trip to trip, as `_scatters.apart` needs it.
+    `seen`, f32[] >= 0, changes from trip to trip, as `_scatters.apart` needs it.
     """
     if not tracing():  # under `jax.disable_jit`, `fun` may read arrays
         value, grads = fun()
@@ -38,19 +34,12 @@ def add_gradients(
 
 
 class Gradient(NamedTuple):
-    """The program of a gradient, `() -> (value, grads)`.
+    """The program of a gradient, `() -> (value, grads)`."""
 
-    Attributes:
-        closed: Its jaxpr: the arrays of the value, then the gradients.
-        holds: Which of its results hold a scatter.
-        as_value: Puts the arrays of the value among its other leaves.
-        of_grads: Tree structure of the gradients.
-    """
-
-    closed: core.ClosedJaxpr
-    holds: list[bool]
-    as_value: Callable[[list], Any]
-    of_grads: Any
+    closed: core.ClosedJaxpr  # returns the arrays of the value, then the gradients
+    holds: list[bool]  # which of these hold a scatter
+    as_value: Callable[[list], Any]  # puts the arrays of the value among its other leaves
+    of_grads: Any  # tree structure of the gradients
 
     @classmethod
     def traced(cls, fun: Callable[[], tuple[Any, Any]]) -> "Gradient":
@@ -74,15 +63,12 @@ class Gradient(NamedTuple):
 
     def add_to(self, sums: Any, microbatch: Microbatch, seen: jax.Array) -> tuple[Any, Any]:
         """Returns the value, and `sums` with the gradients; a None adds nothing."""
-        microbatch, count = microbatch.decided(), len(self.holds)
-        first = count - self.of_grads.num_leaves
+        microbatch, first = microbatch.decided(), len(self.holds) - self.of_grads.num_leaves
         # Every class can be rebuilt from instances of `object`, as JAX does; a None stays.
-        places = {object(): j for j in range(first, count)}
+        places = {object(): j for j in range(first, len(self.holds))}
         grads = self.of_grads.unflatten(places)
         leaves, structure = jax.tree.flatten(grads, is_leaf=is_none)
-        pairs = [
-            (places.get(x), s) for x, s in zip(leaves, structure.flatten_up_to(sums), strict=True)
-        ]
+        pairs = [*zip(map(places.get, leaves), structure.flatten_up_to(sums), strict=True)]
         targets = {j: Target(s, seen, self.holds[j]) for j, s in pairs if j is not None}
         jaxpr, consts = opened(self.closed)
         try:  # traced before it is run, so that nothing is left of it if it fails

@@ -1,6 +1,7 @@
-"""Batches: how rows are split into microbatches and joined again, and which cannot be."""
+"""Rows and keys: how microbatches get theirs, how rows are joined again, and what is refused."""
 
 from collections.abc import Callable, Iterator, Mapping
+import functools
 import math
 from typing import Any
 
@@ -75,17 +76,12 @@ def check_shared(name: str, rows: int, devices: int, remedy: str = PAD) -> None:
 
 
 def check_batch(
-    batch: dict[str, Any],
-    n: int,
-    remedy: str = PAD,
-    *,
-    uneven: bool | None = None,
-    devices: int = 1,
+    batch: dict[str, Any], n: int, remedy: str = PAD, layout: str | None = None, devices: int = 1
 ) -> None:
     """Raises unless all leaves have one number of rows, which `n` divides on every device.
 
-    `uneven` is whether they may have different numbers; None if no option says so. `devices` share
-    the rows, or as many as the types say.
+    With the `layout` "uneven" they may have different numbers; None if there is no such option.
+    `devices` share the rows, or as many as the types say.
     """
     leaves = named_leaves(batch)
     if not leaves:
@@ -97,8 +93,8 @@ def check_batch(
                 "an argument of its own, and name the batch in `batch_argnums`"
             )
         (first, whole), rows = leaves[0], leaf.shape[0]
-        if rows != whole.shape[0] and not uneven:
-            split_each = "" if uneven is None else "; pass `batch_layout='uneven'` to split each"
+        if rows != whole.shape[0] and layout != "uneven":
+            split_each = "" if layout is None else "; pass `batch_layout='uneven'` to split each"
             raise ValueError(
                 f"batch leaves must have one number of rows, but {first} has {whole.shape[0]} and "
                 f"{name} has {rows}{split_each}"
@@ -194,3 +190,53 @@ def _as_shape(x: Any) -> tuple[int, ...]:
     sizes = [e if hasattr(e, "shape") else getattr(e, "size", e) for e in sizes]
     known = all(isinstance(e, int | np.integer) and not isinstance(e, bool) for e in sizes)
     return tuple(int(size) for size in sizes) if known else ()
+
+
+def is_typed_key(x: Any) -> bool:
+    """Returns whether `x` is a key of `jax.random.key`."""
+    return isinstance(x, jax.Array) and jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
+
+
+def _is_raw_key(x: Any) -> bool:
+    size = jax.eval_shape(lambda: jax.random.key_data(jax.random.key(0))).shape
+    return isinstance(x, jax.Array | np.ndarray) and x.dtype == jnp.uint32 and x.shape[-1:] == size
+
+
+def fold_in(tree: Any, i: jax.Array) -> Any:
+    """Returns the keys of microbatch i."""
+    typed = any(map(is_typed_key, jax.tree.leaves(tree)))
+
+    def leaf(x):
+        if typed and not is_typed_key(x):
+            return x  # a count of `flax.nnx.RngState`
+        each = functools.partial(jax.random.fold_in, data=i)
+        for _ in range(x.ndim if typed else x.ndim - 1):
+            each = jax.vmap(each)
+        return each(x)
+
+    return jax.tree.map(leaf, tree)
+
+
+def check_keys(keys: dict[str, Any], others: dict[str, Any], *, may_carry: bool) -> None:
+    """Raises if one of `keys` is not a key, or if one of `others` is."""
+    for title, tree in keys.items():
+        typed = any(map(is_typed_key, jax.tree.leaves(tree)))
+        for name, leaf in named_leaves({title: tree}):
+            if not (typed or _is_raw_key(leaf)):
+                raise TypeError(
+                    f"`rng_argnums` names {name}, which is not a PRNG key but {describe(leaf)}; "
+                    "pass one of `jax.random.key`"
+                )
+            if typed and _is_raw_key(leaf) and "count" not in name:  # `flax.nnx.RngState` has one
+                raise TypeError(
+                    f"`rng_argnums` names {name}, a raw key beside typed ones; make it one of "
+                    "`jax.random.key`, or give it an argument of its own"
+                )
+    carry = "`carry_argnum`, if `fun` advances and returns it; or " if may_carry else ""
+    for name, leaf in named_leaves(others):
+        if is_typed_key(leaf):
+            raise TypeError(
+                f"{name} is a PRNG key, with which every microbatch would draw the same numbers; "
+                "pass it as a positional argument and name that in `rng_argnums`, so that each "
+                f"gets another key ({carry}close over it, if they are to share it)"
+            )

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from optaccum import _batch, _keys
+from optaccum import _batch
 from optaccum._batch import named_leaves
 from optaccum._trees import ARRAYS
 from optaccum._validate import check_argnums, check_names, check_takes, describe
@@ -18,19 +18,12 @@ TRAINED, KEYS, CARRY = "`argnums`", "`rng_argnums`", "`carry_argnum`"
 
 
 class Argnums(NamedTuple):
-    """The checked options that give arguments their roles.
+    """The checked options that give arguments their roles."""
 
-    Attributes:
-        positions: {option: positions}, counted from the end if they are negative.
-        names: The keyword arguments to split; None if `batch_argnames` was left out.
-        by_default: Whether `batch_argnums` was left out.
-        layout: `batch_layout`, or None for a function without that option.
-    """
-
-    positions: dict[str, tuple[int, ...]]
-    names: tuple[str, ...] | None
-    by_default: bool
-    layout: str | None
+    positions: dict[str, tuple[int, ...]]  # by option, counted from the end if negative
+    names: tuple[str, ...] | None  # the keyword arguments to split; None if they were left out
+    by_default: bool  # whether `batch_argnums` was left out
+    layout: str | None  # `batch_layout`; None for a function without that option
 
 
 def check_roles(
@@ -75,42 +68,37 @@ class Roles(NamedTuple):
 
     def split(self, args: Iterable[Any], n: int) -> list[Any]:
         """Returns arguments with their rows as `microbatch` wants them, [rows / n, n, ...]."""
-        if self.stacked:
+        if self.stacked or n == 1:
             return list(args)
         return [_batch.split(x, n) if j in self.rows else x for j, x in enumerate(args)]
 
-    def microbatch(self, args: Iterable[Any], i: jax.Array) -> list[Any]:
-        """Returns the arguments of microbatch i: its rows, its keys and the others whole."""
+    def microbatch(self, args: Iterable[Any], i: Any, n: int) -> list[Any]:
+        """Returns the arguments of microbatch i of n: its rows, its keys and the others whole."""
         args = list(args)
+        if n == 1 and not self.stacked:
+            return args
         for j in self.rows:
             args[j] = _batch.take(args[j], i, 0 if self.stacked else 1)
         for j in self.keys:
-            args[j] = _keys.fold_in(args[j], i)
+            args[j] = _batch.fold_in(args[j], i)
         return args
 
 
 class Call:
-    """The arguments of a call by position, with keyword arguments behind the others.
-
-    Attributes:
-        args: All arguments.
-        count: How many of them are given by position.
-        names: The names of the others.
-        argnums: The options that give them their roles.
-        roles: Their roles in this call.
-    """
+    """The arguments of a call: `count` by position, then keyword arguments with these `names`."""
 
     def __init__(self, fun: Any, argnums: Argnums, args: tuple, kwargs: dict[str, Any]):
         self.args = [*args, *kwargs.values()]
         self.count, self.names, self.argnums = len(args), [*kwargs], argnums
         positions = _positions(argnums, self.count)
+        lacks = f"but the call has the keyword arguments {self.names}"
         for name in argnums.names or ():
             if name in kwargs:
                 positions[ROWS] += (self.count + self.names.index(name),)
-            elif wrong := _absent(fun, name, args, self.names):
+            elif wrong := _absent(fun, name, args, lacks):
                 raise ValueError(f"{NAMES} names {name!r}, {wrong}")
         if not positions[ROWS]:
-            raise ValueError(f"{NAMES} names {argnums.names}, {_not_among(self.names)}")
+            raise ValueError(f"{NAMES} names {argnums.names}, {lacks}")
         by_role = (positions.get(option, ()) for option in (TRAINED, ROWS, KEYS, CARRY))
         self.roles = Roles(*by_role, stacked=argnums.layout == "stacked")
 
@@ -119,11 +107,6 @@ class Call:
         """The number of rows of each leaf of the batch; of microbatches, if they are stacked."""
         leaves = jax.tree.leaves([self.args[j] for j in self.roles.rows])
         return [x.shape[0] for x in leaves if getattr(x, "shape", ())]
-
-    @property
-    def num_rows(self) -> int:
-        """The number of rows of the batch."""
-        return self.nums_rows[0]
 
     def title(self, j: int) -> str:
         """Returns what an error calls an argument."""
@@ -134,7 +117,7 @@ class Call:
         return {self.title(j): self.args[j] for j in positions}
 
     def others(self, positions: Iterable[int]) -> list[int]:
-        """Returns all positions but some."""
+        """Returns all positions but these."""
         return [j for j in range(len(self.args)) if j not in positions]
 
     def by_position(self, fun: Callable[..., Any], option: str = "") -> Callable[..., Any]:
@@ -164,19 +147,17 @@ class Call:
                     "equinox.is_inexact_array)`, and let `fun` begin with "
                     "`model = equinox.combine(params, static)`"
                 )
-        layout = self.argnums.layout
         if stacked:
             _batch.check_stack(self.titled(rows), n, devices)
         else:
-            uneven = None if layout is None else layout == "uneven"
-            _batch.check_batch(self.titled(rows), n, remedy, uneven=uneven, devices=devices)
+            _batch.check_batch(self.titled(rows), n, remedy, self.argnums.layout, devices)
         if n > 1 or stacked:
             each = Roles((), (0,), (), (), stacked)
             _batch.check_objects(
-                self.titled(rows), lambda x: each.microbatch(each.split([x], n), jnp.int32(0))[0]
+                self.titled(rows), lambda x: each.microbatch(each.split([x], n), jnp.int32(0), n)[0]
             )
         others = self.titled(self.others((*rows, *keys, *carry)))
-        _keys.check_keys(self.titled(keys), others, may_carry=CARRY in self.argnums.positions)
+        _batch.check_keys(self.titled(keys), others, may_carry=CARRY in self.argnums.positions)
         check_no_other_rows(self, self.argnums)
 
 
@@ -209,7 +190,7 @@ def _positions(argnums: Argnums, count: int) -> dict[str, tuple[int, ...]]:
     return {option: tuple(j % count for j in several) for option, several in positions.items()}
 
 
-def _absent(fun: Any, name: str, args: tuple, keywords: list[str]) -> str | None:
+def _absent(fun: Any, name: str, args: tuple, lacks: str) -> str | None:
     """Returns why a call lacks a keyword argument, or None if `fun` has a default for it.
 
     Many models have a mask that most calls leave out.
@@ -223,11 +204,7 @@ def _absent(fun: Any, name: str, args: tuple, keywords: list[str]) -> str | None
         return f"which the call passes by position; name argument {j} in {ROWS}"
     if name in parameters and parameters[name].default is not inspect.Parameter.empty:
         return None
-    return _not_among(keywords)
-
-
-def _not_among(keywords: list[str]) -> str:
-    return f"but the call has the keyword arguments {keywords}"
+    return lacks
 
 
 def check_no_other_rows(call: Call, argnums: Argnums) -> None:

@@ -10,7 +10,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import PartitionSpec
 
 from optaccum._call import Call
 from optaccum._devices import Automatic
@@ -22,25 +21,16 @@ def on_each_device(
     fun: Callable[..., Any],
     devices: Automatic,
     call: Call,
+    out_specs: Any,
     more: tuple[Any, ...] = (),
     specs: tuple[Any, ...] = (),
-    out_specs: Any = (),
 ) -> Any:
-    """Returns `fun(args, *more)` for the rows of each device.
+    """Returns `fun(args, *more)` for the rows of each device, with the shardings `out_specs`.
 
-    Args:
-        fun: A function of arguments by position.
-        devices: Which axes divide the rows.
-        call: The arguments. Rows are divided, and each device folds its index into its keys, so
-            that rows do not share their noise.
-        more: More arguments.
-        specs: Their shardings.
-        out_specs: The shardings of the results.
+    `args` are those of the call. Each device folds its index into its keys, so that rows do not
+    share their noise. `specs` are the shardings of `more`.
     """
-    roles = call.roles
-    arrays = {*roles.rows, *roles.keys, *roles.trained}  # raw keys and rows may be NumPy's
-    args = [jax.tree.map(jnp.asarray, x) if j in arrays else x for j, x in enumerate(call.args)]
-    whole, rows, join = take_apart(args, roles)
+    whole, rows, join = take_apart(call.args, call.roles)
 
     def body(index, whole, rows, more):
         try:
@@ -54,11 +44,11 @@ def on_each_device(
                 ) from error
             raise
 
-    along, everywhere = PartitionSpec(devices.axes), PartitionSpec()
-    of_rows = PartitionSpec(None, devices.axes) if roles.stacked else along
+    along = jax.P(devices.axes)
+    of_rows = jax.P(None, devices.axes) if call.roles.stacked else along
     mapped = jax.shard_map(
         body,
-        in_specs=(along, everywhere, of_rows, specs),
+        in_specs=(along, jax.P(), of_rows, specs),
         out_specs=out_specs,
         axis_names={*devices.axes},
     )

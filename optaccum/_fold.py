@@ -14,22 +14,17 @@ from optaccum._window import Microbatch
 
 
 class Target(NamedTuple):
-    """The sum that a value is added to.
-
-    Attributes:
-        total: The sum.
-        seen: What `_scatters.apart` needs.
-        apart: Whether it has to keep the value and the sum apart.
-        path: What happens to the value before: dtypes that it is cast to, and permutations.
-    """
+    """The sum that a value is added to."""
 
     total: jax.Array
-    seen: jax.Array
-    apart: bool
-    path: tuple[Any, ...] = ()
+    seen: jax.Array  # what `_scatters.apart` needs
+    apart: bool  # whether it has to keep the value and the sum apart
+    path: tuple[Any, ...] = ()  # what happens to the value before: casts and permutations
 
 
 Targets = dict[int, Target]  # by the position of a result
+
+_CALLS, _CHECKPOINTS = {"jit", "pjit"}, {"checkpoint", "remat2"}
 
 
 def evaluate(
@@ -45,18 +40,18 @@ def evaluate(
     )
     plan, skipped = _plan(jaxpr, targets)
     results: dict[int, Any] = {}
-    first = 0
-    for at in (*sorted(plan), len(jaxpr.eqns)):
-        _run([e for e in jaxpr.eqns[first:at] if id(e) not in skipped], jaxpr, env)
-        if at < len(jaxpr.eqns):
-            eqn, inner = jaxpr.eqns[at], plan[at]
-            values = [_read(env, v) for v in eqn.invars]
-            within = {j: target for j, (_, target) in inner.items()}
-            outs = _HANDLERS[eqn.primitive.name](eqn, values, within, microbatch)
-            env |= zip(eqn.outvars, outs, strict=True)
-            for j, (i, _) in inner.items():
-                results[i] = jnp.reshape(outs[j], targets[i].total.shape)
-        first = at + 1
+    for at, eqn in enumerate(jaxpr.eqns):
+        if id(eqn) in skipped:
+            continue
+        if at not in plan:
+            env |= zip(eqn.outvars, _run(eqn, jaxpr, env), strict=True)
+            continue
+        values = [_read(env, v) for v in eqn.invars]
+        within = {j: target for j, (_, target) in plan[at].items()}
+        outs = _HANDLERS[eqn.primitive.name](eqn, values, within, microbatch)
+        env |= zip(eqn.outvars, outs, strict=True)
+        for j, (i, _) in plan[at].items():
+            results[i] = jnp.reshape(outs[j], targets[i].total.shape)
     for i, v in enumerate(jaxpr.outvars):
         if i not in results:
             x = _read(env, v)
@@ -85,20 +80,18 @@ def _plan(jaxpr: core.Jaxpr, targets: Targets) -> tuple[dict, set[int]]:
                 plan.setdefault(at, {})[j] = i, target
                 skipped |= set(map(id, passed))
                 break
+            path = target.path
             if eqn.primitive is lax.transpose_p:
-                step = tuple(eqn.params["permutation"])
+                target = target._replace(path=(tuple(eqn.params["permutation"]), *path))
             elif eqn.primitive is lax.convert_element_type_p:
-                step = eqn.params["new_dtype"]
-            elif eqn.primitive is lax.reshape_p and not any(map(_permutes, target.path)):
+                target = target._replace(path=(eqn.params["new_dtype"], *path))
+            elif eqn.primitive is lax.reshape_p and not any(map(_permutes, path)):
                 # A reshape of the sum is free.
                 before: Any = eqn.invars[0]
                 target = target._replace(total=jnp.reshape(target.total, before.aval.shape))
-                step = None
             else:
                 break
             passed.append(eqn)
-            if step is not None:
-                target = target._replace(path=(step, *target.path))
             v = eqn.invars[0]
     return plan, skipped
 
@@ -116,11 +109,11 @@ def _can_hold_slices(eqn: core.JaxprEqn, j: int, target: Target) -> bool:
         return False
     if eqn.primitive.name == "scan":
         return eqn.params["length"] > 1 and j >= _carries(eqn)
-    if eqn.primitive.name in ("jit", "pjit"):
+    if eqn.primitive.name in _CALLS:
         shardings = *eqn.params["in_shardings"], *eqn.params["out_shardings"]
         calls = all(type(s).__name__ == "UnspecifiedValue" for s in shardings)
     else:
-        checkpoint = eqn.primitive.name in ("remat2", "checkpoint")
+        checkpoint = eqn.primitive.name in _CHECKPOINTS
         calls = checkpoint and isinstance(eqn.params["prevent_cse"], bool)
     return calls and bool(_plan(opened(eqn.params["jaxpr"])[0], {j: target})[0])
 
@@ -141,14 +134,11 @@ def _is_lookup(eqn: core.JaxprEqn, target: Target, made: dict, jaxpr: core.Jaxpr
     return zeros and {_window.at_least_float32(of_rows.dtype), of_rows.dtype} == dtypes
 
 
-def _run(eqns: list[core.JaxprEqn], jaxpr: core.Jaxpr, env: dict[Any, Any]) -> None:
-    """Evaluates equations, and adds what they make to `env`."""
-    made = dict.fromkeys(v for e in eqns for v in e.outvars)
-    reads = dict.fromkeys(v for e in eqns for v in e.invars if isinstance(v, core.Var))
-    needed = [v for v in reads if v not in made]
-    part = jaxpr.replace(constvars=[], invars=needed, outvars=[*made], eqns=eqns)
-    outs = core.jaxpr_as_fun(core.ClosedJaxpr(part, ()))(*[env[v] for v in needed])
-    env |= zip(made, outs, strict=True)
+def _run(eqn: core.JaxprEqn, jaxpr: core.Jaxpr, env: dict[Any, Any]) -> list[Any]:
+    """Returns the results of an equation."""
+    reads = [*dict.fromkeys(v for v in eqn.invars if isinstance(v, core.Var))]
+    part = jaxpr.replace(constvars=[], invars=reads, outvars=eqn.outvars, eqns=[eqn])
+    return core.jaxpr_as_fun(core.ClosedJaxpr(part, ()))(*[env[v] for v in reads])
 
 
 def _read(env: dict[Any, Any], v: Any) -> Any:
@@ -177,8 +167,7 @@ def _of_slices(path: tuple[Any, ...]) -> tuple[int, tuple[Any, ...]]:
 
 def _carries(eqn: core.JaxprEqn) -> int:
     """Returns how many results of a scan are carries: these have the same shape inside."""
-    inside = opened(eqn.params["jaxpr"])[0].outvars
-    return _scatters.alike(inside, eqn.outvars)
+    return _scatters.alike(opened(eqn.params["jaxpr"])[0].outvars, eqn.outvars)
 
 
 def opened(jaxpr: Any) -> tuple[core.Jaxpr, Sequence[Any]]:
@@ -220,19 +209,7 @@ def _scan(eqn: core.JaxprEqn, values: list, targets: Targets, microbatch: Microb
 
 
 def _call(eqn: core.JaxprEqn, values: list, targets: Targets, microbatch: Microbatch) -> list:
-    """Evaluates what `jax.jit` calls."""
-    jaxpr, consts = opened(eqn.params["jaxpr"])
-
-    @jax.jit
-    def inside(values, totals):
-        within = {j: target._replace(total=totals[j]) for j, target in targets.items()}
-        return evaluate(jaxpr, consts, values, within, microbatch)
-
-    return inside(values, {j: target.total for j, target in targets.items()})
-
-
-def _checkpoint(eqn: core.JaxprEqn, values: list, targets: Targets, microbatch: Microbatch) -> list:
-    """Evaluates what `jax.checkpoint` computes again, still behind its barrier."""
+    """Evaluates what `jax.jit` calls, or `jax.checkpoint` computes again, behind its barrier."""
     jaxpr, consts = opened(eqn.params["jaxpr"])
     totals = {j: target.total for j, target in targets.items()}
 
@@ -240,6 +217,8 @@ def _checkpoint(eqn: core.JaxprEqn, values: list, targets: Targets, microbatch: 
         within = {j: target._replace(total=totals[j]) for j, target in targets.items()}
         return evaluate(jaxpr, consts, values, within, microbatch)
 
+    if eqn.primitive.name not in _CHECKPOINTS:
+        return jax.jit(inside)(values, totals)
     closed = jax.make_jaxpr(inside)(values, totals)
     invars = [*closed.jaxpr.constvars, *closed.jaxpr.invars]
     hoisted = closed.jaxpr.replace(constvars=[], invars=invars)
@@ -256,11 +235,4 @@ def _scatter(eqn: core.JaxprEqn, values: list, targets: Targets, microbatch: Mic
     return [plus(target, table, microbatch._replace(weight=None))]
 
 
-_HANDLERS = {
-    "scan": _scan,
-    "jit": _call,
-    "pjit": _call,
-    "remat2": _checkpoint,
-    "checkpoint": _checkpoint,
-    "scatter-add": _scatter,
-}
+_HANDLERS = {"scan": _scan, "scatter-add": _scatter} | dict.fromkeys(_CALLS | _CHECKPOINTS, _call)

@@ -17,18 +17,10 @@ from optaccum._call import Call, Roles
 from optaccum._cotangents import call_with_drops, drop_unless, flat_jaxpr
 from optaccum._gradients import dtypes_of_sums
 from optaccum._mesh_axes import vary, varying
-from optaccum._outputs import as_carry_and_aux, check_aux, check_carry
+from optaccum._outputs import as_carry_and_aux, check_aux
 from optaccum._overwritten import Overwritten
 from optaccum._trees import cast_floating, cast_like, strongly_typed
 from optaccum._window import Microbatch, Sums
-
-
-class Carried(NamedTuple):
-    """What the scan carries from one microbatch to the next."""
-
-    sums: Any  # weighted sums of the gradients, in the accumulator dtype
-    total: jax.Array  # sum of the weights so far: f32[], or f64[] with `jax_enable_x64`
-    carry: Any  # the argument `carry_argnum` of the next microbatch; None if there is none
 
 
 class Outputs(NamedTuple):
@@ -42,11 +34,11 @@ class Outputs(NamedTuple):
 
 
 class Settings(NamedTuple):
-    """The checked options of a loop; `summed` is whether the loss is a sum over the weight."""
+    """The checked options of a loop."""
 
     n: Any  # an int, or a function that counts the microbatches that are real
     has_aux: bool
-    summed: bool
+    summed: bool  # whether the loss is a sum over what the weight counts
     accumulator_dtype: Any
     reduce_dtype: Any = None
     overlap_reduction: bool = False
@@ -55,7 +47,7 @@ class Settings(NamedTuple):
     def checked(
         cls, fun: Any, weight_fn: Any, n: Any, has_aux: Any, loss_reduction: Any, dtype: Any
     ) -> "Settings":
-        """Returns the options, or raises."""
+        """Returns the options with a `dtype` of sums that has been checked, or raises."""
         _validate.check_function("`fun`", fun)
         if weight_fn is not None:
             _validate.check_function("`weight_fn`", weight_fn)
@@ -65,7 +57,7 @@ class Settings(NamedTuple):
             n = _validate.check_count(
                 "`num_microbatches`", n, " or, of stacked microbatches, a function that counts them"
             )
-        return cls(n, has_aux, summed, _validate.check_accumulator_dtype(dtype))
+        return cls(n, has_aux, summed, dtype)
 
     def of_call(self, call: Call, devices: int = 1) -> tuple["Settings", jax.Array | None]:
         """Checks a call; returns the options with an int, and how many microbatches are real.
@@ -92,42 +84,31 @@ class Settings(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Loop:
-    """A call of a loss in microbatches.
+    """A call of a loss in microbatches."""
 
-    Attributes:
-        args: The arguments by position, the rows of the batch as [rows / n, n, ...] if n > 1.
-        roles: Which of them are what.
-        params: The arguments that are differentiated: one, or a tuple.
-        differentiate: `jax.value_and_grad` of the loss, by position like `weight_fn`.
-        devices: Where the sums are.
-        overwritten: Which parameters their gradients replace.
-        count: i32[], how many of the n microbatches are real, the first ones; None for all.
-        summed: Whether the loss is a sum over what the weight counts.
-        n: The number of microbatches.
-        (others): As in :func:`optaccum.value_and_grad`.
-    """
-
-    args: list[Any]
+    settings: Settings
+    args: list[Any]  # by position, as `Roles.split` returns them
     roles: Roles
-    params: Any
-    differentiate: Callable[..., Any]
+    params: Any  # the arguments that are differentiated: one, or a tuple
+    differentiate: Callable[..., Any]  # `jax.value_and_grad` of the loss, by position
+    weight_fn: Callable[..., Any] | None  # by position
     devices: _devices.Replicated
-    overwritten: Overwritten
-    count: jax.Array | None
-    summed: bool
-    n: int
-    has_aux: bool
-    weight_fn: Callable[..., Any] | None
-    accumulator_dtype: Any
-    reduce_dtype: Any
-    overlap_reduction: bool
+    overwritten: Overwritten  # which parameters their gradients replace
+    count: jax.Array | None  # i32[], how many microbatches are real, the first ones; None for all
 
-    def __call__(self) -> tuple[Any, Any, Any, Any]:
-        """Returns mean loss, stacked aux, last carry and mean gradients."""
+    @property
+    def n(self) -> int:
+        """The number of microbatches, real or not."""
+        return self.settings.n
+
+    def __call__(self) -> tuple[Any, Any]:
+        """Returns what `jax.value_and_grad` of the loss does, with means and stacked aux."""
         alone = self.n == 1 and not self.roles.stacked and not self.devices.axes
-        return self.once() if alone else self.scan()
+        loss, aux, carry, grads = self.once() if alone else self.scan()
+        aux = (*carry, aux) if carry else aux
+        return ((loss, aux) if self.settings.has_aux else loss), grads
 
-    def once(self) -> tuple[Any, Any, Any, Any]:
+    def once(self) -> tuple[Any, Any, list, Any]:
         """Returns loss, aux, carry and gradients of one microbatch, without a scan or sums."""
         args = self.arguments(0, self._first_carry())
         weight, counts = self.weigh(args, 0)
@@ -135,7 +116,7 @@ class Loop:
         ((loss, aux, new), grads), holds = _scatters.trace(run)
         grads = _scatters.apart(grads, holds, 0) if counts is None else grads
         carry, aux = self.carry_on(args, counts, aux)
-        if self.summed:
+        if self.settings.summed:
             each = Sums(jnp.asarray(weight), grads, loss)
             grads, loss = _window.mean(each, each)
         if counts is not None:
@@ -144,46 +125,48 @@ class Loop:
         aux, new, counts = jax.tree.map(lambda x: jnp.asarray(x)[None], (aux, new, counts))
         return loss, aux, carry, self._with_new(grads, new, counts)
 
-    def scan(self) -> tuple[Any, Any, Any, Any]:
+    def scan(self) -> tuple[Any, Any, list, Any]:
         """Returns mean loss, stacked aux, last carry and mean gradients of all microbatches."""
         sums, each, carry = self.sums()
-        grads = cast_floating(sums.grads, self.reduce_dtype)
+        grads = cast_floating(sums.grads, self.settings.reduce_dtype)
         with jax.named_scope("optaccum.reduce"):
             grads, (total, loss) = self.devices.reduce(grads, (sums.weight, sums.args))
         like = Sums(None, self.overwritten.split(self.params)[0], each.loss)
         grads, loss = _window.mean(Sums(total, grads, loss), like)
         return loss, each.aux, carry, self._with_new(grads, each.new, each.counts)
 
-    def sums(self) -> tuple[Sums, Outputs, Any]:
+    def sums(self) -> tuple[Sums, Outputs, list]:
         """Returns sums over all microbatches on this device, what each returned, and the carry."""
         carry = self._first_carry()
         # Zeros of the gradients' type: if it is `unreduced`, that of `params` is not.
         params, _ = self.overwritten.split(self.params)
         zeros = jax.grad(lambda _: 0.0)(params)
-        dtypes = dtypes_of_sums(params, self.accumulator_dtype)
+        dtypes = dtypes_of_sums(params, self.settings.accumulator_dtype)
         sums, total = _window.open_sums(zeros, dtypes), jnp.zeros([], _dtype())
         if self.weight_fn is not None:
             weight, _ = jax.eval_shape(lambda: self.weigh(self.arguments(0, carry), 0))
             total = vary(total, tuple(varying(weight)))
-        carried, trips = Carried(sums, total, carry), self.n - self.overlap_reduction
+        trips = self.n - self.settings.overlap_reduction
         if self.count is None:
-            carried, each = lax.scan(self.trip, carried, jnp.arange(trips))
+            carried, each = lax.scan(self.trip, (sums, total, carry), jnp.arange(trips))
         else:
-            carried, each = self._real_trips(carried)
-        if self.overlap_reduction:
+            total = vary(total, tuple(varying(self.count)))
+            carried, each = self._real_trips(self.count, (sums, total, carry))
+        if self.settings.overlap_reduction:
             carried, last = self.trip(carried, jnp.asarray(trips))
             each = jax.tree.map(
                 lambda xs, x: jnp.concatenate([xs, jnp.asarray(x)[None]]), each, last
             )
         sums, total, carry = carried
-        if each.weight is None and not self.summed:
+        summed = self.settings.summed
+        if each.weight is None and not summed:
             total = jnp.asarray(self.n if self.count is None else self.count, total.dtype)
-        all_of_them = Microbatch(each.weight, True, adds=each.counts, summed=self.summed)
+        all_of_them = Microbatch(each.weight, True, adds=each.counts, summed=summed)
         losses = _window.add(_window.open_sums(each.loss), each.loss, all_of_them)
         return Sums(total, sums, losses.sum()), each, carry
 
-    def trip(self, carried: Carried, i: jax.Array) -> tuple[Carried, Outputs]:
-        """Runs microbatch i and adds it to the sums."""
+    def trip(self, carried: tuple, i: jax.Array) -> tuple[tuple, Outputs]:
+        """Runs microbatch i, and adds it to the sums of gradients and to the total weight."""
         sums, total, carry = carried
         args = self.arguments(i, carry)
         weight, counts = self.weigh(args, total)
@@ -192,43 +175,39 @@ class Loop:
             weight = jnp.asarray(weight, _dtype())
             counts = real if counts is None else real & counts
         unequal = None if counts is None else weight  # equal weights cancel
-        microbatch = Microbatch(unequal, adds=counts, summed=self.summed)
+        microbatch = Microbatch(unequal, adds=counts, summed=self.settings.summed)
         run = functools.partial(self.run, args, weight, counts)
         (loss, aux, new), sums = add_gradients(run, sums, microbatch, total)
         carry, aux = self.carry_on(args, counts, aux)
         total += weight if counts is None else jnp.where(counts, weight, 0)
-        return Carried(sums, total, carry), Outputs(loss, aux, unequal, counts, new)
+        return (sums, total, carry), Outputs(loss, aux, unequal, counts, new)
 
-    def _real_trips(self, start: Carried) -> tuple[Carried, Outputs]:
+    def _real_trips(self, trips: jax.Array, start: tuple) -> tuple[tuple, Outputs]:
         """Does what a scan does, in the time of the microbatches that are real on some device."""
-        trips = self.count
         if axes := tuple(varying(trips)):  # `fun` may communicate, so devices run alike
             trips = lax.pmax(trips, axes)
-            start = start._replace(total=vary(start.total, axes))
         closed, structure = flat_jaxpr(self.trip, start, jnp.int32(0))
         trip, first = core.jaxpr_as_fun(closed), jax.tree.leaves(start)
+        carries = len(first)
 
         def body(i, state):
             carried, stacks = state
             results = trip(*carried, i)
-            each = results[len(first) :]
-            return results[: len(first)], [
-                xs.at[i].set(x) for xs, x in zip(stacks, each, strict=True)
-            ]
+            stacks = jax.tree.map(lambda xs, x: xs.at[i].set(x), stacks, results[carries:])
+            return results[:carries], stacks
 
         stacks = [
             vary(jnp.zeros((self.n, *x.shape), x.dtype), tuple(varying(x)))
-            for x in jax.eval_shape(trip, *first, jnp.int32(0))[len(first) :]
+            for x in jax.eval_shape(trip, *first, jnp.int32(0))[carries:]
         ]
         carried, stacks = lax.fori_loop(0, trips, body, (first, stacks))
         return structure.unflatten([*carried, *stacks])
 
-    def arguments(self, i: Any, carry: Any) -> list[Any]:
-        """Returns the arguments of microbatch i, or all of them if it is the only one."""
-        whole = self.n == 1 and not self.roles.stacked
-        args = list(self.args) if whole else self.roles.microbatch(self.args, i)
-        for j in self.roles.carry:
-            args[j] = carry
+    def arguments(self, i: Any, carry: list) -> list[Any]:
+        """Returns the arguments of microbatch i."""
+        args = self.roles.microbatch(self.args, i, self.n)
+        for j, x in zip(self.roles.carry, carry, strict=True):
+            args[j] = x
         return args
 
     def weigh(self, args: list[Any], total: Any) -> tuple[Any, jax.Array | None]:
@@ -246,15 +225,9 @@ class Loop:
         return drop_unless(counts, weight), counts
 
     def run(self, args: list[Any], weight: Any, counts: jax.Array | None) -> tuple[Any, Any]:
-        """Returns `(loss, aux, new)` and the gradients of a microbatch.
-
-        Args:
-            args: Its arguments.
-            weight: Its weight.
-            counts: Whether that counts, as `weigh` returns both.
-        """
+        """Returns `(loss, aux, new)` and the gradients of a microbatch."""
         value, grads = call_with_drops(counts, functools.partial(self.differentiate, *args))
-        loss, aux = value if self.has_aux else (value, None)
+        loss, aux = value if self.settings.has_aux else (value, None)
         check_aux(aux)
         _reduce_axes.check_gradients(loss, grads, weight, self.devices)
         grads, new = self.overwritten.split(grads)
@@ -268,20 +241,17 @@ class Loop:
         counts = real if counts is None else real & counts
         return self.overwritten.join(grads, new, counts, self.params)
 
-    def carry_on(self, args: list[Any], counts: jax.Array | None, aux: Any) -> tuple[Any, Any]:
+    def carry_on(self, args: list[Any], counts: jax.Array | None, aux: Any) -> tuple[list, Any]:
         """Returns the carry of the next microbatch, and what is left of `aux`."""
         if not self.roles.carry:
-            return None, aux
+            return [], aux
         old = args[self.roles.carry[0]]
-        new, aux = as_carry_and_aux(aux)
-        check_carry(new, old)
+        new, aux = as_carry_and_aux(aux, old)
         new = _scatters.fence(self.devices.share(cast_like(new, old)))
-        return (new if counts is None else optax.tree.where(counts, new, old)), aux
+        return [new if counts is None else optax.tree.where(counts, new, old)], aux
 
-    def _first_carry(self) -> Any:
-        if not self.roles.carry:
-            return None
-        return jax.tree.map(strongly_typed, self.args[self.roles.carry[0]])
+    def _first_carry(self) -> list:
+        return [jax.tree.map(strongly_typed, self.args[j]) for j in self.roles.carry]
 
 
 def _dtype() -> jnp.dtype:

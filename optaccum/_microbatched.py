@@ -11,7 +11,7 @@ import numpy as np
 from optaccum import _batch, _call, _passes, _reduce_axes, _validate
 from optaccum._batch import named_leaves
 from optaccum._conditional import hoisted
-from optaccum._in_place import refuse_changes
+from optaccum._outputs import refuse_changes
 
 Outputs = TypeVar("Outputs")
 Arguments = ParamSpec("Arguments")
@@ -141,12 +141,9 @@ def microbatched(
         devices = _reduce_axes.check_shares(axes)
         if n == 1:
             outputs = of_args(*_passes.share(call.args, devices))
-            check_outputs(outputs, call.num_rows)
+            check_outputs(outputs, call.nums_rows[0])
             return outputs
-        args = call.roles.split(call.args, n)
-        for j in call.roles.keys:  # raw ones may be NumPy's
-            args[j] = jax.tree.map(jnp.asarray, args[j])
-        whole, rows, join = _passes.take_apart(args, call.roles)
+        whole, rows, join = _passes.take_apart(call.roles.split(call.args, n), call.roles)
         first = jnp.int32(0)
         # What `fun` closes over becomes an argument of the rule, which can then tell whether it
         # is differentiated.
@@ -154,7 +151,7 @@ def microbatched(
             lambda i, *arrays: of_args(*join(i, *arrays)),
             *(first, *_passes.share(whole, devices), *_batch.take(rows, first)),
         )
-        check_outputs(shapes, call.num_rows // n)
+        check_outputs(shapes, call.nums_rows[0] // n)
         check_joins(shapes, n)
         passes = _passes.Passes(of_arrays, devices, n, accumulator_dtype)
         rule = jax.custom_vjp(passes.run)

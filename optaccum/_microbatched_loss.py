@@ -7,9 +7,8 @@ from typing import Any, Literal, ParamSpec, TypeVar
 import jax
 
 from optaccum import _call, _reduce_axes, _rule, _validate
-from optaccum._in_place import refuse_changes
 from optaccum._loop import Settings
-from optaccum._outputs import as_loss
+from optaccum._outputs import as_loss, refuse_changes
 
 Value = TypeVar("Value")  # the loss, or with `has_aux` `(loss, aux)`
 Arguments = ParamSpec("Arguments")
@@ -88,10 +87,8 @@ def microbatched_loss(
         TypeError, ValueError: as :func:`optaccum.value_and_grad` does; when differentiated, for
             what has no derivative here.
     """
-    accumulator_dtype = _validate.check_dtype(accumulator_dtype)
-    settings = Settings.checked(
-        fun, weight_fn, num_microbatches, has_aux, loss_reduction, accumulator_dtype
-    )
+    dtype = _validate.check_dtype(accumulator_dtype)
+    settings = Settings.checked(fun, weight_fn, num_microbatches, has_aux, loss_reduction, dtype)
     axes = _validate.check_axes(reduce_axes)
     positions = _call.check_roles(
         batch_argnames,
@@ -110,8 +107,6 @@ def microbatched_loss(
         of_args = refuse_changes(of_args, call.title, call.roles.carry)
         of_weight = None if weight_fn is None else call.by_position(weight_fn, "`weight_fn`")
         devices = _reduce_axes.check_shares(axes)
-        loss, aux, carry = _rule.run(call, of_args, of_weight, devices, of_call, count)
-        aux = (carry, aux) if call.roles.carry else aux
-        return (loss, aux) if has_aux else loss
+        return _rule.run(call, of_args, of_weight, devices, of_call, count)
 
     return loss_fn

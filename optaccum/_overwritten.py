@@ -46,13 +46,9 @@ class Overwritten(NamedTuple):
         return structure.unflatten(rest), values
 
     def join(self, rest: Any, new: list[jax.Array], counts: jax.Array, params: Any) -> Any:
-        """Returns a tree with the largest of the new values, or the old ones if none counts.
+        """Returns `rest`, with None in these places, with the largest of the new values in them.
 
-        Args:
-            rest: A tree with None in these places.
-            new: Of the microbatches, [n, ...].
-            counts: bool[n], which of them count.
-            params: The tree that is to be replaced.
+        Or with those of `params` if none counts. `new` are [n, ...], and `counts` is bool[n].
         """
         leaves = jax.tree.leaves(rest, is_leaf=is_none)
         old, structure = jax.tree.flatten(params)
@@ -65,11 +61,7 @@ class Overwritten(NamedTuple):
         return structure.unflatten(leaves)
 
 
-def is_overwritten(path: Any) -> bool:
-    """Returns whether a leaf at this path is in such a collection."""
-    return any(getattr(key, "key", None) == NAME for key in path)
-
-
 def overwritten(params: Any) -> list[bool]:
     """Returns which leaves of parameters are in such a collection."""
-    return [is_overwritten(path) for path, _ in jax.tree_util.tree_leaves_with_path(params)]
+    leaves = jax.tree_util.tree_leaves_with_path(params)
+    return [any(getattr(key, "key", None) == NAME for key in path) for path, _ in leaves]

@@ -12,11 +12,11 @@ from typing import Any
 
 import jax
 from jax import lax
-from jax.custom_derivatives import SymbolicZero
+from jax.custom_derivatives import SymbolicZero, custom_vjp_primal_tree_values
 import jax.numpy as jnp
 import numpy as np
 
-from optaccum import _batch, _devices, _gradients, _keys, _scatters, _window
+from optaccum import _batch, _devices, _gradients, _scatters, _window
 from optaccum._backward import add_gradients
 from optaccum._call import Roles
 from optaccum._trees import cast_like
@@ -32,6 +32,8 @@ def take_apart(args: list[Any], roles: Roles) -> tuple[Arrays, Arrays, Callable[
     `join(i, *whole, *rows)` returns the arguments of microbatch i, with its keys. It keeps no
     array: rules of differentiation outlive the trace that arrays belong to.
     """
+    named = {*roles.rows, *roles.keys, *roles.trained}  # raw keys and rows may be NumPy's
+    args = [jax.tree.map(jnp.asarray, x) if j in named else x for j, x in enumerate(args)]
     leaves, structure = jax.tree.flatten(args)
     in_rows = [j in roles.rows for j, tree in enumerate(args) for _ in jax.tree.leaves(tree)]
     arrays = [k for k, x in enumerate(leaves) if isinstance(x, jax.Array)]
@@ -45,7 +47,7 @@ def take_apart(args: list[Any], roles: Roles) -> tuple[Arrays, Arrays, Callable[
             leaves[k] = x
         args = structure.unflatten(leaves)
         for j in roles.keys:
-            args[j] = _keys.fold_in(args[j], i)
+            args[j] = _batch.fold_in(args[j], i)
         return args
 
     return [leaves[k] for k in whole], [leaves[k] for k in rows], join
@@ -57,17 +59,12 @@ class Passes:
 
     `run`, `forward` and `backward` are what `jax.custom_vjp` wants. They take the arrays without
     rows, the ones with rows as [m, n, ...], and what the function closes over.
-
-    Attributes:
-        fun: `(closed_over, i, *whole, *rows)` returns the outputs of microbatch i, leaves [m, ...].
-        devices: How they share what has no rows.
-        n: The number of microbatches.
-        accumulator_dtype: Dtype of the sums of gradients, or None.
     """
 
+    # `(closed_over, i, *whole, *rows)` returns the outputs of microbatch i, leaves [m, ...].
     fun: Callable[..., Any]
-    devices: _devices.Replicated
-    n: int
+    devices: _devices.Replicated  # how they share what has no rows
+    n: int  # the number of microbatches
     accumulator_dtype: Any
 
     def run(self, whole: Arrays, rows: Arrays, closed_over: Arrays) -> Any:
@@ -94,15 +91,29 @@ class Passes:
         check_closed_over(closed_over)
         trained = [{k: x.value for k, x in enumerate(xs) if x.perturbed} for xs in (whole, rows)]
         _gradients.dtypes_of_sums(trained, self.accumulator_dtype)  # raises if it does not fit
-        values = [[x.value for x in xs] for xs in (whole, rows, closed_over)]
+        values = custom_vjp_primal_tree_values((whole, rows, closed_over))
         return self.run(*values), (trained, *values)
 
-    def backward(self, residuals: Any, cotangents: Any) -> tuple[list, list, list]:
-        """Returns the cotangents of whole arrays, of rows and of what the function closes over."""
+    def backward(self, residuals: Any, cotangents: Any) -> tuple[list, list, None]:
+        """Returns the cotangents of whole arrays and of rows, and none of what is closed over."""
         (of_whole, of_rows), whole, rows, closed_over = residuals
         shared = share(whole, self.devices)
         trained = {k: shared[k] for k in of_whole}, of_rows
-        pull = functools.partial(self._pull, (trained, shared, rows, closed_over), cotangents)
+
+        def pull(i):
+            """Returns the cotangents of the rows of microbatch i, and of whole arrays."""
+            microbatch = _batch.take(rows, i)
+
+            # With the fences of `jax.checkpoint` compilers go through the parts of `fun` one after
+            # the other. Without, XLA:GPU keeps what two towers compute at the same time.
+            @jax.checkpoint
+            def fun(some_whole, some_rows):
+                arrays = [some_whole.get(k, x) for k, x in enumerate(shared)]
+                arrays += [some_rows.get(k, x) for k, x in enumerate(microbatch)]
+                return self.fun(closed_over, i, *arrays)
+
+            outputs, vjp = jax.vjp(fun, trained[0], {k: microbatch[k] for k in of_rows})
+            return vjp(jax.tree.map(functools.partial(_cotangent, i), outputs, cotangents))[::-1]
 
         def body(carried, i):
             sums, joined, seen = carried
@@ -117,28 +128,8 @@ class Passes:
         with jax.named_scope("optaccum.reduce"):
             sums = {k: _devices.reduce_like(s, whole[k], self.devices) for k, s in sums.items()}
         sums = cast_like(sums, of_whole)
-        return (
-            [sums.get(k) for k in range(len(whole))],
-            [joined.get(k) for k in range(len(rows))],
-            [None] * len(closed_over),
-        )
-
-    def _pull(self, residuals: Any, cotangents: Any, i: jax.Array) -> tuple[Any, Any]:
-        """Returns the cotangents of the rows of microbatch i, and of whole arrays."""
-        (of_whole, of_rows), whole, rows, closed_over = residuals
-        rows = _batch.take(rows, i)
-
-        # With the fences of `jax.checkpoint` compilers go through the parts of `fun` one after the
-        # other. Without, XLA:GPU keeps what two towers compute at the same time.
-        @jax.checkpoint
-        def fun(some_whole, some_rows):
-            arrays = [some_whole.get(k, x) for k, x in enumerate(whole)]
-            arrays += [some_rows.get(k, x) for k, x in enumerate(rows)]
-            return self.fun(closed_over, i, *arrays)
-
-        outputs, vjp = jax.vjp(fun, of_whole, {k: rows[k] for k in of_rows})
-        of_whole, of_rows = vjp(jax.tree.map(functools.partial(_cotangent, i), outputs, cotangents))
-        return of_rows, of_whole
+        of_whole = [sums.get(k) for k in range(len(whole))]
+        return of_whole, [joined.get(k) for k in range(len(rows))], None
 
 
 def check_closed_over(values: list) -> None:

@@ -1,12 +1,12 @@
 """A loss and its rule of differentiation, whose forward pass computes the gradients too."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 import dataclasses
 from typing import Any
 
 import jax
 from jax import lax
-from jax.custom_derivatives import SymbolicZero
+from jax.custom_derivatives import SymbolicZero, custom_vjp_primal_tree_values
 import jax.numpy as jnp
 
 from optaccum import _devices, _passes, _window
@@ -28,40 +28,27 @@ class Rule:
     `primal`, `forward` and `backward` are what `jax.custom_vjp` wants. They keep no array: rules
     of differentiation outlive the trace that arrays belong to. So they take what `fun` and
     `weight_fn` close over, too.
-
-    Attributes:
-        fun: `(closed_over, *arrays)` returns what the loss returns for a microbatch.
-        weight_fn: The same for its weight, or None.
-        others: The leaves of all arguments, None for arrays.
-        owners: The argument that each leaf belongs to.
-        titles: What errors call the arguments.
-        overwrites: Which leaves their gradients replace.
-        structure: Of the arguments.
-        roles: Of the arguments.
-        varies: The mesh axes of `jax.shard_map` over which each leaf varies.
-        devices: How they share what has no rows.
-        settings: Of the loop.
     """
 
-    fun: Callable[..., Any]
-    weight_fn: Callable[..., Any] | None
-    others: list[Any]
-    owners: list[int]
-    titles: list[str]
-    overwrites: list[bool]
-    structure: Any
-    roles: Roles
-    varies: list[frozenset[str]]
-    devices: _devices.Replicated
+    fun: Callable[..., Any]  # `(closed_over, *arrays)` returns the loss of a microbatch
+    weight_fn: Any  # the same for its weight, or None
+    others: list[Any]  # the leaves of all arguments, None for arrays
+    owners: list[int]  # the argument that each leaf belongs to
+    titles: list[str]  # what errors call the arguments
+    overwrites: list[bool]  # which leaves their gradients replace
+    structure: Any  # of the arguments
+    roles: Roles  # of the arguments
+    varies: list[frozenset[str]]  # the axes of `jax.shard_map` over which each leaf varies
+    devices: _devices.Replicated  # how they share what has no rows
     settings: Settings
 
-    def primal(self, arrays: Arrays, closed_over: tuple) -> tuple[Any, Any, Any]:
-        """Returns loss, aux and carry, by forward passes alone."""
-        return self._loop(arrays, closed_over, ())[:3]
+    def primal(self, arrays: Arrays, closed_over: tuple) -> Any:
+        """Returns the value of the loss, by forward passes alone."""
+        return self._loop(arrays, closed_over, ())[0]
 
     def forward(self, arrays: Any, closed_over: Any) -> tuple[Any, Any]:
-        """Returns loss, aux and carry, and the gradients of what is differentiated."""
-        _passes.check_closed_over(jax.tree.leaves(closed_over, is_leaf=_is_primal))
+        """Returns the value, and the gradients of what is differentiated."""
+        _passes.check_closed_over(jax.tree.leaves(closed_over))
         trained = tuple(k for k, x in arrays.items() if x.perturbed)
         for k in trained:
             j = self.owners[k]
@@ -71,18 +58,14 @@ class Rule:
                     f"{self.titles[j]} is differentiated, but it is {role}, and only the other "
                     "arguments have gradients; use jax.lax.stop_gradient"
                 )
-        arrays, closed_over = jax.tree.map(
-            lambda x: jnp.asarray(x.value),  # JAX 0.7.2 hands on numbers
-            (arrays, closed_over),
-            is_leaf=_is_primal,
-        )
-        *results, grads = self._loop(arrays, closed_over, trained)
-        return tuple(results), grads
+        values = custom_vjp_primal_tree_values((arrays, closed_over))
+        arrays, closed_over = jax.tree.map(jnp.asarray, values)  # JAX 0.7.2 hands on numbers
+        return self._loop(arrays, closed_over, trained)
 
     def backward(self, grads: Arrays, cotangents: Any) -> tuple[Any, Any]:
         """Returns the cotangents of the arrays, and none of what the functions close over."""
-        of_loss, *others = cotangents
-        for x in jax.tree.leaves(others, is_leaf=lambda x: isinstance(x, SymbolicZero)):
+        of_loss, of_aux = cotangents if self.settings.has_aux else (cotangents, ())
+        for x in jax.tree.leaves(of_aux):
             if not isinstance(x, SymbolicZero) and x.dtype != jax.dtypes.float0:
                 raise TypeError(
                     "`aux` of optaccum.microbatched_loss is differentiated, but only the loss has "
@@ -125,39 +108,38 @@ class Rule:
             leaves[k] = vary(self.devices.share(x), self.axes) if shares or carried else x
         return self.structure.unflatten(leaves)
 
-    def arrays(self, args: list[Any]) -> Arrays:
+    def arrays(self, args: Sequence[Any]) -> Arrays:
         """Returns the arrays of arguments, of the batch or of a microbatch."""
         leaves = jax.tree.leaves(args)
         return {k: leaves[k] for k in self.places}
 
     def _loop(self, arrays: Arrays, closed_over: tuple, trained: tuple[int, ...]) -> tuple:
-        """Returns loss, aux, carry, and the gradients of leaves."""
+        """Returns the value and the gradients of leaves."""
         args = self.arguments(arrays)
         params = {k: x for k, x in self.arrays(args).items() if k in trained}
         of_fun, of_weight, count = closed_over
 
-        def value(*args):
-            *args, params = args
-            return self.fun(of_fun, *(self.arrays(args) | params).values())
+        def differentiate(*args):
+            def value(params):
+                return self.fun(of_fun, *(self.arrays(args) | params).values())
 
-        def forward_only(*args):
-            return value(*args), {}
+            if not trained:
+                return value({}), {}
+            return jax.value_and_grad(value, has_aux=self.settings.has_aux)(params)
 
         def weight(*args):
-            assert self.weight_fn is not None
-            return self.weight_fn(of_weight, *self.arrays(list(args[:-1])).values())
+            return self.weight_fn(of_weight, *self.arrays(args).values())
 
-        differentiate = jax.value_and_grad(value, len(args), self.settings.has_aux)
         loop = Loop(
-            args=[*args, params],
-            roles=self.roles._replace(trained=(len(args),)),
+            settings=self.settings,
+            args=args,
+            roles=self.roles,
             params=params,
-            differentiate=differentiate if trained else forward_only,
+            differentiate=differentiate,
+            weight_fn=None if self.weight_fn is None else weight,
             devices=self.devices,
             overwritten=Overwritten.among((self.overwrites[k] for k in params), self.axes),
             count=count,
-            weight_fn=None if self.weight_fn is None else weight,
-            **self.settings._asdict(),
         )
         return loop()
 
@@ -169,10 +151,10 @@ def run(
     devices: _devices.Replicated,
     settings: Settings,
     count: jax.Array | None,
-) -> tuple[Any, Any, Any]:
-    """Returns loss, aux and carry of a call. The functions are by position."""
+) -> Any:
+    """Returns the value of a call. The functions are by position."""
     n, roles = settings.n, call.roles
-    args = roles.split(call.args, n) if n > 1 else list(call.args)
+    args = roles.split(call.args, n)
     for j in (*roles.keys, *roles.carry):  # raw keys may be NumPy's
         args[j] = jax.tree.map(strongly_typed, args[j])
     leaves, structure = jax.tree.flatten(args)
@@ -190,12 +172,9 @@ def run(
         settings=settings,
     )
     arrays = rule.arrays(args)
-    first = rule.arguments(arrays)
-    first = roles.microbatch(first, jnp.int32(0)) if n > 1 or roles.stacked else first
+    first = roles.microbatch(rule.arguments(arrays), jnp.int32(0), n)
     of_fun, fun_closes_over = _of_arrays(rule, fun, first, settings.has_aux)
-    of_weight, weight_closes_over = None, []
-    if weight_fn is not None:
-        of_weight, weight_closes_over = _of_arrays(rule, weight_fn, first)
+    of_weight, weight_closes_over = _of_arrays(rule, weight_fn, first)
     rule = dataclasses.replace(rule, fun=of_fun, weight_fn=of_weight)
     call_rule = jax.custom_vjp(rule.primal)
     call_rule.defvjp(rule.forward, rule.backward, symbolic_zeros=True)
@@ -203,36 +182,33 @@ def run(
 
 
 def _of_arrays(
-    rule: Rule, fun: Callable[..., Any], first: list[Any], has_aux: bool = False
-) -> tuple[Callable[..., Any], list]:
+    rule: Rule, fun: Callable[..., Any] | None, first: list[Any], has_aux: bool = False
+) -> tuple[Any, list]:
     """Returns `fun` as `(closed_over, *arrays)`, and what it closes over.
 
     A result that is known when `fun` is traced stays as it is.
     """
-    places = rule.places
+    if fun is None:
+        return None, []
     found = []
 
     def flat(*arrays):
-        leaves = jax.tree.leaves(first)
-        for k, x in zip(places, arrays, strict=True):
+        leaves, structure = jax.tree.flatten(first)
+        for k, x in zip(rule.places, arrays, strict=True):
             leaves[k] = x
-        results = fun(*jax.tree.structure(first).unflatten(leaves))
+        results = fun(*structure.unflatten(leaves))
         if has_aux:
             check_aux(results[1:])
         leaves, structure = jax.tree.flatten(results)
-        found.append((leaves, structure))
+        known = [None if isinstance(x, jax.Array) else x for x in leaves]
+        found[:] = known, structure
         return [x for x in leaves if isinstance(x, jax.Array)]
 
     run, closed_over, _ = hoisted(flat, *rule.arrays(first).values())
-    leaves, structure = found[0]
-    known = [None if isinstance(x, jax.Array) else x for x in leaves]
+    known, structure = found
 
     def of_arrays(closed_over, *arrays):
         traced = iter(run(closed_over, *arrays))
         return structure.unflatten([next(traced) if x is None else x for x in known])
 
     return of_arrays, closed_over
-
-
-def _is_primal(x: Any) -> bool:
-    return hasattr(x, "perturbed")

@@ -62,10 +62,8 @@ def with_fences(closed: core.ClosedJaxpr) -> tuple[core.ClosedJaxpr, list[bool]]
 def apart(tree: Any, holds: list[bool], total: Any) -> Any:
     """Returns a tree that is about to be summed, with a select behind each scatter in it.
 
-    Args:
-        tree: A tree of arrays, the last of a result of `trace`.
-        holds: Which leaves of that result hold a scatter, or [].
-        total: f32[] >= 0 that changes from trip to trip: no compiler knows that it is not negative.
+    The tree is the last part of a result of `trace`, which returned `holds` with it. `total`, f32[]
+    >= 0, changes from trip to trip: no compiler knows that it is not negative.
     """
     leaves, structure = jax.tree.flatten(tree)
     holds = holds[len(holds) - len(leaves) :]

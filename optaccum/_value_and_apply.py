@@ -139,17 +139,12 @@ def with_value(tx: Any, extra_args: dict[str, Any], loss: jax.Array) -> dict[str
 
 
 class Loss(NamedTuple):
-    """What is computed of a microbatch.
-
-    Attributes:
-        fun, has_aux, weight_fn: As in `value_and_apply`.
-        argnums: Which arguments of `fun` are rows and keys.
-    """
+    """What is computed of a microbatch."""
 
     fun: Callable[..., Any]
     has_aux: bool
     weight_fn: Callable[..., Any] | None
-    argnums: _call.Argnums
+    argnums: _call.Argnums  # which arguments of `fun` are rows and keys
 
     def value_and_grad(self, args: Sequence[Any]) -> tuple[tuple[Any, Any], Any]:
         """Returns `(loss, aux)` and gradients."""
@@ -167,11 +162,7 @@ class Loss(NamedTuple):
 def _take_in(accumulator: Accumulator, loss: Loss, args: Sequence[Any], call: Arguments) -> tuple:
     """Returns `(loss, aux)`, the parameters and the state after a microbatch.
 
-    Args:
-        accumulator: The one for this state.
-        loss: The loss.
-        args: Its arguments.
-        call: The arguments of the step, without gradients.
+    `args` are for the loss. `call` has the arguments of the step, without gradients.
     """
     devices = accumulator.check_state(call.state)
     if isinstance(devices, Automatic):
@@ -235,7 +226,7 @@ def _add_on_each_device(
     whole: Any = jax.P()
     specs = AccumulateState(*[whole] * len(state))._replace(weight=sharded, grad_sum=sharded)
     (weight, value, counts, skip_state), (aux, sums) = on_each_device(
-        fun, devices, by_position, (local_call.state,), (specs,), (whole, sharded)
+        fun, devices, by_position, (whole, sharded), (local_call.state,), (specs,)
     )
     (grads, values), known_positive, decided = shapes
     counts = decided if isinstance(decided, bool) else counts

@@ -9,9 +9,8 @@ import jax
 from optaccum import _call, _reduce_axes, _validate, _window
 from optaccum._device_rows import as_shard, on_each_device
 from optaccum._devices import Automatic
-from optaccum._in_place import refuse_changes
 from optaccum._loop import Loop, Settings
-from optaccum._outputs import as_loss
+from optaccum._outputs import as_loss, refuse_changes
 from optaccum._overwritten import Overwritten, overwritten
 from optaccum._trees import cast_floating
 from optaccum._window import Sums
@@ -194,9 +193,8 @@ def value_and_grad(
 
     References: `optax.microbatch`; github.com/google-research/t5x `trainer.py`.
     """
-    settings = Settings.checked(
-        fun, weight_fn, num_microbatches, has_aux, loss_reduction, accumulator_dtype
-    )
+    dtype = _validate.check_accumulator_dtype(accumulator_dtype)
+    settings = Settings.checked(fun, weight_fn, num_microbatches, has_aux, loss_reduction, dtype)
     axes = _validate.check_axes(reduce_axes)
     reduce_dtype = _validate.check_reduce_dtype(reduce_dtype, axes)
     settings = settings._replace(reduce_dtype=reduce_dtype, overlap_reduction=overlap_reduction)
@@ -225,23 +223,25 @@ def value_and_grad(
         call = _call.Call(fun, positions, args, kwargs)
         devices = _reduce_axes.check_mesh(axes)
         if isinstance(devices, Automatic):
-            loss, aux, grads = from_jit(call, devices)
-        else:
-            loss, aux, new, grads = make_loop(call, call.args, *settings.of_call(call))()
-            aux = (new, aux) if call.roles.carry else aux
-        return ((loss, aux) if has_aux else loss), grads
+            return from_jit(call, devices)
+        return make_loop(call, call.args, *settings.of_call(call))()
+
+    def of_trained(call, values):
+        """Returns what belongs to the arguments that are differentiated: one value, or a tuple."""
+        several = tuple(values[j] for j in call.roles.trained)
+        return several if isinstance(argnums, tuple | list) else several[0]
 
     def make_loop(call, args, of_call, count):
         trained, carry = call.roles.trained, call.roles.carry
         devices, *_ = [_reduce_axes.check_sums(args[j], axes) for j in trained]
         # Of parameters that all devices share JAX would sum the gradients, each time.
         shared = [devices.share(x) if j in (*trained, *carry) else x for j, x in enumerate(args)]
-        at = trained if isinstance(argnums, tuple | list) else trained[0]
         loss_fn = as_loss(call.by_position(fun), has_aux)
         loss_fn = refuse_changes(loss_fn, call.title, carry)
-        params = shared[at] if isinstance(at, int) else tuple(shared[j] for j in at)
+        at, params = of_trained(call, range(len(args))), of_trained(call, shared)
         return Loop(
-            args=call.roles.split(shared, of_call.n) if of_call.n > 1 else shared,
+            settings=of_call,
+            args=call.roles.split(shared, of_call.n),
             roles=call.roles,
             params=params,
             differentiate=jax.value_and_grad(loss_fn, at, has_aux),
@@ -249,11 +249,10 @@ def value_and_grad(
             devices=devices,
             overwritten=Overwritten.among(overwritten(params), axes),
             count=count,
-            **of_call._asdict(),
         )
 
     def from_jit(call, devices):
-        """Returns loss, aux and gradients under automatic sharding."""
+        """Returns value and gradients under automatic sharding."""
         if call.roles.carry:
             raise ValueError(
                 "`carry_argnum` cannot be used with `reduce_axes` under automatic sharding, since "
@@ -265,20 +264,17 @@ def value_and_grad(
         def on_device(args):
             loop = make_loop(call, args, *of_call)
             sums, each, _ = loop.sums()
-            like = Sums(None, (), each.loss)
             _, (total, loss) = loop.devices.reduce((), (sums.weight, sums.args))
-            _, loss = _window.mean(Sums(total, (), loss), like)
+            _, loss = _window.mean(Sums(total, (), loss), Sums(None, (), each.loss))
             grads = cast_floating(sums.grads, reduce_dtype)
             return loss, total, as_shard(grads, devices), as_shard(each.aux, devices, axis=1)
 
         out_specs = jax.P(), jax.P(), jax.P(devices.axes), jax.P(None, devices.axes)
-        loss, total, grads, aux = on_each_device(on_device, devices, call, out_specs=out_specs)
+        loss, total, grads, aux = on_each_device(on_device, devices, call, out_specs)
         # Reduced out here, sums can be scattered to where their parameters are divided.
         sums = devices.reduce_stored(Sums((), grads, ()), None)._replace(weight=total)
-        trained = tuple(call.args[j] for j in call.roles.trained)
-        like = trained if isinstance(argnums, tuple | list) else trained[0]
-        grads, _ = _window.mean(sums, Sums(None, like, ()))
-        return loss, aux, grads
+        grads, _ = _window.mean(sums, Sums(None, of_trained(call, call.args), ()))
+        return ((loss, aux) if has_aux else loss), grads
 
     return value_and_grad_fn
 

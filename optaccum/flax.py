@@ -59,8 +59,7 @@ except ModuleNotFoundError as error:
 from optaccum import _flax_fp8
 from optaccum._accumulate import apply_gradients
 from optaccum._flax_fp8 import OverwriteState
-from optaccum._in_place import refuse_changes
-from optaccum._outputs import as_loss
+from optaccum._outputs import as_loss, refuse_changes
 from optaccum._spelling import OURS, check_fields
 from optaccum._state import accumulates, get_state, has_released
 from optaccum._value_and_apply import check_one_weight, value_and_apply, with_value

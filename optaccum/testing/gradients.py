@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from optaccum import _batch, _keys
+from optaccum import _batch
 from optaccum._value_and_grad import value_and_grad
 from optaccum.testing import counts, rounding
 
@@ -194,7 +194,7 @@ def of_loop(loss: Loss, n: int, weights: np.ndarray | None = None) -> np.ndarray
 
 def depends_on_keys(loss: Loss, tolerance: float) -> bool:
     """Returns whether other random keys give another gradient."""
-    others = {j: _keys.fold_in(x, jnp.asarray(1)) for j, x in loss.some(*loss.keys).items()}
+    others = {j: _batch.fold_in(x, jnp.asarray(1)) for j, x in loss.some(*loss.keys).items()}
     if not others:
         return False
     a, b = loss.gradient({}), loss.gradient(others)
