@@ -39,44 +39,27 @@ class Arguments(NamedTuple):
 
 
 class Added(NamedTuple):
-    """A window with a microbatch added to it.
+    """A window with a microbatch added to it."""
 
-    Attributes:
-        devices: Where sums are kept.
-        sums: The sums of the window, as a state keeps them.
-        values: What the microbatch added, or its shapes and dtypes.
-        microbatch: How it was added.
-        known_positive: Whether its weight is known to be positive.
-        skip_state: The new `skip_state`.
-        value: `(loss, aux)` of the microbatch, if they were computed here.
-    """
-
-    devices: Replicated
-    sums: Sums
-    values: Sums
+    devices: Replicated  # where sums are kept
+    sums: Sums  # of the window, as a state keeps them
+    values: Sums  # what the microbatch added, or its shapes and dtypes
     microbatch: Microbatch
-    known_positive: bool
+    known_positive: bool  # whether its weight is known to be positive
     skip_state: Any
-    value: Any = None
+    value: Any = None  # `(loss, aux)` of the microbatch, if they were computed here
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Accumulator:
-    """The checked options of `accumulate`, and what they make of a microbatch.
-
-    Attributes:
-        extra_args: Which extra arguments are averaged, and which `inner` gets.
-        summed: Whether losses and gradients are sums.
-        judge: `should_skip_update_fn`, with its results checked.
-        (others): As in `accumulate`.
-    """
+    """The checked options of `accumulate`, and what they make of a microbatch."""
 
     every_k: int | jax.Array | Callable[[jax.Array], Any]
     inner: optax.GradientTransformationExtraArgs
     extra_args: ExtraArgs
     use_grad_mean: bool
-    summed: bool
-    judge: Callable[..., tuple[jax.Array, Any]] | None
+    summed: bool  # whether losses and gradients are sums
+    judge: Callable[..., tuple[jax.Array, Any]] | None  # `should_skip_update_fn`
     accumulator_dtype: Any
     cast_mean: bool
     reduce_axes: tuple[str, ...]

@@ -25,15 +25,10 @@ from optaccum._window import Sums
 
 
 class Replicated:
-    """Sums that need no reduction.
+    """Sums that need no reduction."""
 
-    Attributes:
-        axes: Mesh axes over which a release reduces.
-        largest: The largest total of weights on a device.
-    """
-
-    axes: tuple[str, ...] = ()
-    largest: float = _window.LARGEST
+    axes: tuple[str, ...] = ()  # over which a release reduces
+    largest: float = _window.LARGEST  # total of weights on a device
 
     def share(self, tree: Any) -> Any:
         """Casts replicated values to the type that a device's gradients have."""

@@ -56,20 +56,12 @@ def as_release(release: Any) -> bool | jax.Array | None:
 
 @dataclasses.dataclass(frozen=True)
 class ExtraArgs:
-    """Which extra arguments are averaged, and which `inner` gets.
+    """Which extra arguments are averaged, and which `inner` gets."""
 
-    Attributes:
-        averages: For each of `average_args` and `metrics` a tree like it; None for one like the
-            parameters.
-        metrics: Reductions of what `inner` does not get, by name.
-        window_args: Names of arguments that stand for the whole window.
-        inner_args: Names in the signature of `inner`.
-    """
-
-    averages: dict[str, Any]
-    metrics: dict[str, str]
+    averages: dict[str, Any]  # a tree like each of `average_args` and `metrics`; None: parameters
+    metrics: dict[str, str]  # reductions of what `inner` does not get
     window_args: tuple[str, ...]
-    inner_args: frozenset[str]
+    inner_args: frozenset[str]  # names in the signature of `inner`
 
     @classmethod
     def named(

@@ -24,7 +24,15 @@ def dtypes_of_sums(params: Any, accumulator_dtype: Any) -> list[Any]:
     elif jax.tree_util.all_leaves([accumulator_dtype], is_none):
         wanted = [accumulator_dtype] * len(leaves)
     else:
-        wanted = structure.flatten_up_to(_broadcast(accumulator_dtype, params))
+        try:
+            wanted = structure.flatten_up_to(
+                jax.tree.broadcast(accumulator_dtype, params, is_leaf=is_none)
+            )
+        except ValueError as error:
+            raise ValueError(
+                "`accumulator_dtype` must be a tree like the parameters, or a prefix of it, got "
+                f"{jax.tree.structure(accumulator_dtype)} for {structure}"
+            ) from error
     for (path, p), asked in zip(leaves, wanted, strict=True):
         dtype = _dtype("parameter", path, p)
         real = asked is not None and not jnp.issubdtype(asked, jnp.complexfloating)
@@ -34,17 +42,6 @@ def dtypes_of_sums(params: Any, accumulator_dtype: Any) -> list[Any]:
                 f"{leaf_name(path)}; pass a complex dtype or leave it None"
             )
     return wanted
-
-
-def _broadcast(dtypes: Any, params: Any) -> Any:
-    """Returns a tree like `params` of a prefix of it."""
-    try:
-        return jax.tree.broadcast(dtypes, params, is_leaf=is_none)
-    except ValueError as error:
-        raise ValueError(
-            "`accumulator_dtype` must be a tree like the parameters, or a prefix of it, got "
-            f"{jax.tree.structure(dtypes)} for {jax.tree.structure(params)}"
-        ) from error
 
 
 def check_fits(grads: Any, like: Any) -> None:

@@ -25,38 +25,24 @@ SMALLEST, LARGEST = 2.0**-100, 2.0**126
 
 
 class Sums(NamedTuple):
-    """What is summed in a window, or what one microbatch adds to it.
+    """What is summed in a window, or what one microbatch adds to it."""
 
-    Attributes:
-        weight: Sum of the weights; 1 in a microbatch (its weight, if its values are sums already).
-        grads: Weighted sums of the gradients, a tree like the parameters; () if none are kept.
-        args: Weighted sums of extra arguments, a tree.
-    """
-
-    weight: Any
-    grads: Any
-    args: Any
+    weight: Any  # in a microbatch 1, or its weight if its values are sums already
+    grads: Any  # a tree like the parameters, or () if none are kept
+    args: Any  # a tree of extra arguments
 
 
 class Microbatch(NamedTuple):
-    """How a microbatch is added to its window.
+    """How a microbatch is added to its window."""
 
-    Attributes:
-        weight: f32[], or None for 1. It must be unmodified: XLA for GPUs and TPUs moves the psum of
-            `weight * x` out of a loop only then.
-        opens: bool[], whether it is the first of its window.
-        counts: bool[], whether it is accepted. If not, the sums stay as they are.
-        adds: bool[], whether it adds more than zeros; None if its weight alone decides.
-        summed: Whether its values are multiplied by the weight already.
-        largest: Whether the window keeps the largest value instead of the sum.
-    """
-
+    # f32[], or None for 1. XLA for GPUs and TPUs moves the psum of `weight * x` out of a loop only
+    # if the weight is unmodified.
     weight: jax.Array | None = None
-    opens: jax.Array | bool = False
-    counts: jax.Array | bool = True
-    adds: Any = None
-    summed: bool = False
-    largest: bool = False
+    opens: jax.Array | bool = False  # whether it is the first of its window
+    counts: jax.Array | bool = True  # whether it is accepted; if not, the sums stay as they are
+    adds: Any = None  # whether it adds more than zeros; None if its weight alone decides
+    summed: bool = False  # whether its values are multiplied by the weight already
+    largest: bool = False  # whether the window keeps the largest value instead of the sum
 
     def decided(self) -> "Microbatch":
         """Returns the microbatch with `adds` filled in from its weight."""
