@@ -96,12 +96,14 @@ def optimizer_row(target: str, inner: str, name: str, leaves: tuple[int, ...]) -
     }
 
 
-def model_task(target: str, config: Any, rows: int, sequence: int, devices: int = 1) -> Task:
+def model_task(
+    target: str, config: Any, rows: int, sequence: int, devices: int = 1, every_k: int = EVERY_K
+) -> Task:
     """Returns the training of a model, of shapes alone."""
     (batch,) = transformer.make_window(config, 1, rows * devices, sequence)
     batch = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), batch)
-    on = targets.devices(target, devices)
-    return Task(transformer.param_shapes(config), [batch], EVERY_K, model=config, devices=on)
+    params, on = transformer.param_shapes(config), targets.devices(target, devices)
+    return Task(params, [batch], every_k, loss_fn=config.mean_loss, devices=on)
 
 
 def traffic_row(target: str, model: str, config: Any, name: str) -> Result:

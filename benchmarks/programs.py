@@ -24,7 +24,7 @@ progress = functools.partial(track, console=Console(stderr=True))
 
 @dataclasses.dataclass(frozen=True)
 class Task:
-    """Parameters, and the microbatches of a window: rows for a model, or gradients without one.
+    """Parameters, and the microbatches of a window: rows for a loss, or gradients without one.
 
     Both are arrays, or shapes if nothing shall run. The microbatches repeat in a longer window.
     """
@@ -34,7 +34,7 @@ class Task:
     every_k: int
     inner: Inner = INNERS["adamw"]
     tolerance: float = 1e-3  # how much of a step rounding explains
-    model: Any = None
+    loss_fn: Callable[..., Any] | None = None
     devices: Sequence[Any] | None = None  # that share the rows of each batch
 
     @property
@@ -47,7 +47,7 @@ class Task:
         if calls > 1:
             return list(self.microbatches)
         count = len(self.microbatches)
-        if self.model:
+        if self.loss_fn:
             return [jax.tree.map(lambda *leaves: np.concatenate(leaves), *self.microbatches)]
         times = np.bincount(np.arange(self.every_k) % count, minlength=count)
 
@@ -64,7 +64,7 @@ class Task:
             rows = len(x) * self.every_k if calls == 1 else len(x)
             return jax.ShapeDtypeStruct((rows, *x.shape[1:]), x.dtype)
 
-        return jax.tree.map(shape, self.microbatches[0]) if self.model else self.microbatches[0]
+        return jax.tree.map(shape, self.microbatches[0]) if self.loss_fn else self.microbatches[0]
 
 
 class Window:
@@ -136,13 +136,13 @@ class Window:
 
     def _names(self, step: Step) -> tuple[str, ...]:
         # Differentiating needs the parameters, which the step itself may leave alone.
-        return tuple(dict.fromkeys(("params", *step.names) if self.task.model else step.names))
+        return tuple(dict.fromkeys(("params", *step.names) if self.task.loss_fn else step.names))
 
     def _run(self, step: Step, part: Carry, batch: Any) -> tuple[Carry, Any]:
-        model = self.task.model
-        if model is None:
+        loss_fn = self.task.loss_fn
+        if loss_fn is None:
             return part | step.apply(part, batch), None
-        loss, grads = self.contender.differentiate(model.mean_loss, part["params"], batch)
+        loss, grads = self.contender.differentiate(loss_fn, part["params"], batch)
         return part | step.apply(part, grads), loss
 
     def _jit(self, step: Step, part: Carry) -> Any:

@@ -55,7 +55,7 @@ def make_task(sizes: Sizes) -> Task:
         unit = max(unit, 2.0**-10)  # accelerators multiply float32 with fewer bits (TF32)
     tolerance = unit * np.sqrt(16 * config.layers)
     params = transformer.make_params(config)
-    return Task(params, batches, sizes.every_k, INNER, tolerance, model=config)
+    return Task(params, batches, sizes.every_k, INNER, tolerance, config.mean_loss)
 
 
 def measure(scale: int) -> Result:
