@@ -12,7 +12,7 @@ from typing import Any
 import jax
 
 from benchmarks import contenders, hlo, targets, transformer
-from benchmarks.compiled import EVERY_K, by_program, model_task, moved, sent, traffic
+from benchmarks.compiled import EVERY_K, by_program, forgets, model_task, moved, sent, traffic
 from benchmarks.contender import AXIS, INSIDE, Contender, Inner
 from benchmarks.contenders import ADAPTERS, LEVANTER, MAXTEXT, REDUCED_ONCE, VALUE_AND_GRAD
 from benchmarks.programs import Window, progress
@@ -66,11 +66,10 @@ def row(model: str, target: str, devices: int, placed: str, name: str, tokens: i
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
         return result | {"fits": False}
-    total, _ = moved(window)
     hidden = by_program(hlo.hidden, window)[-1] if target == targets.H100 else None
     return result | {
         **{"fits": True, "peak_bytes": window.peak_bytes, "hidden": hidden},
-        **{"temporaries": window.temporary_bytes / task.size, "moved": total / task.size},
+        **{"temporaries": window.temporary_bytes / task.size, "moved": moved(window)["window"]},
         **traffic(window, EVERY_K),
     }
 
@@ -112,7 +111,6 @@ def tables(result: Result) -> dict[str, str]:
         "once": lambda row: cells(row)[1],
         "hidden": lambda row: "{} of {}".format(*row["hidden"]) if row.get("hidden") else "-",
     }
-    wrong = any(row.get("forgets") for row in result["rows"])
-    notes = ["‡ Its gradient of the embedding is wrong (openxla/xla issue 49143)."] if wrong else []
     setting = f"A window of n = {result['every_k']} microbatches, AdamW. Compiled with "
-    return {"large": table(rows_of(result["rows"], columns), *notes, setting + versions(result))}
+    notes = *forgets(result["rows"]), setting + versions(result)
+    return {"large": table(rows_of(result["rows"], columns), *notes)}
