@@ -94,7 +94,7 @@ def optimizer_row(target: str, inner: str, name: str, leaves: tuple[int, ...]) -
     return {
         **{"target": target, "inner": inner, "name": name, "parameter_bytes": task.size},
         **parts,
-        "temporaries": window.temporary_bytes / task.size,
+        "temporaries": window.temporaries,
         "disagreement": abs(reported / parts["release"] - 1) if reported else None,
     }
 

@@ -35,8 +35,8 @@ def temporaries(target: str, name: str, sizes: stacks.Sizes) -> dict[str, float]
     given: Any = {"loss_fn": loss_fn, "devices": targets.devices(target)}
     task = Task(jax.eval_shape(init), [ids], N, INNERS["sgd"], **given)
     options: Any = {"weight_fn": tokens_of} if name.endswith("weighted") else {}
-    windows = {way: Window(make(task.inner, N, **options), task) for way, make in WAYS.items()}
-    return {way: window.temporary_bytes / task.size for way, window in windows.items()}
+    made = {way: make(task.inner, N, **options) for way, make in WAYS.items()}
+    return {way: Window(contender, task).temporaries for way, contender in made.items()}
 
 
 def measure(scale: int) -> Result:

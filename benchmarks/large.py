@@ -69,7 +69,7 @@ def row(model: str, target: str, devices: int, placed: str, name: str, tokens: i
     hidden = by_program(hlo.hidden, window)[-1] if target == targets.H100 else None
     return result | {
         **{"fits": True, "peak_bytes": window.peak_bytes, "hidden": hidden},
-        **{"temporaries": window.temporary_bytes / task.size, "moved": moved(window)["window"]},
+        **{"temporaries": window.temporaries, "moved": moved(window)["window"]},
         **traffic(window, EVERY_K),
     }
 

@@ -70,8 +70,8 @@ class Task:
 class Window:
     """The programs of one window of a contender, compiled: one for each call.
 
-    `trace_s` and `compile_s` are seconds for all that differ; `peak_bytes` and `temporary_bytes`
-    the bytes of the hungriest.
+    `trace_s` and `compile_s` are seconds for all that differ. `peak_bytes`, and the `temporaries`
+    in sizes of the parameters, are those of the hungriest.
     """
 
     def __init__(self, contender: Contender, task: Task):
@@ -83,22 +83,28 @@ class Window:
         self.mesh = Mesh(grid, axes, axis_types=(AxisType.Auto,) * len(axes))
         self.rows = P(axes)
         self.trace_s = self.compile_s = 0.0
+        compiled = {}
         with jax.set_mesh(self.mesh):
-            shapes = self._carry_shapes()
-            calls = len(contender.steps)
-            batch = self._shapes(task.shapes(calls), self._named(self.rows))
-            compiled = {}
+            params = jax.eval_shape(lambda: task.params)
+            entries = [name for step in contender.steps for name in step.names]
+            self.specs = dict.fromkeys(["params", *entries], P()) | contender.specs(params)
+            self._init = jax.jit(contender.init, out_shardings=self.specs)
+            carry = jax.eval_shape(self._init, params)
+            batch = task.shapes(len(contender.steps))
             for step in dict.fromkeys(contender.steps):
                 start = time.perf_counter()
-                part = {name: shapes[name] for name in self._names(step)}
-                lowered = self._jit(step, part).lower(part, batch)
+                part = {name: carry[name] for name in self._names(step)}
+                lowered = self._jit(step).lower(part, batch)
                 middle = time.perf_counter()
                 compiled[step] = lowered.compile()
                 self.trace_s += middle - start
                 self.compile_s += time.perf_counter() - middle
         self.programs = [compiled[step] for step in contender.steps]
         sizes = [program.memory_analysis().temp_size_in_bytes for program in self.programs]
-        self.peak_bytes, self.temporary_bytes = max(map(peak_bytes, self.programs)), max(sizes)
+        self.peak_bytes, self.temporaries = (
+            max(map(peak_bytes, self.programs)),
+            max(sizes) / task.size,
+        )
 
     def start(self) -> None:
         """Makes the carry for a copy of the parameters, and puts the batches on the devices."""
@@ -145,28 +151,16 @@ class Window:
         loss, grads = self.contender.differentiate(loss_fn, part["params"], batch)
         return part | step.apply(part, grads), loss
 
-    def _jit(self, step: Step, part: Carry) -> Any:
-        run = functools.partial(self._run, step)
-        specs = {name: self.specs[name] for name in part}
+    def _jit(self, step: Step) -> Any:
+        part = {name: self.specs[name] for name in self._names(step)}
         # An unused argument is kept, or what overwrites a buffer could not be given that buffer.
-        given = {"donate_argnums": 0, "keep_unused": True}
-        return jax.jit(run, out_shardings=self._named((specs, P())), **given)
-
-    def _carry_shapes(self) -> Carry:
-        params = self._shapes(self.task.params, self._named(P()))
-        entries = [name for step in self.contender.steps for name in step.names]
-        self.specs = dict.fromkeys(["params", *entries], P()) | self.contender.specs(params)
-        self._init = jax.jit(self.contender.init, out_shardings=self._named(self.specs))
-        return self._shapes(jax.eval_shape(self._init, params), self._named(self.specs))
-
-    def _named(self, specs: Any) -> Any:
-        return jax.tree.map(functools.partial(NamedSharding, self.mesh), specs)
-
-    def _shapes(self, tree: Any, shardings: Any) -> Any:
-        def shape(x, sharding):
-            return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
-
-        return jax.tree.map(shape, tree, jax.tree.broadcast(shardings, tree))
+        return jax.jit(
+            functools.partial(self._run, step),
+            in_shardings=(part, self.rows),
+            out_shardings=(part, P()),
+            donate_argnums=0,
+            keep_unused=True,
+        )
 
 
 def peak_bytes(program: Any) -> int:
@@ -200,8 +194,8 @@ def check(found: Mapping[str, Contender], task: Task) -> tuple[dict[str, Window]
             expected[tx] = trained if full_batch else Window(of(tx, 1), task).train()
         error = largest_error(trained, expected[tx], task)
         row = {"name": name, "agrees": error <= 1, "error": error}
-        row |= {x: getattr(window, x) for x in ("peak_bytes", "trace_s", "compile_s")}
-        rows[name] = row | {"temporaries": window.temporary_bytes / task.size}
+        figures = "peak_bytes", "trace_s", "compile_s", "temporaries"
+        rows[name] = row | {x: getattr(window, x) for x in figures}
     return windows, rows
 
 
