@@ -64,8 +64,3 @@ def where(result: Result) -> str:
 def versions(result: Result) -> str:
     """Returns what the figures were measured with, and when."""
     return f"{', '.join(map(' '.join, result['versions'].items()))}, {result['date'][:10]}."
-
-
-def left_out(result: Result) -> list[str]:
-    """Returns a note for each contender that is not installed."""
-    return [f"Left out: {x}, for {why}." for x, why in dict(result.get("left_out", ())).items()]
