@@ -159,7 +159,6 @@ def by_chip(found: Iterable[Any], *names: str) -> dict[Any, dict[str, Any]]:
 
 
 def windows_table(result: Result, found: list[Result]) -> str:
-    """Returns bytes and temporaries of each contender, target by target."""
     rows = []
     for (inner, name), group in by_chip(found, "inner", "name").items():
         cells = {"inner": inner, "contender": name}
@@ -173,7 +172,6 @@ def windows_table(result: Result, found: list[Result]) -> str:
 
 
 def traffic_table(result: Result) -> str:
-    """Returns what devices send each other in a hold and in a window, target by target."""
     rows = []
     for (model, name), group in by_chip(result["traffic"], "model", "name").items():
         wrong = " ‡" if any(row["forgets"] for row in group.values()) else ""
@@ -190,7 +188,6 @@ def forgets(found: list[Result]) -> list[str]:
 
 
 def sent(found: list[Result], row: Result) -> str:
-    """Returns a cell of what is sent."""
     cells = [f"{kind} {size:.2f}" for kind, size in amounts(found, row).items() if size >= REDUCED]
     return ", ".join(cells) or ("scalars" if found else "none")
 

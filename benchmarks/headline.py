@@ -95,11 +95,6 @@ def apart(result: Result) -> float:
     return float(np.max(np.abs(ours - whole) / whole))
 
 
-def gigabytes(result: Result) -> list[float]:
-    """Returns the peaks of the full batch and of ours."""
-    return [result["memory"]["peak_bytes"][name] / 1e9 for name in (FULL_BATCH, APPLY_GRADIENTS)]
-
-
 def tables(result: Result) -> dict[str, str]:
     of, losses = result["memory"], result["losses"]
     columns = {

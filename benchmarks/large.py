@@ -13,7 +13,7 @@ import jax
 
 from benchmarks import contenders, hlo, targets, transformer
 from benchmarks.compiled import EVERY_K, by_program, forgets, model_task, moved, sent, traffic
-from benchmarks.contender import AXIS, INSIDE, Contender, Inner
+from benchmarks.contender import AXIS, INSIDE
 from benchmarks.contenders import ADAPTERS, LEVANTER, MAXTEXT, REDUCED_ONCE, VALUE_AND_GRAD
 from benchmarks.programs import Window, progress
 from benchmarks.tables import Result, rows_of, table, versions
@@ -41,14 +41,6 @@ JOBS = [  # model, chip, devices, parameters, contenders
 ]
 
 
-def contender(name: str, inner: Inner, devices: int, placed: str) -> Contender:
-    """Returns a contender whose parameters are placed so."""
-    made = ADAPTERS[name.removesuffix(FREE)](inner, EVERY_K)
-    if placed == REPLICATED or name in (MAXTEXT, LEVANTER):
-        return made
-    return contenders.fully_sharded(made, inner, 1 if placed == FSDP else devices // 2)
-
-
 def row(model: str, target: str, devices: int, placed: str, name: str, tokens: int) -> Result:
     """Returns what a window needs and sends."""
     axes = {REPLICATED: (), FSDP: (AXIS,), HSDP: (AXIS, INSIDE)}[placed]
@@ -60,8 +52,12 @@ def row(model: str, target: str, devices: int, placed: str, name: str, tokens: i
     task = model_task(target, config, 1, tokens, devices)
     result: Result = {"model": model, "target": target, "devices": devices, "placed": placed}
     result |= {"name": name, "parameter_bytes": task.size}
+    contender = ADAPTERS[name.removesuffix(FREE)](task.inner, EVERY_K)
+    if placed != REPLICATED and name not in (MAXTEXT, LEVANTER):
+        inside = 1 if placed == FSDP else devices // 2
+        contender = contenders.fully_sharded(contender, task.inner, inside)
     try:
-        window = Window(contender(name, task.inner, devices, placed), task)
+        window = Window(contender, task)
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise

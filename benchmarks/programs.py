@@ -58,8 +58,6 @@ class Task:
         return [jax.tree.map(mean, *self.microbatches)]
 
     def shapes(self, calls: int) -> Any:
-        """Returns the shapes of what a call is given."""
-
         def shape(x):
             rows = len(x) * self.every_k if calls == 1 else len(x)
             return jax.ShapeDtypeStruct((rows, *x.shape[1:]), x.dtype)
@@ -100,10 +98,13 @@ class Window:
                 self.trace_s += middle - start
                 self.compile_s += time.perf_counter() - middle
         self.programs = [compiled[step] for step in contender.steps]
-        sizes = [program.memory_analysis().temp_size_in_bytes for program in self.programs]
-        self.peak_bytes, self.temporaries = (
-            max(map(peak_bytes, self.programs)),
-            max(sizes) / task.size,
+        sizes = [program.memory_analysis() for program in self.programs]
+        self.temporaries = max(x.temp_size_in_bytes for x in sizes) / task.size
+        self.peak_bytes = max(
+            x.argument_size_in_bytes
+            + (x.output_size_in_bytes - x.alias_size_in_bytes)
+            + x.temp_size_in_bytes
+            for x in sizes
         )
 
     def start(self) -> None:
@@ -161,13 +162,6 @@ class Window:
             donate_argnums=0,
             keep_unused=True,
         )
-
-
-def peak_bytes(program: Any) -> int:
-    """Returns the most memory that a compiled program needs, its arguments included."""
-    sizes = program.memory_analysis()
-    kept = sizes.output_size_in_bytes - sizes.alias_size_in_bytes
-    return sizes.argument_size_in_bytes + kept + sizes.temp_size_in_bytes
 
 
 def nbytes(tree: Any) -> int:

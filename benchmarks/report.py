@@ -80,7 +80,8 @@ def fill(text: str, tables: Mapping[str, str]) -> str:
 
 
 def draw_headline(result: Result) -> Figure:
-    of, gigabytes = result["memory"], headline.gigabytes(result)
+    of = result["memory"]
+    gigabytes = [of["peak_bytes"][name] / 1e9 for name in (FULL_BATCH, APPLY_GRADIENTS)]
     figure = Figure((7.4, 3.3), layout=ConstrainedLayoutEngine(wspace=0.08))  # read on phones, too
     left, right = figure.subplots(1, 2, width_ratios=(3, 2))
     whole, ours = (result["losses"][name] for name in (FULL_BATCH, APPLY_GRADIENTS))

@@ -92,7 +92,6 @@ def measure(scale: int) -> Result:
 
 
 def tables(result: Result) -> dict[str, str]:
-    """Returns the rows of each sweep."""
     named = {}
     for sweep, found in result["sweeps"].items():
         variable = "k" if sweep == "every_k" else sweep

@@ -52,7 +52,6 @@ def median(figure: Any, form: str | Callable[[Any], str] = "{:.2f}", unit: float
 
 
 def three_digits(figure: Any) -> str:
-    """Returns a figure, or its median, with three digits."""
     return median(figure, lambda value: f"{value:,.0f}" if value >= 100 else f"{value:.3g}")
 
 
