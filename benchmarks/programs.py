@@ -1,6 +1,6 @@
 """What is trained, and the programs of a contender: compiled, run, timed and checked."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 import dataclasses
 import functools
 import random
@@ -15,7 +15,6 @@ from rich.console import Console
 from rich.progress import track
 
 from benchmarks.contender import AXIS, INNERS, INSIDE, Carry, Contender, Inner, Step, of
-from benchmarks.contenders import FULL_BATCH
 
 WINDOWS = 2  # that a contender runs before it is checked
 WARMUP_ROUNDS = 3
@@ -113,6 +112,7 @@ class Window:
         with jax.set_mesh(self.mesh):
             self.carry = self._init(jax.tree.map(jnp.array, self.task.params))
         self.batches = jax.device_put(self.task.batches(len(self.programs)), sharding)
+        self.times: list[Any] = []
 
     def call(self, index: int) -> Carry:
         """Runs the program of one call of the window."""
@@ -127,12 +127,16 @@ class Window:
             self.call(i)
         return self.carry
 
-    def call_by_call(self) -> Iterator[Any]:
-        """Runs a window, and yields when each call has returned, and then to wait for it."""
+    def call_by_call(self) -> None:
+        """Runs a window, and keeps the seconds until each call has returned, and is done."""
+        times = []
         for i in range(len(self.programs)):
+            start = time.perf_counter()
             self.call(i)
-            yield None
-            yield self.carry
+            returned = time.perf_counter()
+            jax.block_until_ready(self.carry)
+            times.append((returned - start, time.perf_counter() - start))
+        self.times.append(times)
 
     def train(self) -> Any:
         """Returns what two windows make of the parameters, on the host."""
@@ -146,10 +150,9 @@ class Window:
         return tuple(dict.fromkeys(("params", *step.names) if self.task.loss_fn else step.names))
 
     def _run(self, step: Step, part: Carry, batch: Any) -> tuple[Carry, Any]:
-        loss_fn = self.task.loss_fn
-        if loss_fn is None:
-            return part | step.apply(part, batch), None
-        loss, grads = self.contender.differentiate(loss_fn, part["params"], batch)
+        loss, grads = None, batch
+        if self.task.loss_fn:
+            loss, grads = self.contender.differentiate(self.task.loss_fn, part["params"], batch)
         return part | step.apply(part, grads), loss
 
     def _jit(self, step: Step) -> Any:
@@ -184,8 +187,7 @@ def check(found: Mapping[str, Contender], task: Task) -> tuple[dict[str, Window]
         window = windows[name] = Window(one, task)
         trained, tx = window.train(), one.reference or task.inner.transformation
         if tx not in expected:
-            full_batch = name == FULL_BATCH
-            expected[tx] = trained if full_batch else Window(of(tx, 1), task).train()
+            expected[tx] = Window(of(tx, 1), task).train()
         error = largest_error(trained, expected[tx], task)
         row = {"name": name, "agrees": error <= 1, "error": error}
         figures = "peak_bytes", "trace_s", "compile_s", "temporaries"
@@ -213,22 +215,16 @@ def take_turns(turns: Mapping[str, Callable[[], Any]], rounds: int) -> dict[str,
     """Returns the seconds that each turn took, round by round.
 
     All run once a round, in a new order every round, so that whatever else the machine does
-    falls on all alike. What a turn returns is waited for. A generator is timed from one
-    `yield` to the next, and has several times in each round.
+    falls on all alike. What a turn returns is waited for.
     """
     seconds = {name: [] for name in turns}
     shuffled = random.Random(0)
-    for turn in progress(range(WARMUP_ROUNDS + rounds), "Timing"):
+    for _ in progress(range(WARMUP_ROUNDS + rounds), "Timing"):
         for name in shuffled.sample(list(turns), len(turns)):
-            times, start = [], time.perf_counter()
-            done = turns[name]()
-            for lap in done if isinstance(done, Iterator) else [done]:
-                jax.block_until_ready(lap)
-                times.append(time.perf_counter() - start)
-                start = time.perf_counter()
-            if turn >= WARMUP_ROUNDS:
-                seconds[name].append(times if isinstance(done, Iterator) else times[0])
-    return {name: np.array(times) for name, times in seconds.items()}
+            start = time.perf_counter()
+            jax.block_until_ready(turns[name]())
+            seconds[name].append(time.perf_counter() - start)
+    return {name: np.array(times[WARMUP_ROUNDS:]) for name, times in seconds.items()}
 
 
 def time_parts(windows: Mapping[str, Window], rounds: int, kernels: Any = ()) -> dict[str, Any]:
@@ -240,9 +236,8 @@ def time_parts(windows: Mapping[str, Window], rounds: int, kernels: Any = ()) ->
     for name, window in windows.items():
         turns |= {name: window.run, f"{name}, call by call": window.call_by_call}
     seconds: dict[str, Any] = dict(take_turns(turns, rounds))
-    for name in windows:
-        laps = seconds.pop(f"{name}, call by call").reshape(rounds, -1, 2)
-        dispatch, calls = laps[..., 0], laps.sum(axis=2)
+    for name, window in windows.items():
+        dispatch, calls = np.moveaxis(np.array(window.times[WARMUP_ROUNDS:]), -1, 0)
         seconds[name] = {"window": seconds[name], "release": calls[:, -1]}
         seconds[name] |= {"microbatch": calls.mean(axis=1), "dispatch": dispatch.mean(axis=1)}
         seconds[name] |= {"hold": calls[:, :-1].mean(axis=1)} if calls.shape[1] > 1 else {}
