@@ -5,7 +5,7 @@ devices send each other in a window of training steps. Bytes are in P, the size 
 """
 
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 import dataclasses
 import itertools
 from typing import Any
@@ -150,36 +150,32 @@ def tables(result: Result) -> dict[str, str]:
     return named | ({"compiled_others": windows_table(result, others)} if others else {})
 
 
-def by_chip(found: Iterable[Any], *names: str) -> dict[Any, dict[str, Any]]:
-    """Returns rows by these of their figures, and then by the title of their target, in order."""
-    groups: dict[Any, dict[str, Any]] = {}
+def by_chip(found: Iterable[Result], name: str, cells: Callable[..., Any]) -> list[dict[str, str]]:
+    """Returns rows of a table, in which a contender has the `cells(row, chip)` of all chips."""
+    rows: dict[Any, dict[str, str]] = {}
     for row in sorted(found, key=lambda row: list(TITLES).index(row["target"])):
-        groups.setdefault(tuple(row[x] for x in names), {})[TITLES[row["target"]]] = row
-    return groups
+        one = rows.setdefault((row[name], row["name"]), {name: row[name], "contender": row["name"]})
+        one |= cells(row, TITLES[row["target"]])
+    return list(rows.values())
 
 
 def windows_table(result: Result, found: list[Result]) -> str:
-    rows = []
-    for (inner, name), group in by_chip(found, "inner", "name").items():
-        cells = {"inner": inner, "contender": name}
-        for chip, row in group.items():
-            parts = (three_digits(row[x]) for x in ("hold", "release", "window"))
-            cells[chip] = f"{' / '.join(parts)}; {round(row['temporaries'], 2):g}"
-        rows.append(cells)
+    def cells(row, chip):
+        parts = (three_digits(row[x]) for x in ("hold", "release", "window"))
+        return {chip: f"{' / '.join(parts)}; {round(row['temporaries'], 2):g}"}
+
     size = ", ".join({f"{row['parameter_bytes'] / 1e6:,.0f} MB" for row in found})
     legend = f"Cells: bytes of a hold / a release / a window; temporaries. All are in P, {size}."
-    return table(rows, legend, setting(result))
+    return table(by_chip(found, "inner", cells), legend, setting(result))
 
 
 def traffic_table(result: Result) -> str:
-    rows = []
-    for (model, name), group in by_chip(result["traffic"], "model", "name").items():
-        wrong = " ‡" if any(row["forgets"] for row in group.values()) else ""
-        cells = {"model": model, "contender": name + wrong}
-        for chip, row in group.items():
-            cells |= {f"{chip}: {part}": sent(row[part], row) for part in ("hold", "window")}
-        rows.append(cells)
-    return table(rows, *forgets(result["traffic"]), setting(result))
+    def cells(row, chip):
+        wrong = {"contender": f"{row['name']} ‡"} if row["forgets"] else {}
+        return wrong | {f"{chip}: {part}": sent(row[part], row) for part in ("hold", "window")}
+
+    found = result["traffic"]
+    return table(by_chip(found, "model", cells), *forgets(found), setting(result))
 
 
 def forgets(found: list[Result]) -> list[str]:
@@ -192,19 +188,18 @@ def sent(found: list[Result], row: Result) -> str:
     return ", ".join(cells) or ("scalars" if found else "none")
 
 
-def amounts(found: list[Result], row: Result) -> dict[str, float]:
+def amounts(found: list[Result], row: Result) -> Mapping[str, float]:
     """Returns the sizes in P of the arrays that are reduced or gathered, by kind.
 
     A kind says between how many devices, if not between all.
     """
-    totals: dict[str, float] = {}
+    totals: Counter = Counter()
     for one in found:
         group = one.get("group") or row["devices"]
         # An array that is gathered is as many times larger as there are devices with a part of it.
         whole = group if one["kind"] == "all-gather" else 1
         kind = one["kind"] + (f" of {group}" if group < row["devices"] else "")
-        size = whole * one["bytes"] * one["times"] / row["parameter_bytes"]
-        totals[kind] = totals.get(kind, 0) + size
+        totals[kind] += whole * one["bytes"] * one["times"] / row["parameter_bytes"]
     return totals
 
 
