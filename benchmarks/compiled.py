@@ -5,8 +5,9 @@ devices send each other in a window of training steps. Bytes are in P, the size 
 """
 
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 import dataclasses
+import itertools
 from typing import Any
 
 import jax
@@ -49,10 +50,14 @@ def by_program(read: Callable[[str], Any], window: Window) -> list[Any]:
     return [found[program] for program in window.programs]
 
 
-def moved(window: Window) -> tuple[int, hlo.Moved]:
-    """Returns the bytes that a window moves, and those of its last call."""
+def moved(window: Window) -> dict[str, float]:
+    """Returns what a hold, a release and a window move, in P."""
     found = by_program(hlo.moved, window)
-    return sum(one.hold for one in found[:-1]) + found[-1].release, found[-1]
+    release = found[-1].release
+    # The first hold may overwrite the sums, and do without reading them.
+    sizes = {"hold": found[-2:][0].hold, "release": release}
+    sizes["window"] = sum(one.hold for one in found[:-1]) + release
+    return {part: size / window.task.size for part, size in sizes.items()}
 
 
 def traffic(window: Window, every_k: int) -> Result:
@@ -65,8 +70,8 @@ def traffic(window: Window, every_k: int) -> Result:
         # The scan of a whole batch has a trip for each microbatch, or some for the layers of each.
         hold = [one for one in hold if one.trips % every_k == 0]
         hold = [dataclasses.replace(one, trips=one.trips // every_k) for one in hold]
-    forgets = any(by_program(hlo.forgotten, window))
-    return {"window": summed(whole), "hold": summed(hold), "forgets": forgets}
+    wrong = any(by_program(hlo.forgotten, window))
+    return {"window": summed(whole), "hold": summed(hold), "forgets": wrong}
 
 
 def summed(found: Iterable[hlo.Collective]) -> list[Result]:
@@ -84,29 +89,29 @@ def optimizer_row(target: str, inner: str, name: str, leaves: tuple[int, ...]) -
     params = {f"w{i}": jax.ShapeDtypeStruct(leaves[1:], jnp.float32) for i in range(leaves[0])}
     task = Task(params, [params], EVERY_K, INNERS[inner], devices=targets.devices(target))
     window = Window(ADAPTERS[name](task.inner, EVERY_K), task)
-    total, last = moved(window)
-    reported = (window.programs[-1].cost_analysis() or {}).get("bytes accessed")
-    # The first hold may overwrite the sums, and do without reading them.
-    hold = hlo.moved(window.programs[-2].as_text()).hold
+    parts = moved(window)
+    reported = (window.programs[-1].cost_analysis() or {}).get("bytes accessed", 0) / task.size
     return {
         **{"target": target, "inner": inner, "name": name, "parameter_bytes": task.size},
-        **{"hold": hold / task.size, "release": last.release / task.size},
-        **{"window": total / task.size, "temporaries": window.temporary_bytes / task.size},
-        "disagreement": abs(reported / last.release - 1) if reported else None,
+        **parts,
+        "temporaries": window.temporaries,
+        "disagreement": abs(reported / parts["release"] - 1) if reported else None,
     }
 
 
-def model_task(target: str, config: Any, rows: int, sequence: int, devices: int = 1) -> Task:
+def model_task(
+    target: str, config: Any, rows: int, sequence: int, devices: int = 1, every_k: int = EVERY_K
+) -> Task:
     """Returns the training of a model, of shapes alone."""
     (batch,) = transformer.make_window(config, 1, rows * devices, sequence)
     batch = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), batch)
-    on = targets.devices(target, devices)
-    return Task(transformer.param_shapes(config), [batch], EVERY_K, model=config, devices=on)
+    params, on = transformer.param_shapes(config), targets.devices(target, devices)
+    return Task(params, [batch], every_k, loss_fn=config.mean_loss, devices=on)
 
 
-def traffic_row(target: str, model: str, config: Any, name: str) -> Result:
+def traffic_row(target: str, model: str, name: str) -> Result:
     """Returns what eight devices send each other in a hold and in a window."""
-    task = model_task(target, config, 1, 64, DEVICES)
+    task = model_task(target, MODELS[model][0], 1, 64, DEVICES)
     row: Result = {"target": target, "model": model, "name": name, "devices": DEVICES}
     window = Window(ADAPTERS[name](task.inner, EVERY_K), task)
     return row | {"parameter_bytes": task.size} | traffic(window, EVERY_K)
@@ -115,29 +120,24 @@ def traffic_row(target: str, model: str, config: Any, name: str) -> Result:
 def measure(scale: int) -> Result:
     remedies = {x: targets.missing(x) for x in (targets.TARGETS if scale else ["cpu"])}
     found = [target for target, remedy in remedies.items() if not remedy]
-    result: Result = {
-        "device": "compiled for " + ", ".join(found),
-        "every_k": EVERY_K,
-        "left_out": {target: remedy for target, remedy in remedies.items() if remedy},
-        **{"optimizer": [], "traffic": []},
-    }
     sizes = LEAVES if scale else {"adamw": (2, 64, 128)}
-    jobs: list[Any] = [
-        (optimizer_row, target, inner, name, leaves)
-        for target in found
-        for inner, leaves in sizes.items()
-        for name in OPTIMIZER
-    ]
-    jobs += [
-        (traffic_row, chip, model, config, name)
+    windows = [*itertools.product(found, sizes, OPTIMIZER)]
+    steps = [
+        (chip, model, name)
         for chip in found
         if chip in (targets.H100, targets.V5E) or not scale
-        for model, (config, names) in MODELS.items()
+        for model, (_, names) in MODELS.items()
         for name in names
     ]
-    for job, *given in progress(jobs, "Compiling"):
-        result[job.__name__.removesuffix("_row")].append(job(*given))
-    return result
+    return {
+        "every_k": EVERY_K,
+        "left_out": {target: remedy for target, remedy in remedies.items() if remedy},
+        "optimizer": [
+            optimizer_row(target, inner, name, sizes[inner])
+            for target, inner, name in progress(windows, "Windows")
+        ],
+        "traffic": [traffic_row(*job) for job in progress(steps, "Training steps")],
+    }
 
 
 def tables(result: Result) -> dict[str, str]:
@@ -150,60 +150,56 @@ def tables(result: Result) -> dict[str, str]:
     return named | ({"compiled_others": windows_table(result, others)} if others else {})
 
 
-def by_chip(found: Iterable[Any], *names: str) -> dict[Any, dict[str, Any]]:
-    """Returns rows by these of their figures, and then by the title of their target, in order."""
-    groups: dict[Any, dict[str, Any]] = {}
+def by_chip(found: Iterable[Result], name: str, cells: Callable[..., Any]) -> list[dict[str, str]]:
+    """Returns rows of a table, in which a contender has the `cells(row, chip)` of all chips."""
+    rows: dict[Any, dict[str, str]] = {}
     for row in sorted(found, key=lambda row: list(TITLES).index(row["target"])):
-        groups.setdefault(tuple(row[x] for x in names), {})[TITLES[row["target"]]] = row
-    return groups
+        one = rows.setdefault((row[name], row["name"]), {name: row[name], "contender": row["name"]})
+        one |= cells(row, TITLES[row["target"]])
+    return list(rows.values())
 
 
 def windows_table(result: Result, found: list[Result]) -> str:
-    """Returns bytes and temporaries of each contender, target by target."""
-    rows = []
-    for (inner, name), group in by_chip(found, "inner", "name").items():
-        cells = {"inner": inner, "contender": name}
-        for chip, row in group.items():
-            parts = (three_digits(row[x]) for x in ("hold", "release", "window"))
-            cells[chip] = f"{' / '.join(parts)}; {round(row['temporaries'], 2):g}"
-        rows.append(cells)
+    def cells(row, chip):
+        parts = (three_digits(row[x]) for x in ("hold", "release", "window"))
+        return {chip: f"{' / '.join(parts)}; {round(row['temporaries'], 2):g}"}
+
     size = ", ".join({f"{row['parameter_bytes'] / 1e6:,.0f} MB" for row in found})
     legend = f"Cells: bytes of a hold / a release / a window; temporaries. All are in P, {size}."
-    return table(rows, legend, setting(result))
+    return table(by_chip(found, "inner", cells), legend, setting(result))
 
 
 def traffic_table(result: Result) -> str:
-    """Returns what devices send each other in a hold and in a window, target by target."""
-    rows = []
-    for (model, name), group in by_chip(result["traffic"], "model", "name").items():
-        wrong = " ‡" if any(row["forgets"] for row in group.values()) else ""
-        cells = {"model": model, "contender": name + wrong}
-        for chip, row in group.items():
-            cells |= {f"{chip}: {part}": sent(row[part], row) for part in ("hold", "window")}
-        rows.append(cells)
-    notes = [FORGETS] if any(row["forgets"] for row in result["traffic"]) else []
-    return table(rows, *notes, setting(result))
+    def cells(row, chip):
+        wrong = {"contender": f"{row['name']} ‡"} if row["forgets"] else {}
+        return wrong | {f"{chip}: {part}": sent(row[part], row) for part in ("hold", "window")}
+
+    found = result["traffic"]
+    return table(by_chip(found, "model", cells), *forgets(found), setting(result))
+
+
+def forgets(found: list[Result]) -> list[str]:
+    """Returns a note if a gradient is wrong."""
+    return [FORGETS] if any(row.get("forgets") for row in found) else []
 
 
 def sent(found: list[Result], row: Result) -> str:
-    """Returns a cell of what is sent."""
     cells = [f"{kind} {size:.2f}" for kind, size in amounts(found, row).items() if size >= REDUCED]
     return ", ".join(cells) or ("scalars" if found else "none")
 
 
-def amounts(found: list[Result], row: Result) -> dict[str, float]:
+def amounts(found: list[Result], row: Result) -> Mapping[str, float]:
     """Returns the sizes in P of the arrays that are reduced or gathered, by kind.
 
     A kind says between how many devices, if not between all.
     """
-    totals: dict[str, float] = {}
+    totals: Counter = Counter()
     for one in found:
         group = one.get("group") or row["devices"]
         # An array that is gathered is as many times larger as there are devices with a part of it.
         whole = group if one["kind"] == "all-gather" else 1
         kind = one["kind"] + (f" of {group}" if group < row["devices"] else "")
-        size = whole * one["bytes"] * one["times"] / row["parameter_bytes"]
-        totals[kind] = totals.get(kind, 0) + size
+        totals[kind] += whole * one["bytes"] * one["times"] / row["parameter_bytes"]
     return totals
 
 

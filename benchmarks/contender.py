@@ -1,8 +1,9 @@
 """What a contender is, and the inner optimizers that all of them step.
 
 The inner optimizers are Optax's and Keras's, with the same hyperparameters. Adam and Muon are blind
-to the scale of their gradients but for `eps`: a small one would let a contender that releases the
-sum pass for one that releases the mean, so theirs are large.
+to the scale of their gradients but for `eps`. A small one would let a contender that releases the
+sum pass for one that releases the mean, and turn the rounding of a small gradient into a step of
+full size, so theirs are large: a step is nearly linear in the gradients.
 """
 
 from collections.abc import Callable

@@ -111,7 +111,13 @@ def microbatch(inner: Inner, every_k: int) -> Contender:
     return of(inner.transformation, 1, differentiate=differentiate)
 
 
-def scan(inner: Inner, every_k: int, sharded: bool = False, gathered: bool = False) -> Contender:
+def scan(
+    inner: Inner,
+    every_k: int,
+    sharded: bool = False,
+    gathered: bool = False,
+    weight_fn: Callable[..., Any] = lambda params, rows: 1.0,
+) -> Contender:
     """The usual scan over microbatches, that sums in the dtype of the parameters.
 
     Sharded, it divides its sums like the parameters, as trainers for TPUs do. MaxText casts and
@@ -131,15 +137,17 @@ def scan(inner: Inner, every_k: int, sharded: bool = False, gathered: bool = Fal
         used = jax.tree.map(gather, params) if gathered else params
 
         def body(sums, rows):
-            loss, grads = jax.value_and_grad(loss_fn)(used, rows)
+            weight = weight_fn(used, rows)
+            loss, grads = optax.tree.scale(weight, jax.value_and_grad(loss_fn)(used, rows))
             grads = grads if gathered else place(grads)
-            return (sums[0] + loss, place(optax.tree.add(sums[1], grads))), None
+            total, losses, sums = sums
+            return (total + weight, losses + loss, place(optax.tree.add(sums, grads))), None
 
         # Of every k-th row, so that each microbatch has rows of all devices.
         split = jax.tree.map(lambda x: x.reshape(-1, every_k, *x.shape[1:]).swapaxes(0, 1), batch)
-        zeros = place(optax.tree.zeros_like(params))
-        sums, _ = lax.scan(body, (jnp.zeros([]), zeros), split)
-        return optax.tree.scale(1 / every_k, sums)
+        zeros = jnp.zeros([]), jnp.zeros([]), place(optax.tree.zeros_like(params))
+        (total, *sums), _ = lax.scan(body, zeros, split)
+        return optax.tree.scale(1 / total, sums)
 
     made = of(inner.transformation, 1, differentiate=differentiate)
     return fully_sharded(made, inner) if sharded else made

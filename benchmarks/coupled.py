@@ -83,11 +83,6 @@ def make_steps(tower: Tower, n: int) -> dict[str, Callable[..., Any]]:
     return steps | {VALUE_AND_GRAD: naive}
 
 
-def relative_error(found: Any, expected: Any) -> float:
-    """Returns the distance of two trees in the norm of the second."""
-    return float(optax.tree.norm(optax.tree.sub(found, expected)) / optax.tree.norm(expected))
-
-
 def rows_of_model(scale: int, tower: Tower, one: Any, batch: Any) -> list[Result]:
     """Returns the figures of each contender with towers of one kind."""
     _, n, rounds, _ = SIZES[scale]
@@ -99,11 +94,12 @@ def rows_of_model(scale: int, tower: Tower, one: Any, batch: Any) -> list[Result
     results = {name: turn() for name, turn in turns.items()}
     seconds = take_turns(turns, rounds)
     loss, grads = results[FULL_BATCH]
+    norm = optax.tree.norm
     return [
         {
             "name": name,
             "loss_error": abs(float(results[name][0] / loss) - 1),
-            "gradient_error": relative_error(results[name][1], grads),
+            "gradient_error": float(norm(optax.tree.sub(results[name][1], grads)) / norm(grads)),
             "temporary_bytes": program.memory_analysis().temp_size_in_bytes,
             **ratios(seconds, name, {"time_to_full_batch": FULL_BATCH}),
         }

@@ -29,8 +29,7 @@ SMALL = transformer.Model(vocabulary=64, width=64, layers=1, heads=2)
 
 def memory(target: str, model: transformer.Model, every_k: int, rows: int, sequence: int) -> Result:
     """Returns the peak bytes of AdamW's step for the same batch, whole and in microbatches."""
-    task = model_task(target, model, rows, sequence)
-    task = dataclasses.replace(task, every_k=every_k)
+    task = model_task(target, model, rows, sequence, every_k=every_k)
     peaks = {
         name: Window(ADAPTERS[name](task.inner, every_k), task).peak_bytes
         for name in (FULL_BATCH, MULTI_STEPS, APPLY_GRADIENTS)
@@ -94,11 +93,6 @@ def apart(result: Result) -> float:
     """Returns the largest relative difference of the losses."""
     whole, ours = (np.array(result["losses"][name]) for name in (FULL_BATCH, APPLY_GRADIENTS))
     return float(np.max(np.abs(ours - whole) / whole))
-
-
-def gigabytes(result: Result) -> list[float]:
-    """Returns the peaks of the full batch and of ours."""
-    return [result["memory"]["peak_bytes"][name] / 1e9 for name in (FULL_BATCH, APPLY_GRADIENTS)]
 
 
 def tables(result: Result) -> dict[str, str]:

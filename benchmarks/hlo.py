@@ -262,11 +262,10 @@ class _Program:
             seen.add(found)
             yield found
             if one.opcode == "parameter":
+                left = ("fusion", "call") if stop else ("fusion", "call", "while")
                 for caller in self.callers[one.computation]:
-                    if caller.opcode in ("fusion", "call"):
+                    if caller.opcode in left:
                         ahead.append((caller.operands[int(one.arguments)], index))
-                    elif caller.opcode == "while" and not stop:
-                        ahead.append((caller.operands[0], index))
             elif one.opcode == "get-tuple-element":
                 (index,) = re.findall(r"index=(\d+)", one.attributes)
                 ahead.append((one.operands[0], int(index)))

@@ -12,8 +12,8 @@ from typing import Any
 import jax
 
 from benchmarks import contenders, hlo, targets, transformer
-from benchmarks.compiled import EVERY_K, by_program, model_task, moved, sent, traffic
-from benchmarks.contender import AXIS, INSIDE, Contender, Inner
+from benchmarks.compiled import EVERY_K, by_program, forgets, model_task, moved, sent, traffic
+from benchmarks.contender import AXIS, INSIDE
 from benchmarks.contenders import ADAPTERS, LEVANTER, MAXTEXT, REDUCED_ONCE, VALUE_AND_GRAD
 from benchmarks.programs import Window, progress
 from benchmarks.tables import Result, rows_of, table, versions
@@ -41,14 +41,6 @@ JOBS = [  # model, chip, devices, parameters, contenders
 ]
 
 
-def contender(name: str, inner: Inner, devices: int, placed: str) -> Contender:
-    """Returns a contender whose parameters are placed so."""
-    made = ADAPTERS[name.removesuffix(FREE)](inner, EVERY_K)
-    if placed == REPLICATED or name in (MAXTEXT, LEVANTER):
-        return made
-    return contenders.fully_sharded(made, inner, 1 if placed == FSDP else devices // 2)
-
-
 def row(model: str, target: str, devices: int, placed: str, name: str, tokens: int) -> Result:
     """Returns what a window needs and sends."""
     axes = {REPLICATED: (), FSDP: (AXIS,), HSDP: (AXIS, INSIDE)}[placed]
@@ -60,17 +52,20 @@ def row(model: str, target: str, devices: int, placed: str, name: str, tokens: i
     task = model_task(target, config, 1, tokens, devices)
     result: Result = {"model": model, "target": target, "devices": devices, "placed": placed}
     result |= {"name": name, "parameter_bytes": task.size}
+    contender = ADAPTERS[name.removesuffix(FREE)](task.inner, EVERY_K)
+    if placed != REPLICATED and name not in (MAXTEXT, LEVANTER):
+        inside = 1 if placed == FSDP else devices // 2
+        contender = contenders.fully_sharded(contender, task.inner, inside)
     try:
-        window = Window(contender(name, task.inner, devices, placed), task)
+        window = Window(contender, task)
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
         return result | {"fits": False}
-    total, _ = moved(window)
     hidden = by_program(hlo.hidden, window)[-1] if target == targets.H100 else None
     return result | {
         **{"fits": True, "peak_bytes": window.peak_bytes, "hidden": hidden},
-        **{"temporaries": window.temporary_bytes / task.size, "moved": total / task.size},
+        **{"temporaries": window.temporaries, "moved": moved(window)["window"]},
         **traffic(window, EVERY_K),
     }
 
@@ -112,7 +107,6 @@ def tables(result: Result) -> dict[str, str]:
         "once": lambda row: cells(row)[1],
         "hidden": lambda row: "{} of {}".format(*row["hidden"]) if row.get("hidden") else "-",
     }
-    wrong = any(row.get("forgets") for row in result["rows"])
-    notes = ["‡ Its gradient of the embedding is wrong (openxla/xla issue 49143)."] if wrong else []
     setting = f"A window of n = {result['every_k']} microbatches, AdamW. Compiled with "
-    return {"large": table(rows_of(result["rows"], columns), *notes, setting + versions(result))}
+    notes = *forgets(result["rows"]), setting + versions(result)
+    return {"large": table(rows_of(result["rows"], columns), *notes)}

@@ -15,7 +15,7 @@ import optax
 from benchmarks import contenders
 from benchmarks.contender import INNERS
 from benchmarks.programs import Task, check, make_trees, nbytes, time_parts
-from benchmarks.tables import Result, left_out, quartiles, rows_of, table, three_digits, where
+from benchmarks.tables import Result, quartiles, rows_of, table, three_digits, where
 
 NAMES = (
     *(contenders.APPLY_GRADIENTS, contenders.RELEASE, contenders.UPDATE),
@@ -95,5 +95,6 @@ def tables(result: Result) -> dict[str, str]:
     sizes = {row["inner"]: f"{row['parameter_bytes'] / 1e6:.3g}" for row in result["contenders"]}
     parameters = ", ".join(f"{inner} {size} MB" for inner, size in sizes.items())
     setting = f"Parameters: {parameters}, in {result['leaves']} leaves. k = {result['every_k']}."
+    missing = [f"Left out: {name}, for {why}." for name, why in result["left_out"].items()]
     rows = rows_of(result["contenders"], columns)
-    return {"overhead": table(rows, *left_out(result), f"{setting} {where(result)}")}
+    return {"overhead": table(rows, *missing, f"{setting} {where(result)}")}

@@ -1,6 +1,6 @@
 """What is trained, and the programs of a contender: compiled, run, timed and checked."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 import dataclasses
 import functools
 import random
@@ -15,7 +15,6 @@ from rich.console import Console
 from rich.progress import track
 
 from benchmarks.contender import AXIS, INNERS, INSIDE, Carry, Contender, Inner, Step, of
-from benchmarks.contenders import FULL_BATCH
 
 WINDOWS = 2  # that a contender runs before it is checked
 WARMUP_ROUNDS = 3
@@ -24,7 +23,7 @@ progress = functools.partial(track, console=Console(stderr=True))
 
 @dataclasses.dataclass(frozen=True)
 class Task:
-    """Parameters, and the microbatches of a window: rows for a model, or gradients without one.
+    """Parameters, and the microbatches of a window: rows for a loss, or gradients without one.
 
     Both are arrays, or shapes if nothing shall run. The microbatches repeat in a longer window.
     """
@@ -34,7 +33,7 @@ class Task:
     every_k: int
     inner: Inner = INNERS["adamw"]
     tolerance: float = 1e-3  # how much of a step rounding explains
-    model: Any = None
+    loss_fn: Callable[..., Any] | None = None
     devices: Sequence[Any] | None = None  # that share the rows of each batch
 
     @property
@@ -47,7 +46,7 @@ class Task:
         if calls > 1:
             return list(self.microbatches)
         count = len(self.microbatches)
-        if self.model:
+        if self.loss_fn:
             return [jax.tree.map(lambda *leaves: np.concatenate(leaves), *self.microbatches)]
         times = np.bincount(np.arange(self.every_k) % count, minlength=count)
 
@@ -58,20 +57,18 @@ class Task:
         return [jax.tree.map(mean, *self.microbatches)]
 
     def shapes(self, calls: int) -> Any:
-        """Returns the shapes of what a call is given."""
-
         def shape(x):
             rows = len(x) * self.every_k if calls == 1 else len(x)
             return jax.ShapeDtypeStruct((rows, *x.shape[1:]), x.dtype)
 
-        return jax.tree.map(shape, self.microbatches[0]) if self.model else self.microbatches[0]
+        return jax.tree.map(shape, self.microbatches[0]) if self.loss_fn else self.microbatches[0]
 
 
 class Window:
     """The programs of one window of a contender, compiled: one for each call.
 
-    `trace_s` and `compile_s` are seconds for all that differ; `peak_bytes` and `temporary_bytes`
-    the bytes of the hungriest.
+    `trace_s` and `compile_s` are seconds for all that differ. `peak_bytes`, and the `temporaries`
+    in sizes of the parameters, are those of the hungriest.
     """
 
     def __init__(self, contender: Contender, task: Task):
@@ -83,22 +80,31 @@ class Window:
         self.mesh = Mesh(grid, axes, axis_types=(AxisType.Auto,) * len(axes))
         self.rows = P(axes)
         self.trace_s = self.compile_s = 0.0
+        compiled = {}
         with jax.set_mesh(self.mesh):
-            shapes = self._carry_shapes()
-            calls = len(contender.steps)
-            batch = self._shapes(task.shapes(calls), self._named(self.rows))
-            compiled = {}
+            params = jax.eval_shape(lambda: task.params)
+            entries = [name for step in contender.steps for name in step.names]
+            self.specs = dict.fromkeys(["params", *entries], P()) | contender.specs(params)
+            self._init = jax.jit(contender.init, out_shardings=self.specs)
+            carry = jax.eval_shape(self._init, params)
+            batch = task.shapes(len(contender.steps))
             for step in dict.fromkeys(contender.steps):
                 start = time.perf_counter()
-                part = {name: shapes[name] for name in self._names(step)}
-                lowered = self._jit(step, part).lower(part, batch)
+                part = {name: carry[name] for name in self._names(step)}
+                lowered = self._jit(step).lower(part, batch)
                 middle = time.perf_counter()
                 compiled[step] = lowered.compile()
                 self.trace_s += middle - start
                 self.compile_s += time.perf_counter() - middle
         self.programs = [compiled[step] for step in contender.steps]
-        sizes = [program.memory_analysis().temp_size_in_bytes for program in self.programs]
-        self.peak_bytes, self.temporary_bytes = max(map(peak_bytes, self.programs)), max(sizes)
+        sizes = [program.memory_analysis() for program in self.programs]
+        self.temporaries = max(x.temp_size_in_bytes for x in sizes) / task.size
+        self.peak_bytes = max(
+            x.argument_size_in_bytes
+            + (x.output_size_in_bytes - x.alias_size_in_bytes)
+            + x.temp_size_in_bytes
+            for x in sizes
+        )
 
     def start(self) -> None:
         """Makes the carry for a copy of the parameters, and puts the batches on the devices."""
@@ -106,6 +112,7 @@ class Window:
         with jax.set_mesh(self.mesh):
             self.carry = self._init(jax.tree.map(jnp.array, self.task.params))
         self.batches = jax.device_put(self.task.batches(len(self.programs)), sharding)
+        self.times: list[Any] = []
 
     def call(self, index: int) -> Carry:
         """Runs the program of one call of the window."""
@@ -120,12 +127,16 @@ class Window:
             self.call(i)
         return self.carry
 
-    def call_by_call(self) -> Iterator[Any]:
-        """Runs a window, and yields when each call has returned, and then to wait for it."""
+    def call_by_call(self) -> None:
+        """Runs a window, and keeps the seconds until each call has returned, and is done."""
+        times = []
         for i in range(len(self.programs)):
+            start = time.perf_counter()
             self.call(i)
-            yield None
-            yield self.carry
+            returned = time.perf_counter()
+            jax.block_until_ready(self.carry)
+            times.append((returned - start, time.perf_counter() - start))
+        self.times.append(times)
 
     def train(self) -> Any:
         """Returns what two windows make of the parameters, on the host."""
@@ -136,44 +147,24 @@ class Window:
 
     def _names(self, step: Step) -> tuple[str, ...]:
         # Differentiating needs the parameters, which the step itself may leave alone.
-        return tuple(dict.fromkeys(("params", *step.names) if self.task.model else step.names))
+        return tuple(dict.fromkeys(("params", *step.names) if self.task.loss_fn else step.names))
 
     def _run(self, step: Step, part: Carry, batch: Any) -> tuple[Carry, Any]:
-        model = self.task.model
-        if model is None:
-            return part | step.apply(part, batch), None
-        loss, grads = self.contender.differentiate(model.mean_loss, part["params"], batch)
+        loss, grads = None, batch
+        if self.task.loss_fn:
+            loss, grads = self.contender.differentiate(self.task.loss_fn, part["params"], batch)
         return part | step.apply(part, grads), loss
 
-    def _jit(self, step: Step, part: Carry) -> Any:
-        run = functools.partial(self._run, step)
-        specs = {name: self.specs[name] for name in part}
+    def _jit(self, step: Step) -> Any:
+        part = {name: self.specs[name] for name in self._names(step)}
         # An unused argument is kept, or what overwrites a buffer could not be given that buffer.
-        given = {"donate_argnums": 0, "keep_unused": True}
-        return jax.jit(run, out_shardings=self._named((specs, P())), **given)
-
-    def _carry_shapes(self) -> Carry:
-        params = self._shapes(self.task.params, self._named(P()))
-        entries = [name for step in self.contender.steps for name in step.names]
-        self.specs = dict.fromkeys(["params", *entries], P()) | self.contender.specs(params)
-        self._init = jax.jit(self.contender.init, out_shardings=self._named(self.specs))
-        return self._shapes(jax.eval_shape(self._init, params), self._named(self.specs))
-
-    def _named(self, specs: Any) -> Any:
-        return jax.tree.map(functools.partial(NamedSharding, self.mesh), specs)
-
-    def _shapes(self, tree: Any, shardings: Any) -> Any:
-        def shape(x, sharding):
-            return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
-
-        return jax.tree.map(shape, tree, jax.tree.broadcast(shardings, tree))
-
-
-def peak_bytes(program: Any) -> int:
-    """Returns the most memory that a compiled program needs, its arguments included."""
-    sizes = program.memory_analysis()
-    kept = sizes.output_size_in_bytes - sizes.alias_size_in_bytes
-    return sizes.argument_size_in_bytes + kept + sizes.temp_size_in_bytes
+        return jax.jit(
+            functools.partial(self._run, step),
+            in_shardings=(part, self.rows),
+            out_shardings=(part, P()),
+            donate_argnums=0,
+            keep_unused=True,
+        )
 
 
 def nbytes(tree: Any) -> int:
@@ -196,12 +187,11 @@ def check(found: Mapping[str, Contender], task: Task) -> tuple[dict[str, Window]
         window = windows[name] = Window(one, task)
         trained, tx = window.train(), one.reference or task.inner.transformation
         if tx not in expected:
-            full_batch = name == FULL_BATCH
-            expected[tx] = trained if full_batch else Window(of(tx, 1), task).train()
+            expected[tx] = Window(of(tx, 1), task).train()
         error = largest_error(trained, expected[tx], task)
         row = {"name": name, "agrees": error <= 1, "error": error}
-        row |= {x: getattr(window, x) for x in ("peak_bytes", "trace_s", "compile_s")}
-        rows[name] = row | {"temporaries": window.temporary_bytes / task.size}
+        figures = "peak_bytes", "trace_s", "compile_s", "temporaries"
+        rows[name] = row | {x: getattr(window, x) for x in figures}
     return windows, rows
 
 
@@ -225,22 +215,16 @@ def take_turns(turns: Mapping[str, Callable[[], Any]], rounds: int) -> dict[str,
     """Returns the seconds that each turn took, round by round.
 
     All run once a round, in a new order every round, so that whatever else the machine does
-    falls on all alike. What a turn returns is waited for. A generator is timed from one
-    `yield` to the next, and has several times in each round.
+    falls on all alike. What a turn returns is waited for.
     """
     seconds = {name: [] for name in turns}
     shuffled = random.Random(0)
-    for turn in progress(range(WARMUP_ROUNDS + rounds), "Timing"):
+    for _ in progress(range(WARMUP_ROUNDS + rounds), "Timing"):
         for name in shuffled.sample(list(turns), len(turns)):
-            times, start = [], time.perf_counter()
-            done = turns[name]()
-            for lap in done if isinstance(done, Iterator) else [done]:
-                jax.block_until_ready(lap)
-                times.append(time.perf_counter() - start)
-                start = time.perf_counter()
-            if turn >= WARMUP_ROUNDS:
-                seconds[name].append(times if isinstance(done, Iterator) else times[0])
-    return {name: np.array(times) for name, times in seconds.items()}
+            start = time.perf_counter()
+            jax.block_until_ready(turns[name]())
+            seconds[name].append(time.perf_counter() - start)
+    return {name: np.array(times[WARMUP_ROUNDS:]) for name, times in seconds.items()}
 
 
 def time_parts(windows: Mapping[str, Window], rounds: int, kernels: Any = ()) -> dict[str, Any]:
@@ -252,9 +236,8 @@ def time_parts(windows: Mapping[str, Window], rounds: int, kernels: Any = ()) ->
     for name, window in windows.items():
         turns |= {name: window.run, f"{name}, call by call": window.call_by_call}
     seconds: dict[str, Any] = dict(take_turns(turns, rounds))
-    for name in windows:
-        laps = seconds.pop(f"{name}, call by call").reshape(rounds, -1, 2)
-        dispatch, calls = laps[..., 0], laps.sum(axis=2)
+    for name, window in windows.items():
+        dispatch, calls = np.moveaxis(np.array(window.times[WARMUP_ROUNDS:]), -1, 0)
         seconds[name] = {"window": seconds[name], "release": calls[:, -1]}
         seconds[name] |= {"microbatch": calls.mean(axis=1), "dispatch": dispatch.mean(axis=1)}
         seconds[name] |= {"hold": calls[:, :-1].mean(axis=1)} if calls.shape[1] > 1 else {}

@@ -14,6 +14,7 @@ import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
+import numpy as np
 
 from benchmarks import compiled, coupled, folds, headline, large, overhead, scaling, training
 from benchmarks.contenders import APPLY_GRADIENTS, FULL_BATCH, MULTI_STEPS
@@ -79,7 +80,8 @@ def fill(text: str, tables: Mapping[str, str]) -> str:
 
 
 def draw_headline(result: Result) -> Figure:
-    of, gigabytes = result["memory"], headline.gigabytes(result)
+    of = result["memory"]
+    gigabytes = [of["peak_bytes"][name] / 1e9 for name in (FULL_BATCH, APPLY_GRADIENTS)]
     figure = Figure((7.4, 3.3), layout=ConstrainedLayoutEngine(wspace=0.08))  # read on phones, too
     left, right = figure.subplots(1, 2, width_ratios=(3, 2))
     whole, ours = (result["losses"][name] for name in (FULL_BATCH, APPLY_GRADIENTS))
@@ -111,14 +113,12 @@ def draw_compiled(result: Result) -> Figure:
     found = [x for x in result["optimizer"] if x["inner"] == "adamw"]
     names = list(dict.fromkeys(row["name"] for row in found))
     chips = [chip for chip in TITLES if any(row["target"] == chip for row in found)]
-    height = 1 + 0.13 * len(names) * (len(chips) + 1)
-    figure = Figure((9, height), layout="constrained")
-    axes = figure.subplots()
+    figure = Figure((9, 1 + 0.13 * len(names) * (len(chips) + 1)), layout="constrained")
+    axes, height = figure.subplots(), 0.8 / len(chips)
     for i, chip in enumerate(chips):
-        of = {row["name"]: row["window"] for row in found if row["target"] == chip}
-        height, shift = 0.8 / len(chips), 0.8 * ((i + 0.5) / len(chips) - 0.5)
-        places = [names.index(name) + shift for name in of]
-        bars = axes.barh(places, list(of.values()), height, color=COLOURS[i], label=TITLES[chip])
+        values = [row["window"] for row in found if row["target"] == chip]
+        places = np.arange(len(names)) + height * (i + 0.5) - 0.4
+        bars = axes.barh(places, values, height, color=COLOURS[i], label=TITLES[chip])
         axes.bar_label(bars, fmt="%.0f", padding=3, size=8)
     _sideways(axes, names)
     axes.set_xlabel(
@@ -142,18 +142,14 @@ def draw_large(result: Result) -> Figure:
     rows = [x for x in result["rows"] if x["fits"] and (x["model"], x["devices"]) == ("7b", 8)]
     figure = Figure((9, 1 + 0.3 * len(rows)), layout="constrained")
     left, right = figure.subplots(1, 2, sharey=True)
-    panels = {
-        "peak memory of a device, GB": (left, [row["peak_bytes"] / 1e9 for row in rows]),
-        "sent per window, P": (
-            right,
-            [sum(compiled.amounts(row["window"], row).values()) for row in rows],
-        ),
-    }
-    for title, (axes, values) in panels.items():
-        colours = [BLUE if "optaccum" in row["name"] else COLOURS[-1] for row in rows]
+    left.set_title("peak memory of a device, GB")
+    right.set_title("sent per window, P")
+    peaks = [row["peak_bytes"] / 1e9 for row in rows]
+    sent = [sum(compiled.amounts(row["window"], row).values()) for row in rows]
+    colours = [BLUE if "optaccum" in row["name"] else COLOURS[-1] for row in rows]
+    for axes, values in ((left, peaks), (right, sent)):
         bars = axes.barh(range(len(rows)), values, 0.7, color=colours)
         axes.bar_label(bars, fmt="%.1f", padding=3, size=8)
-        axes.set_title(title)
         axes.margins(x=0.15)
         _sideways(axes, [f"{row['placed'].split(',')[0]}: {row['name']}" for row in rows])
     figure.suptitle(

@@ -17,8 +17,7 @@ from benchmarks.contenders import APPLY_GRADIENTS, MULTI_STEPS, UPDATE
 from benchmarks.programs import Task, check, make_trees, nbytes, time_parts
 from benchmarks.tables import Result, quartiles, rows_of, table, three_digits, where
 
-# A small `eps` would hide the scale of the gradients from Adam, and a sum from a mean; and a small
-# step would drown in the rounding of bfloat16 parameters.
+# A small step would drown in the rounding of bfloat16 parameters.
 INNER = dataclasses.replace(INNERS["adamw"], transformation=optax.adamw(0.1, eps=0.1))
 # One that sums in float32 is off by rounding alone, one in bfloat16 by up to 2^-8 per addition.
 TOLERANCE = {"float32": 1e-3, "bfloat16": 0.02}
@@ -93,7 +92,6 @@ def measure(scale: int) -> Result:
 
 
 def tables(result: Result) -> dict[str, str]:
-    """Returns the rows of each sweep."""
     named = {}
     for sweep, found in result["sweeps"].items():
         variable = "k" if sweep == "every_k" else sweep

@@ -53,8 +53,7 @@ def through(layer: Any, params: Any, ids: Any) -> Any:
     return loss_of(lax.scan(layer, params["table"][ids], params["layers"])[0], params)
 
 
-def scanned(params: Any, ids: Any) -> Any:
-    return through(jax.checkpoint(layer), params, ids)
+scanned = functools.partial(through, jax.checkpoint(layer))
 
 
 def in_bfloat16(params: Any, ids: Any) -> Any:
@@ -74,7 +73,7 @@ def in_stages(params: Any, ids: Any) -> Any:
         return lax.scan(jax.checkpoint(layer), h, w)[0], None
 
     stages = jax.tree.map(lambda p: p.reshape(2, -1, *p.shape[1:]), params["layers"])
-    return loss_of(lax.scan(stage, params["table"][ids], stages)[0], params)
+    return through(stage, params | {"layers": stages}, ids)
 
 
 def experts(params: Any, ids: Any) -> Any:
@@ -207,14 +206,10 @@ def with_equinox(sizes: Sizes) -> Form:
     }
 
 
-def only_a_table(loss_fn: Any) -> Callable[[Sizes], Form]:
+def only_a_table(loss_fn: Any, sizes: Sizes) -> Form:
     """A table as large as the layers of the other forms."""
-
-    def make(sizes):
-        rows = 2 * sizes.layers * sizes.hidden
-        return loss_fn, lambda: {"table": table(sizes._replace(vocabulary=rows))}
-
-    return make
+    rows = 2 * sizes.layers * sizes.hidden
+    return loss_fn, lambda: {"table": table(sizes._replace(vocabulary=rows))}
 
 
 def unstack(params: Any) -> Any:
@@ -241,7 +236,7 @@ if hasattr(nnx, "as_pure"):  # the scan of Flax 0.12.0 writes into the state tha
     SCANNED["flax.nnx"] = with_nnx
 OTHERS = {
     "layers in a list": form(in_list, unstack),
-    "a tied table": only_a_table(tied),
-    "a looked-up table": only_a_table(looked_up),
-    "a looked-up table, weighted": only_a_table(looked_up),
+    "a tied table": functools.partial(only_a_table, tied),
+    "a looked-up table": functools.partial(only_a_table, looked_up),
+    "a looked-up table, weighted": functools.partial(only_a_table, looked_up),
 }

@@ -52,7 +52,6 @@ def median(figure: Any, form: str | Callable[[Any], str] = "{:.2f}", unit: float
 
 
 def three_digits(figure: Any) -> str:
-    """Returns a figure, or its median, with three digits."""
     return median(figure, lambda value: f"{value:,.0f}" if value >= 100 else f"{value:.3g}")
 
 
@@ -64,8 +63,3 @@ def where(result: Result) -> str:
 def versions(result: Result) -> str:
     """Returns what the figures were measured with, and when."""
     return f"{', '.join(map(' '.join, result['versions'].items()))}, {result['date'][:10]}."
-
-
-def left_out(result: Result) -> list[str]:
-    """Returns a note for each contender that is not installed."""
-    return [f"Left out: {x}, for {why}." for x, why in dict(result.get("left_out", ())).items()]

@@ -13,15 +13,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks import contenders, programs, transformer
-from benchmarks.contender import INNERS
 from benchmarks.contenders import FULL_BATCH, MICROBATCH, MULTI_STEPS
 from benchmarks.programs import Task, take_turns
 from benchmarks.tables import Result, ratios, rows_of, table, where
 
-# AdamW divides by sqrt(v) + eps, so a small `eps` turns the rounding of a small gradient into a
-# step of full size, and hides whether the gradients were summed or averaged. This one's is larger
-# than the gradients: a step is nearly linear in them.
-INNER = INNERS["adamw"]
 NAMES = (
     *(FULL_BATCH, contenders.APPLY_GRADIENTS, contenders.RELEASE, contenders.UPDATE),
     *(MULTI_STEPS, contenders.HAND_WRITTEN, contenders.VALUE_AND_GRAD, MICROBATCH),
@@ -55,13 +50,13 @@ def make_task(sizes: Sizes) -> Task:
         unit = max(unit, 2.0**-10)  # accelerators multiply float32 with fewer bits (TF32)
     tolerance = unit * np.sqrt(16 * config.layers)
     params = transformer.make_params(config)
-    return Task(params, batches, sizes.every_k, INNER, tolerance, model=config)
+    return Task(params, batches, sizes.every_k, tolerance=tolerance, loss_fn=config.mean_loss)
 
 
 def measure(scale: int) -> Result:
     sizes = SIZES[scale]
     task = make_task(sizes)
-    found, _ = contenders.make(NAMES, INNER, task.every_k)
+    found, _ = contenders.make(NAMES, task.inner, task.every_k)
     windows, rows = programs.check(found, task)
     seconds = take_turns({name: window.run for name, window in windows.items()}, sizes.rounds)
     units = {"time_to_multi_steps": MULTI_STEPS, "time_to_microbatch": MICROBATCH}

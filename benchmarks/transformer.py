@@ -45,7 +45,6 @@ class Model:
         return jnp.sum(losses * batch["mask"]) / jnp.maximum(self.tokens_of(params, batch), 1)
 
     def tokens_of(self, params: Any, batch: Any) -> jax.Array:
-        """Returns how many tokens of a batch count, f32[]."""
         return batch["mask"].sum()
 
     def features(self, params: Any, table: jax.Array, tokens: jax.Array) -> jax.Array:
@@ -95,7 +94,6 @@ PRESETS = {
 
 
 def param_shapes(model: Model) -> Any:
-    """Returns the parameters of the model as shapes and dtypes."""
     width, heads = model.width, model.heads
     block = {
         **{name: (width, heads, width // heads) for name in ("query", "key", "value")},

@@ -100,8 +100,8 @@ def to_multi_steps(
             `optax.MultiSteps` cannot express, with other weights, `average_args`, `metrics`, sums
             per device (`reduce_axes`) or in a wider dtype, or too many microbatches.
     """
-    owner = tx if isinstance(tx, optax.MultiSteps) else getattr(tx.update, "__self__", None)
-    length = getattr(owner, "_every_k_schedule", None)
+    # A transformation of `optax.MultiSteps` has its bound method.
+    length = getattr(getattr(tx.update, "__self__", None), "_every_k_schedule", None)
     if every_k is not None:
         length = optax.constant_schedule(check_count("`every_k`", every_k))
     convert = functools.partial(_to_multi_steps, length=length, use_grad_mean=use_grad_mean)

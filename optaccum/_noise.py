@@ -183,7 +183,6 @@ def _average(decay: Any, samples: list[jax.Array], sums: Sums, *old: jax.Array) 
 
 
 def _check_reduced(grads: Any) -> None:
-    """Raises if a gradient is unreduced."""
     for path, g in jax.tree_util.tree_leaves_with_path(grads):
         if axes := unreduced(g):
             raise TypeError(

@@ -137,14 +137,7 @@ def of_all(sums: Sums) -> Sums:
 
 
 def read(reduction: str, sums: Any, known: jax.Array, mean: Callable[[Any], Any]) -> Any:
-    """Returns the value of a metric, 0 if it is not known.
-
-    Args:
-        reduction: How it is reduced.
-        sums: What the state keeps of it, of all devices.
-        known: Whether a microbatch counts.
-        mean: Returns a sum divided by the weight.
-    """
+    """Returns the value of a metric from its sums, 0 if no microbatch counts."""
 
     def ratio(x, by):
         return jnp.where(by != 0, x / jnp.where(by != 0, by, 1), 0).astype(x.dtype)

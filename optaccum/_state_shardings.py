@@ -136,7 +136,7 @@ def _shard(sharding: Any, extra: int, x: Any) -> Any:
     """Returns the sharding of `x`, which has `extra` axes in front and may vary or be unreduced."""
     spec = sharding if isinstance(sharding, PartitionSpec) else sharding.spec
     entries: list[Any] = [None] * extra + list(getattr(spec, "partitions", spec))
-    used = set(jax.tree.leaves(tuple(entries)))
+    used = set(jax.tree.leaves(entries))
     mesh = jax.sharding.get_abstract_mesh()
     if axes := [axis for axis in mesh.axis_names if axis in varying(x)]:
         if used & set(axes) and isinstance(sharding, PartitionSpec):
@@ -144,17 +144,12 @@ def _shard(sharding: Any, extra: int, x: Any) -> Any:
                 f"a parameter is sharded as {spec}, over {sorted(used & set(axes))} of "
                 "`reduce_axes`; in jax.shard_map all its devices must have it whole"
             )
-        entries = [_without(axes, entry) for entry in entries]  # each device has whole sums
-        entries[:1] = [axes[0] if len(axes) == 1 else tuple(axes)]
+        # Each device has whole sums. In a PartitionSpec () is None, and ("data",) is "data".
+        entries = [tuple(a for a in jax.tree.leaves(e) if a not in axes) for e in entries]
+        entries[:1] = [tuple(axes)]
     waiting = unreduced(x) - used
     spec = PartitionSpec(*entries, unreduced=waiting, reduced=spec.reduced - waiting)
     return spec if isinstance(sharding, PartitionSpec) else sharding.update(spec=spec)
-
-
-def _without(axes: list[str], entry: Any) -> Any:
-    """Returns an entry of a PartitionSpec without some axes."""
-    kept = tuple(axis for axis in jax.tree.leaves(entry) if axis not in axes)
-    return kept if isinstance(entry, tuple) else next(iter(kept), None)
 
 
 def _layout(params: Any, shardings: Any) -> _Layout:

@@ -22,21 +22,10 @@ each microbatch. What moves with every call, and what once per window:
   call. For a momentum of m per window pass m ** (1 / k). In linen hand the averages on with
   `state.apply_gradients(grads=grads, batch_stats=updates["batch_stats"])`.
 
-To go on from `optax.MultiSteps` in linen (`opt_state` and `params` as they were saved)::
-
-    state = state.replace(tx=tx, opt_state=from_multi_steps(tx, opt_state, params))
-
-and in nnx::
-
-    pure = nnx.as_pure  # nnx.pure in Flax 0.12.0
-    opt_state, params = pure(old.opt_state), pure(nnx.state(model, nnx.Param))
-    optimizer = Optimizer(model, tx, wrt=nnx.Param)
-    nnx.update(optimizer.opt_state, nnx.state(from_multi_steps(tx, opt_state, params)))
-    optimizer.step[...] = old.step[...]
-
 To change `every_k`, set `state.replace(tx=new)` or `optimizer.tx = new`. An `Optimizer` whose
 `every_k` was the constant 1 has no sums, so make a new one and
-`nnx.update(new.opt_state, nnx.state(old.opt_state))`.
+`nnx.update(new.opt_state, nnx.state(old.opt_state))`. `docs/how_to/old_checkpoints.md` goes on from
+`optax.MultiSteps`.
 """
 
 import dataclasses
