@@ -539,7 +539,7 @@ TOWERS = {
     "in": jax.ShapeDtypeStruct((512, 2048), jnp.float32),
     "out": jax.ShapeDtypeStruct((2048, 512), jnp.float32),
 }
-PAIRS = {name: jax.ShapeDtypeStruct((2**13, 512), jnp.float32) for name in ("image", "text")}
+PAIRS = {name: jax.ShapeDtypeStruct((2**11, 512), jnp.float32) for name in ("image", "text")}
 
 
 def _covariance(z):
@@ -556,8 +556,8 @@ def test_microbatched_needs_the_memory_of_a_checkpointed_map(target):
         return compiled.memory_analysis().temp_size_in_bytes
 
     ours = temporaries(microbatched(_towers, num_microbatches=16))
-    # Newer compilers find the map a program with none at all; a microbatch of one tower has 4 MB.
-    assert ours <= 1.05 * temporaries(_in_map) + 2**20
+    # Newer compilers find the map a program with none at all; a microbatch of one tower has 1 MB.
+    assert ours <= 1.05 * temporaries(_in_map) + 2**18
 
 
 def test_microbatched_reduces_once_in_shard_map(target):
@@ -577,6 +577,13 @@ def test_microbatched_reduces_once_in_shard_map(target):
 STACK = {
     "a": jax.ShapeDtypeStruct((8, 1024, 4096), jnp.float32),
     "b": jax.ShapeDtypeStruct((8, 4096, 1024), jnp.float32),
+}
+
+
+# A fourth of that, where compilers do the same, in a third of the time.
+SMALL = {
+    "a": jax.ShapeDtypeStruct((8, 512, 2048), jnp.float32),
+    "b": jax.ShapeDtypeStruct((8, 2048, 512), jnp.float32),
 }
 
 
@@ -649,8 +656,8 @@ def _embedded(params, ids):
 
 def test_adding_inside_the_backward_pass_sends_no_more(target, monkeypatch):
     mesh = Mesh(np.array(targets.devices(target, 4)), ("data",))
-    params = {"table": jax.ShapeDtypeStruct((2**14, 1024), jnp.float32), "layers": STACK}
-    ids = jax.ShapeDtypeStruct((16, 64), jnp.int32)
+    params = {"table": jax.ShapeDtypeStruct((2**13, 512), jnp.float32), "layers": SMALL}
+    ids = jax.ShapeDtypeStruct((16, 32), jnp.int32)
     args = _place(params, NamedSharding(mesh, P())), _place(ids, NamedSharding(mesh, P("data")))
 
     def sent():
@@ -702,9 +709,9 @@ def _on_four_chips(target, step, names, spec, tx=None):
     devices = np.array(targets.devices(target, 4))
     shape = (4,) if len(names) == 1 else (2, 2)
     mesh = Mesh(devices.reshape(shape), names, axis_types=(AxisType.Auto,) * len(names))
-    params = {"table": jax.ShapeDtypeStruct((2**13, 1024), jnp.float32), "layers": STACK}
+    params = {"table": jax.ShapeDtypeStruct((2**12, 512), jnp.float32), "layers": SMALL}
     size = sum(4 * p.size for p in jax.tree.leaves(params))
-    ids = jax.ShapeDtypeStruct((16, 64), jnp.int32)
+    ids = jax.ShapeDtypeStruct((16, 32), jnp.int32)
     with jax.set_mesh(mesh):
         placed = jax.tree.map(lambda x: _place(x, NamedSharding(mesh, spec(x))), params)
         args, out = [placed], jax.tree.map(lambda x: x.sharding, placed)
@@ -750,11 +757,11 @@ def test_a_plain_jit_reduces_once_and_not_in_a_loop(target):
     """Under automatic sharding alone gradients of scanned layers are reduced in the loops."""
     whole = lambda _: P()  # noqa: E731
     step = functools.partial(_gradients, loss=_language_model)
-    before, sent = _on_four_chips(target, step(()), ("data",), whole)
+    _, sent = _on_four_chips(target, step(()), ("data",), whole)
     assert sum(parts for (_, looped, _), parts in sent.items() if looped) > 2
-    after, sent = _on_four_chips(target, step("data"), ("data",), whole)
+    temporaries, sent = _on_four_chips(target, step("data"), ("data",), whole)
     assert sent == {("all-reduce", False, False): pytest.approx(1, rel=0.01)}
-    assert after < before + 0.1
+    assert temporaries < 1.25, "more than the sums of a device"
 
 
 def test_sums_in_bfloat16_are_half_as_much_to_send(target):
