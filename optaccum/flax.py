@@ -24,8 +24,9 @@ each microbatch. What moves with every call, and what once per window:
 
 To change `every_k`, set `state.replace(tx=new)` or `optimizer.tx = new`. An `Optimizer` whose
 `every_k` was the constant 1 has no sums, so make a new one and
-`nnx.update(new.opt_state, nnx.state(old.opt_state))`. `docs/how_to/old_checkpoints.md` goes on from
-`optax.MultiSteps`.
+`nnx.update(new.opt_state, nnx.state(old.opt_state))`.
+
+`docs/how_to/old_checkpoints.md` shows how to go on from a checkpoint of `optax.MultiSteps`.
 """
 
 import dataclasses

@@ -260,7 +260,7 @@ def test_nothing_is_taken_over_of_a_nan_between_windows():
 
 
 def test_a_linen_train_state_goes_on():
-    """As the documentation of `optaccum.flax` says, and nnx from a constant `every_k` of 1 too."""
+    """As the page on old checkpoints says, and nnx from a constant `every_k` of 1 too."""
     old_tx, tx = optax.MultiSteps(optax.adam(0.1), 4), accumulate(4, optax.adam(0.1))
     old = train_state.TrainState.create(
         apply_fn=lambda: None, params={"w": jnp.ones(2)}, tx=old_tx.gradient_transformation()
