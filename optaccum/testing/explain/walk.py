@@ -8,6 +8,7 @@ from typing import Any
 from jax.extend.core import Literal
 import jax.numpy as jnp
 
+from optaccum._scatters import alike
 from optaccum.testing import programs
 from optaccum.testing.explain.lines import find_line
 from optaccum.testing.explain.primitives import FLAT, Equation, apply
@@ -89,7 +90,7 @@ class Walk:
                 value = self._unpaired(x, y, value)
                 if self.hoist and not outer and self._can_be_hoisted(a, x, y, value):
                     self.hoisted[x] = axes(x, y)
-                    value = Value("row" if axes(x, y) else "const")
+                    value = Value("row" if axes(x, y) else "const", leaves=value.leaves)
                 known[x] = self._located(value, at)
         self.known = known
         return _read(known, one.outvars, two.outvars)
@@ -172,9 +173,8 @@ def _cond(follow: Follow, one: Any, two: Any, values: list[Value]) -> list[Value
 def _scan(follow: Follow, one: Any, two: Any, values: list[Value]) -> list[Value]:
     body = one.params["jaxpr"], two.params["jaxpr"]
     # What is scanned over has one axis less in the body. JAX names these numbers in several ways.
-    scanned = sum(map(_loses_axis, one.invars, body[0].jaxpr.invars))
-    carried = len(one.outvars) - sum(map(_loses_axis, one.outvars, body[0].jaxpr.outvars))
-    consts = len(one.invars) - scanned - carried
+    carried = alike(body[0].jaxpr.outvars, one.outvars)
+    consts = alike(body[0].jaxpr.invars, one.invars) - carried
     fixed, carry, xs = values[:consts], values[consts:][:carried], values[consts + carried :]
     over_rows = one.params["length"] != two.params["length"]
     results: list[Value] = []
@@ -188,7 +188,3 @@ def _scan(follow: Follow, one: Any, two: Any, values: list[Value]) -> list[Value
             break
         carry = new
     return [*carry, *results[carried:]]
-
-
-def _loses_axis(outer: Any, inner: Any) -> bool:
-    return len(outer.aval.shape) > len(inner.aval.shape)
