@@ -197,8 +197,12 @@ def depends_on_keys(loss: Loss, tolerance: float) -> bool:
     others = {j: _keys.fold_in(x, jnp.asarray(1)) for j, x in loss.some(*loss.keys).items()}
     if not others:
         return False
-    a, b = loss.gradient({}), loss.gradient(others)
-    return not float(np.linalg.norm(a - b)) <= tolerance * max(np.linalg.norm(a), 1e-300)
+    return not apart(loss.gradient(others), loss.gradient({})) <= tolerance
+
+
+def apart(a: np.ndarray, b: np.ndarray) -> float:
+    """Returns how far a vector is from another, relative to the other's size if it has one."""
+    return float(np.linalg.norm(a - b)) / (float(np.linalg.norm(b)) or 1.0)
 
 
 def flat(tree: Any) -> np.ndarray:

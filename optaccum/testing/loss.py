@@ -14,7 +14,7 @@ from optaccum.testing.explain.walk import Structure
 from optaccum.testing.gradients import Cut, Loss
 from optaccum.testing.numbers import Verdict
 from optaccum.testing.remedies import Split
-from optaccum.testing.report import Finding, Report
+from optaccum.testing.report import Finding, Report, said
 
 # The kinds of lines that explain a kind of loss, if they are not of its own kind.
 LINES = {"coupled": walk.COUPLING, "weights": ("divisor",), "factor": ("row_count",)}
@@ -104,7 +104,7 @@ def check(
     try:
         return _by_numbers(loss, n, tolerance, read, structural)
     except Exception as error:
-        detail = f"the gradients could not be taken ({type(error).__name__}: {str(error)[:300]})"
+        detail = f"the gradients could not be taken ({said(error)})"
         findings = (Finding("unknown", None, detail), *read.findings)
         return Report(None, findings=findings, remedy=REMEDIES["failed"])
 
@@ -120,7 +120,6 @@ def _name(fun: Any, j: int) -> str:
 
 
 def _by_structure(loss: Loss, read: Structure) -> Report:
-    """Returns the report of a loss that is not run."""
     if not read.traced:
         return Report(None, findings=read.findings, remedy=REMEDIES["failed"])
     weighted = loss.weight_fn is not None
@@ -171,7 +170,6 @@ def _judge(read: Structure, weighted: bool) -> tuple[bool | None, str | None, st
 def _by_numbers(
     loss: Loss, n: int, tolerance: float | None, read: Structure, structural: Report
 ) -> Report:
-    """Returns the report of the gradients."""
     bound = loss.rounding()
     if tolerance is None and bound > rounding.COARSE:
         loss = programs.in_float32(loss)
@@ -206,12 +204,10 @@ def _by_numbers(
 
 
 def _left(gradient: np.ndarray, first: Cut) -> float:
-    """Returns how far a gradient is from the full batch's."""
     return float(np.linalg.norm(gradient / first.sizes[0] - first.full[0]))
 
 
 def _explain(verdict: Verdict, read: Structure, bound: float, loss: Loss, first: Cut) -> Report:
-    """Returns the report on a verdict, with its lines and a remedy that is tried."""
     kinds = {finding.kind for finding in read.findings}
     named = verdict.source is not None and (verdict.source == "" or "divisor" in kinds)
     if verdict.kind in ("weights", "factor") and kinds & {*walk.COUPLING} and not named:
@@ -255,12 +251,10 @@ def _try(split: Split, remedy: str, full: np.ndarray, bound: float) -> tuple[str
 
 
 def _line(read: Structure, kind: str) -> str | None:
-    """Returns the first line that explains a kind of loss."""
     return next((f.where for f in read.findings if f.kind in LINES.get(kind, (kind,))), None)
 
 
 def _detail(verdict: Verdict) -> str:
-    """Returns what a report says of a verdict."""
     scale = verdict.scale
     if verdict.kind == "factor":
         return f"the full batch has {scale:.6g} times the mean over microbatches"
@@ -275,7 +269,6 @@ def _detail(verdict: Verdict) -> str:
 
 
 def _remedy(verdict: Verdict, split: Split | None, loss: Loss) -> str:
-    """Returns what a report advises."""
     weighted = loss.weight_fn is not None
     kind, source, scale = verdict.kind, verdict.source, verdict.scale
     if kind == "coupled" or (split is not None and split.kind != "microbatched"):
@@ -289,13 +282,11 @@ def _remedy(verdict: Verdict, split: Split | None, loss: Loss) -> str:
     times = f"; then multiply the loss by {scale:.6g}" if scale and abs(scale - 1) > 1e-3 else ""
     if source == "":
         return f"drop `weight_fn`, and `weight=` of `accumulate`{times}."
-    if not source or not all(map(str.isidentifier, loss.names)):
-        counted = f"`{source}`" if source else "the loss's divisor"
-        return (
-            f"pass a function that returns {counted} as `weight_fn` to `optaccum.value_and_grad`, "
-            f"or its value as `weight=` to `optaccum.accumulate`{times}."
-        )
+    counted = f"`{source}`" if source else "the loss's divisor"
+    given = f"a function that returns {counted} as `weight_fn`"
+    if source and all(map(str.isidentifier, loss.names)):
+        given = f"`weight_fn=lambda {', '.join(loss.names)}: {source}`"
     return (
-        f"pass `weight_fn=lambda {', '.join(loss.names)}: {source}` to `optaccum.value_and_grad`, "
+        f"pass {given} to `optaccum.value_and_grad`, "
         f"or its value for each microbatch as `weight=` to `optaccum.accumulate`{times}."
     )

@@ -11,7 +11,7 @@ from jax.tree_util import GetAttrKey, keystr
 import numpy as np
 
 from optaccum.testing import layouts, rounding
-from optaccum.testing.gradients import flat
+from optaccum.testing.gradients import apart, flat
 from optaccum.testing.layouts import Path, Tree
 
 ROUNDING = rounding.bound(rounding.EPS, 1000)  # of a gradient, relative to its size
@@ -258,7 +258,7 @@ def of_means(run: Run, full: Run) -> float:
     a, b = run.mean(), full.mean()
     if a is None or b is None or len(a) != len(b):
         return 0.0
-    return float(np.linalg.norm(a - b) / np.linalg.norm(b))
+    return apart(a, b)
 
 
 def take(batch: Any, i: int, n: int) -> Any:

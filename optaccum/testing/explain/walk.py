@@ -14,7 +14,7 @@ from optaccum.testing.explain.lines import find_line
 from optaccum.testing.explain.primitives import FLAT, Equation, apply
 from optaccum.testing.explain.values import Value, flaw, merge, of_number, select
 from optaccum.testing.gradients import Loss
-from optaccum.testing.report import Finding
+from optaccum.testing.report import Finding, said
 
 COUPLING = ("pairwise", "batch_statistic", "nonlinear", "order")
 # Primitives by which a model's parameters act on rows, more than entry by entry.
@@ -37,8 +37,7 @@ def read(loss: Loss) -> Structure:
     try:
         once, twice = (programs.trace(loss, times * loss.num_rows) for times in (1, 2))
     except Exception as error:
-        text = f"{type(error).__name__}: {str(error)[:200]}"
-        detail = f"it could not be traced with twice the rows ({text})"
+        detail = f"it could not be traced with twice the rows ({said(error)})"
         return Structure(None, (Finding("unknown", None, detail),), traced=False)
     walk = Walk(loss.num_rows)
     try:
@@ -138,7 +137,6 @@ class Walk:
         return several and not value.active and len(axes(x, y)) < 2
 
     def _located(self, value: Value, at: tuple) -> Value:
-        """Returns a value whose findings have their line."""
         findings = frozenset(
             finding if finding.where else dataclasses.replace(finding, where=find_line(at))
             for finding in value.findings
@@ -148,7 +146,6 @@ class Walk:
 
 
 def _read(known: dict[Any, Value], once: list[Any], twice: list[Any]) -> list[Value]:
-    """Returns the values of variables and of numbers in the program."""
     return [
         known[a] if not isinstance(a, Literal) else of_number(float(a.val), float(b.val))
         for a, b in zip(once, twice, strict=True)
