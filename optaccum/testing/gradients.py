@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.tree_util import keystr, tree_leaves_with_path
 import numpy as np
 
 from optaccum import _batch, _keys
@@ -44,10 +45,10 @@ class Loss:
         """How many rows the batch has."""
         return len(jax.tree.leaves(self.some(*self.rows))[0])
 
-    def leaves(self, j: int, args: dict[int, Any] | None = None) -> dict[str, Any]:
-        """Returns the leaves of argument j by the names that the function would write."""
-        leaves = jax.tree_util.tree_leaves_with_path((args or self.args)[j])
-        return {self.names[j] + jax.tree_util.keystr(path): leaf for path, leaf in leaves}
+    def leaves(self, args: dict[int, Any]) -> dict[str, Any]:
+        """Returns the leaves of some arguments by the names that the function would write."""
+        found = ((self.names[j], tree_leaves_with_path(x)) for j, x in args.items())
+        return {name + keystr(path): leaf for name, leaves in found for path, leaf in leaves}
 
     def __call__(self, *changed: Any) -> jax.Array:
         """Returns the loss with some arguments replaced."""
@@ -136,7 +137,7 @@ def measure(loss: Loss, n: int, tried: list[np.ndarray], likely: tuple[str, ...]
             full = loss.gradient(params | turned)
             if not number or np.isfinite(full).all():
                 found.append((full, [loss.gradient(params | each) for each in microbatches]))
-        leaves = {name: leaf for j in loss.rows for name, leaf in loss.leaves(j, turned).items()}
+        leaves = loss.leaves(turned)
         counted = {name: leaves[name] for name in likely} or leaves
         used = np.array([float(loss.weight(each)) for each in microbatches])
         full, each = zip(*found, strict=True)
@@ -178,10 +179,10 @@ def of_loop(loss: Loss, n: int, weights: np.ndarray | None = None) -> np.ndarray
     """
     keys, rows = loss.some(*loss.keys), jax.tree.map(jnp.asarray, loss.some(*loss.rows))
     weight_fn = loss.weight_fn and (lambda params, batch: loss.weight(keys, params, batch[0]))
+    each = np.ones(loss.num_rows)
     if weights is not None:
+        each = np.tile(weights * n / len(each), len(each) // n)
         weight_fn = lambda params, batch: batch[1].sum()  # noqa: E731
-    size = loss.num_rows
-    each = np.tile(np.ones(n) if weights is None else weights * n / size, size // n)
     loop = value_and_grad(
         lambda params, batch: loss(keys, params, batch[0]),
         num_microbatches=n,

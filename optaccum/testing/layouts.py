@@ -28,7 +28,7 @@ def alike(params: Any, state: Any) -> dict[Path, Any]:
     def looks(x, wanted):
         if is_module(wanted):
             return type(x) is type(wanted)
-        return jax.tree.structure(x) == jax.tree.structure(wanted) and _shapes(x) == _shapes(wanted)
+        return _form(x) == _form(wanted)
 
     for wanted in needles(params):
         is_leaf = functools.partial(looks, wanted=wanted)
@@ -58,8 +58,9 @@ def with_values(state: Any, values: Tree) -> Any:
     return jax.tree_util.tree_map_with_path(put, state, is_leaf=is_module)
 
 
-def _shapes(tree: Any) -> list[tuple[int, ...]]:
-    return [*map(np.shape, jax.tree.leaves(tree))]
+def _form(tree: Any) -> tuple[Any, list[tuple[int, ...]]]:
+    leaves, structure = jax.tree.flatten(tree)
+    return structure, [*map(np.shape, leaves)]
 
 
 def is_module(x: Any) -> bool:

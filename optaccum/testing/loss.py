@@ -4,7 +4,6 @@ from collections.abc import Callable
 import inspect
 from typing import Any
 
-import jax
 import numpy as np
 
 from optaccum import _batch, _call, _validate
@@ -82,13 +81,10 @@ def check(
         raise TypeError(f"`kwargs` must be the keyword arguments of `fun`, a dict, got {kwargs!r}")
     call = _call.Call(fun, roles, args, kwargs)
     trained, rows, keys, *_ = call.roles
-    of_batch = jax.tree.map(
-        lambda x: x if hasattr(x, "shape") else np.asarray(x), call.titled(rows)
-    )
-    _batch.check_batch(of_batch, n or 1)
+    _batch.check_batch(call.titled(rows), n or 1)
     # Rows by position that nobody named are for the report to tell.
     _call.check_no_other_rows(call, roles._replace(by_default=False))
-    names = [_name(fun, j) for j in range(call.count)] + call.names
+    names = _names(fun, call.count) + call.names
     whole, weight_fn = call.by_position(fun), weight_fn and call.by_position(weight_fn)
     scalar = (lambda *args: whole(*args)[0]) if has_aux else whole
     loss = Loss(scalar, dict(enumerate(call.args)), names, trained, rows, keys, weight_fn)
@@ -109,14 +105,15 @@ def check(
         return Report(None, findings=findings, remedy=REMEDIES["failed"])
 
 
-def _name(fun: Any, j: int) -> str:
-    """Returns the name that the function has for its argument j."""
+def _names(fun: Any, count: int) -> list[str]:
+    """Returns the names that a function has for its first arguments, `args[j]` for the others."""
+    others = [f"args[{j}]" for j in range(count)]
     try:
-        parameter = [*inspect.signature(fun).parameters.values()][j]
-    except (TypeError, ValueError, IndexError):
-        return f"args[{j}]"
-    variadic = parameter.kind is inspect.Parameter.VAR_POSITIONAL
-    return f"args[{j}]" if variadic else parameter.name
+        parameters = inspect.signature(fun).parameters.values()
+    except (TypeError, ValueError):
+        return others
+    names = [x.name for x in parameters if x.kind in (x.POSITIONAL_ONLY, x.POSITIONAL_OR_KEYWORD)]
+    return names[:count] + others[len(names) :]
 
 
 def _by_structure(loss: Loss, read: Structure) -> Report:

@@ -14,14 +14,12 @@ from optaccum.testing.report import Finding, Report
 from optaccum.testing.runs import WINDOWS, Program, Run, StepError, distance, take
 
 WEIGHTED = "drop `weight=` and `weight_fn`: the loss is a mean over rows, which count alike."
-INSIDE = (
-    "put everything that acts on every call inside: `optaccum.accumulate(every_k, "
-    "optax.chain(...))`, and keep averages of parameters by `has_released`."
-)
 REMEDIES = {
-    "optimizer": INSIDE,
-    "schedule": INSIDE,
-    "ema": INSIDE,
+    **dict.fromkeys(
+        ("optimizer", "schedule", "ema"),
+        "put everything that acts on every call inside: `optaccum.accumulate(every_k, "
+        "optax.chain(...))`, and keep averages of parameters by `has_released`.",
+    ),
     "clip": "clip the mean, not each microbatch: `optaccum.accumulate(every_k, "
     "optax.chain(optax.clip_by_global_norm(...), ...))`.",
     "divided_twice": "do not divide the loss by `every_k`: the window's mean divides already.",

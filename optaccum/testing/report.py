@@ -73,8 +73,10 @@ class Report:
 
 
 def _wrap(line: str) -> str:
-    whole = {"break_long_words": False, "break_on_hyphens": False}
-    return textwrap.fill(line, 100, subsequent_indent="  " * line.startswith("*"), **whole)
+    indent = "  " * line.startswith("*")
+    return textwrap.fill(
+        line, 100, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False
+    )
 
 
 def said(error: BaseException | None) -> str:

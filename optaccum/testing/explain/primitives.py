@@ -16,7 +16,6 @@ KEEP = {
 }  # fmt: skip
 ORDER = {"cumsum", "cumprod", "cummax", "cummin", "cumlogsumexp", "rev", "sort", "top_k"}
 LINEAR = {"reduce_sum", "cumsum", "rev"}
-FLAT = {"sign", "floor", "ceil", "round", "nextafter"}  # without a gradient
 MATRICES = {"cholesky", "eigh", "eig", "svd", "qr", "lu", "triangular_solve", "fft"}
 DEVICES = {"psum", "psum_invariant", "all_gather", "all_to_all", "ppermute"}
 RANDOM = {"random_bits", "threefry2x32", "rng_bit_generator", "rng_uniform"}

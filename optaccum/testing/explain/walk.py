@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from optaccum._scatters import alike
 from optaccum.testing import programs
 from optaccum.testing.explain.lines import find_line
-from optaccum.testing.explain.primitives import FLAT, Equation, apply
+from optaccum.testing.explain.primitives import Equation, apply
 from optaccum.testing.explain.values import Value, flaw, merge, of_number, select
 from optaccum.testing.gradients import Loss
 from optaccum.testing.report import Finding, said
@@ -54,7 +54,7 @@ def inputs(loss: Loss) -> list[Value]:
     """Returns what is known of the arrays that a loss gets."""
     found = []
     for j in loss.arrays:
-        for name in loss.leaves(j):
+        for name in loss.leaves(loss.some(j)):
             row = Value("row", leaves=frozenset({name}))
             found.append(row if j in loss.rows else Value(active=j in loss.argnums))
     return found
@@ -112,8 +112,7 @@ class Walk:
         flat = [dataclasses.replace(v, active=False) for v in values]
         results = []
         for x, y in zip(a.outvars, b.outvars, strict=True):
-            real = jnp.issubdtype(x.aval.dtype, jnp.inexact) and a.primitive.name not in FLAT
-            real |= self.hoist
+            real = self.hoist or jnp.issubdtype(x.aval.dtype, jnp.inexact)
             equation = Equation(
                 a.primitive.name, a.params, values if real else flat, shapes, before,
                 x.aval.shape, axes(x, y), self.rows,
