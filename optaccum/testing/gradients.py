@@ -8,7 +8,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.tree_util import keystr, tree_leaves_with_path
 import numpy as np
 
 from optaccum import _batch, _keys
@@ -47,8 +46,7 @@ class Loss:
 
     def leaves(self, args: dict[int, Any]) -> dict[str, Any]:
         """Returns the leaves of some arguments by the names that the function would write."""
-        found = ((self.names[j], tree_leaves_with_path(x)) for j, x in args.items())
-        return {name + keystr(path): leaf for name, leaves in found for path, leaf in leaves}
+        return dict(_batch.named_leaves({self.names[j]: x for j, x in args.items()}))
 
     def __call__(self, *changed: Any) -> jax.Array:
         """Returns the loss with some arguments replaced."""
@@ -80,7 +78,7 @@ class Loss:
 
         def leaf(x):
             x = jnp.asarray(x)
-            if not x.is_fully_addressable or jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
+            if not x.is_fully_addressable or _keys.is_typed_key(x):
                 return x[order]
             return jax.device_put(np.asarray(x)[order], x.sharding)
 

@@ -9,6 +9,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from optaccum._keys import is_typed_key
+from optaccum._trees import ARRAYS
+
 Path = tuple[Any, ...]
 Tree = dict[Path, np.ndarray]
 
@@ -69,11 +72,6 @@ def is_module(x: Any) -> bool:
     return nnx is not None and isinstance(x, (nnx.Module, nnx.Optimizer))
 
 
-def is_array(x: Any) -> bool:
-    """Returns whether it is an array, of JAX or NumPy."""
-    return isinstance(x, jax.Array | np.ndarray | np.generic)
-
-
 def plain(tree: Any, kind: str | None = None) -> Any:
     """Returns a tree of arrays for modules of `flax.nnx`, of one kind of their variables."""
     nnx = sys.modules.get("flax.nnx")
@@ -91,8 +89,7 @@ def named(tree: Any) -> dict[Path, np.ndarray]:
     """Returns {path: array} of a state, floating-point numbers as f64."""
     found = {}
     for path, leaf in jax.tree_util.tree_leaves_with_path(plain(tree)):
-        leaf = jnp.asarray(leaf) if isinstance(leaf, int | float) else leaf
-        if is_array(leaf) and not jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
-            inexact = jnp.issubdtype(leaf.dtype, jnp.floating)
+        if isinstance(leaf, ARRAYS) and not is_typed_key(leaf):
+            inexact = jnp.issubdtype(jnp.result_type(leaf), jnp.floating)
             found[path] = np.array(leaf, np.float64 if inexact else None)
     return found

@@ -8,6 +8,7 @@ import jax
 from jax.tree_util import GetAttrKey, keystr
 import numpy as np
 
+from optaccum._batch import named_leaves
 from optaccum.testing import numbers
 from optaccum.testing.gradients import apart, scaled
 from optaccum.testing.report import Finding, Report
@@ -258,8 +259,7 @@ class Probe:
 
     def _judge(self, whole: np.ndarray, singles: np.ndarray) -> numbers.Verdict:
         k = self.program.every_k
-        leaves = jax.tree_util.tree_leaves_with_path(self.batch)
-        counted = {f"batch{keystr(path)}": leaf for path, leaf in leaves}
+        counted = dict(named_leaves({"batch": self.batch}))
         return numbers.judge([scaled([whole], [singles], np.ones(k), counted)], 8 * self.bound)
 
 

@@ -36,7 +36,7 @@ class Program:
         """Returns a state and a step, which may donate its buffers or change a module in place."""
         if layouts.is_module(self.params):
             return self.make_step(copy.deepcopy(self.params), every_k)
-        fresh = jax.tree.map(lambda x: jnp.array(x) if layouts.is_array(x) else x, self.params)
+        fresh = jax.tree.map(lambda x: jnp.array(x) if hasattr(x, "shape") else x, self.params)
         return self.make_step(fresh, every_k)
 
     def run(
