@@ -4,8 +4,9 @@ from collections.abc import Iterator
 import itertools
 from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
+
+from optaccum._validate import kind
 
 LARGEST = 2**24  # elements; a larger leaf is not a mask
 VALUES = 64  # of an integer leaf that are tried as the one to ignore
@@ -17,18 +18,15 @@ def count(named: dict[str, Any], n: int) -> dict[str, np.ndarray]:
     Of `named` leaves the likeliest come first. Microbatch i of n holds the rows i, i + n, ...
     """
     found: dict[str, np.ndarray] = {}
-    for source, x in _counted({name: np.asarray(x) for name, x in named.items() if _counts(x)}):
+    # Booleans, integers and real numbers, not keys and complex numbers.
+    likely = {name: x for name, x in named.items() if kind(x) in (1, 2, 3)}
+    leaves = {name: np.asarray(x) for name, x in likely.items() if np.size(x) <= LARGEST}
+    for source, x in _counted(leaves):
         counts = x.reshape(len(x) // n, n, -1).astype(np.float64).sum((0, 2))
         usable = np.isfinite(counts).all() and (counts >= 0).all() and counts.sum() > 0
         if usable and np.ptp(counts) > 1e-9 * counts.max():
             found[source] = counts
     return found
-
-
-def _counts(x: Any) -> bool:
-    dtype = jnp.result_type(x)
-    real = any(jnp.issubdtype(dtype, kind) for kind in (jnp.bool_, jnp.integer, jnp.floating))
-    return real and np.size(x) <= LARGEST
 
 
 def _counted(leaves: dict[str, np.ndarray]) -> Iterator[tuple[str, np.ndarray]]:

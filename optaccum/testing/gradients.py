@@ -44,10 +44,9 @@ class Loss:
         """How many rows the batch has."""
         return len(jax.tree.leaves(self.some(*self.rows))[0])
 
-    def leaves(self, j: int, args: dict[int, Any] | None = None) -> dict[str, Any]:
-        """Returns the leaves of argument j by the names that the function would write."""
-        leaves = jax.tree_util.tree_leaves_with_path((args or self.args)[j])
-        return {self.names[j] + jax.tree_util.keystr(path): leaf for path, leaf in leaves}
+    def leaves(self, args: dict[int, Any]) -> dict[str, Any]:
+        """Returns the leaves of some arguments by the names that the function would write."""
+        return dict(_batch.named_leaves({self.names[j]: x for j, x in args.items()}))
 
     def __call__(self, *changed: Any) -> jax.Array:
         """Returns the loss with some arguments replaced."""
@@ -79,7 +78,7 @@ class Loss:
 
         def leaf(x):
             x = jnp.asarray(x)
-            if not x.is_fully_addressable or jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
+            if not x.is_fully_addressable or _keys.is_typed_key(x):
                 return x[order]
             return jax.device_put(np.asarray(x)[order], x.sharding)
 
@@ -136,7 +135,7 @@ def measure(loss: Loss, n: int, tried: list[np.ndarray], likely: tuple[str, ...]
             full = loss.gradient(params | turned)
             if not number or np.isfinite(full).all():
                 found.append((full, [loss.gradient(params | each) for each in microbatches]))
-        leaves = {name: leaf for j in loss.rows for name, leaf in loss.leaves(j, turned).items()}
+        leaves = loss.leaves(turned)
         counted = {name: leaves[name] for name in likely} or leaves
         used = np.array([float(loss.weight(each)) for each in microbatches])
         full, each = zip(*found, strict=True)
@@ -178,10 +177,10 @@ def of_loop(loss: Loss, n: int, weights: np.ndarray | None = None) -> np.ndarray
     """
     keys, rows = loss.some(*loss.keys), jax.tree.map(jnp.asarray, loss.some(*loss.rows))
     weight_fn = loss.weight_fn and (lambda params, batch: loss.weight(keys, params, batch[0]))
+    each = np.ones(loss.num_rows)
     if weights is not None:
+        each = np.tile(weights * n / len(each), len(each) // n)
         weight_fn = lambda params, batch: batch[1].sum()  # noqa: E731
-    size = loss.num_rows
-    each = np.tile(np.ones(n) if weights is None else weights * n / size, size // n)
     loop = value_and_grad(
         lambda params, batch: loss(keys, params, batch[0]),
         num_microbatches=n,
@@ -197,8 +196,12 @@ def depends_on_keys(loss: Loss, tolerance: float) -> bool:
     others = {j: _batch.fold_in(x, jnp.asarray(1)) for j, x in loss.some(*loss.keys).items()}
     if not others:
         return False
-    a, b = loss.gradient({}), loss.gradient(others)
-    return not float(np.linalg.norm(a - b)) <= tolerance * max(np.linalg.norm(a), 1e-300)
+    return not apart(loss.gradient(others), loss.gradient({})) <= tolerance
+
+
+def apart(a: np.ndarray, b: np.ndarray) -> float:
+    """Returns how far a vector is from another, relative to the other's size if it has one."""
+    return float(np.linalg.norm(a - b)) / (float(np.linalg.norm(b)) or 1.0)
 
 
 def flat(tree: Any) -> np.ndarray:

@@ -9,6 +9,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from optaccum._keys import is_typed_key
+from optaccum._trees import ARRAYS
+
 Path = tuple[Any, ...]
 Tree = dict[Path, np.ndarray]
 
@@ -28,7 +31,7 @@ def alike(params: Any, state: Any) -> dict[Path, Any]:
     def looks(x, wanted):
         if is_module(wanted):
             return type(x) is type(wanted)
-        return jax.tree.structure(x) == jax.tree.structure(wanted) and _shapes(x) == _shapes(wanted)
+        return _form(x) == _form(wanted)
 
     for wanted in needles(params):
         is_leaf = functools.partial(looks, wanted=wanted)
@@ -58,19 +61,15 @@ def with_values(state: Any, values: Tree) -> Any:
     return jax.tree_util.tree_map_with_path(put, state, is_leaf=is_module)
 
 
-def _shapes(tree: Any) -> list[tuple[int, ...]]:
-    return [*map(np.shape, jax.tree.leaves(tree))]
+def _form(tree: Any) -> tuple[Any, list[tuple[int, ...]]]:
+    leaves, structure = jax.tree.flatten(tree)
+    return structure, [*map(np.shape, leaves)]
 
 
 def is_module(x: Any) -> bool:
     """Returns whether it is an object of `flax.nnx`, which a step changes in place."""
     nnx = sys.modules.get("flax.nnx")
     return nnx is not None and isinstance(x, (nnx.Module, nnx.Optimizer))
-
-
-def is_array(x: Any) -> bool:
-    """Returns whether it is an array, of JAX or NumPy."""
-    return isinstance(x, jax.Array | np.ndarray | np.generic)
 
 
 def plain(tree: Any, kind: str | None = None) -> Any:
@@ -90,8 +89,7 @@ def named(tree: Any) -> dict[Path, np.ndarray]:
     """Returns {path: array} of a state, floating-point numbers as f64."""
     found = {}
     for path, leaf in jax.tree_util.tree_leaves_with_path(plain(tree)):
-        leaf = jnp.asarray(leaf) if isinstance(leaf, int | float) else leaf
-        if is_array(leaf) and not jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
-            inexact = jnp.issubdtype(leaf.dtype, jnp.floating)
+        if isinstance(leaf, ARRAYS) and not is_typed_key(leaf):
+            inexact = jnp.issubdtype(jnp.result_type(leaf), jnp.floating)
             found[path] = np.array(leaf, np.float64 if inexact else None)
     return found

@@ -4,7 +4,6 @@ from collections.abc import Callable
 import inspect
 from typing import Any
 
-import jax
 import numpy as np
 
 from optaccum import _batch, _call, _validate
@@ -14,7 +13,7 @@ from optaccum.testing.explain.walk import Structure
 from optaccum.testing.gradients import Cut, Loss
 from optaccum.testing.numbers import Verdict
 from optaccum.testing.remedies import Split
-from optaccum.testing.report import Finding, Report
+from optaccum.testing.report import Finding, Report, said
 
 # The kinds of lines that explain a kind of loss, if they are not of its own kind.
 LINES = {"coupled": walk.COUPLING, "weights": ("divisor",), "factor": ("row_count",)}
@@ -82,13 +81,10 @@ def check(
         raise TypeError(f"`kwargs` must be the keyword arguments of `fun`, a dict, got {kwargs!r}")
     call = _call.Call(fun, roles, args, kwargs)
     trained, rows, keys, *_ = call.roles
-    of_batch = jax.tree.map(
-        lambda x: x if hasattr(x, "shape") else np.asarray(x), call.titled(rows)
-    )
-    _batch.check_batch(of_batch, n or 1)
+    _batch.check_batch(call.titled(rows), n or 1)
     # Rows by position that nobody named are for the report to tell.
     _call.check_no_other_rows(call, roles._replace(by_default=False))
-    names = [_name(fun, j) for j in range(call.count)] + call.names
+    names = _names(fun, call.count) + call.names
     whole, weight_fn = call.by_position(fun), weight_fn and call.by_position(weight_fn)
     scalar = (lambda *args: whole(*args)[0]) if has_aux else whole
     loss = Loss(scalar, dict(enumerate(call.args)), names, trained, rows, keys, weight_fn)
@@ -104,23 +100,23 @@ def check(
     try:
         return _by_numbers(loss, n, tolerance, read, structural)
     except Exception as error:
-        detail = f"the gradients could not be taken ({type(error).__name__}: {str(error)[:300]})"
+        detail = f"the gradients could not be taken ({said(error)})"
         findings = (Finding("unknown", None, detail), *read.findings)
         return Report(None, findings=findings, remedy=REMEDIES["failed"])
 
 
-def _name(fun: Any, j: int) -> str:
-    """Returns the name that the function has for its argument j."""
+def _names(fun: Any, count: int) -> list[str]:
+    """Returns the names that a function has for its first arguments, `args[j]` for the others."""
+    others = [f"args[{j}]" for j in range(count)]
     try:
-        parameter = [*inspect.signature(fun).parameters.values()][j]
-    except (TypeError, ValueError, IndexError):
-        return f"args[{j}]"
-    variadic = parameter.kind is inspect.Parameter.VAR_POSITIONAL
-    return f"args[{j}]" if variadic else parameter.name
+        parameters = inspect.signature(fun).parameters.values()
+    except (TypeError, ValueError):
+        return others
+    names = [x.name for x in parameters if x.kind in (x.POSITIONAL_ONLY, x.POSITIONAL_OR_KEYWORD)]
+    return names[:count] + others[len(names) :]
 
 
 def _by_structure(loss: Loss, read: Structure) -> Report:
-    """Returns the report of a loss that is not run."""
     if not read.traced:
         return Report(None, findings=read.findings, remedy=REMEDIES["failed"])
     weighted = loss.weight_fn is not None
@@ -171,7 +167,6 @@ def _judge(read: Structure, weighted: bool) -> tuple[bool | None, str | None, st
 def _by_numbers(
     loss: Loss, n: int, tolerance: float | None, read: Structure, structural: Report
 ) -> Report:
-    """Returns the report of the gradients."""
     bound = loss.rounding()
     if tolerance is None and bound > rounding.COARSE:
         loss = programs.in_float32(loss)
@@ -206,12 +201,10 @@ def _by_numbers(
 
 
 def _left(gradient: np.ndarray, first: Cut) -> float:
-    """Returns how far a gradient is from the full batch's."""
     return float(np.linalg.norm(gradient / first.sizes[0] - first.full[0]))
 
 
 def _explain(verdict: Verdict, read: Structure, bound: float, loss: Loss, first: Cut) -> Report:
-    """Returns the report on a verdict, with its lines and a remedy that is tried."""
     kinds = {finding.kind for finding in read.findings}
     named = verdict.source is not None and (verdict.source == "" or "divisor" in kinds)
     if verdict.kind in ("weights", "factor") and kinds & {*walk.COUPLING} and not named:
@@ -255,12 +248,10 @@ def _try(split: Split, remedy: str, full: np.ndarray, bound: float) -> tuple[str
 
 
 def _line(read: Structure, kind: str) -> str | None:
-    """Returns the first line that explains a kind of loss."""
     return next((f.where for f in read.findings if f.kind in LINES.get(kind, (kind,))), None)
 
 
 def _detail(verdict: Verdict) -> str:
-    """Returns what a report says of a verdict."""
     scale = verdict.scale
     if verdict.kind == "factor":
         return f"the full batch has {scale:.6g} times the mean over microbatches"
@@ -275,7 +266,6 @@ def _detail(verdict: Verdict) -> str:
 
 
 def _remedy(verdict: Verdict, split: Split | None, loss: Loss) -> str:
-    """Returns what a report advises."""
     weighted = loss.weight_fn is not None
     kind, source, scale = verdict.kind, verdict.source, verdict.scale
     if kind == "coupled" or (split is not None and split.kind != "microbatched"):
@@ -289,13 +279,11 @@ def _remedy(verdict: Verdict, split: Split | None, loss: Loss) -> str:
     times = f"; then multiply the loss by {scale:.6g}" if scale and abs(scale - 1) > 1e-3 else ""
     if source == "":
         return f"drop `weight_fn`, and `weight=` of `accumulate`{times}."
-    if not source or not all(map(str.isidentifier, loss.names)):
-        counted = f"`{source}`" if source else "the loss's divisor"
-        return (
-            f"pass a function that returns {counted} as `weight_fn` to `optaccum.value_and_grad`, "
-            f"or its value as `weight=` to `optaccum.accumulate`{times}."
-        )
+    counted = f"`{source}`" if source else "the loss's divisor"
+    given = f"a function that returns {counted} as `weight_fn`"
+    if source and all(map(str.isidentifier, loss.names)):
+        given = f"`weight_fn=lambda {', '.join(loss.names)}: {source}`"
     return (
-        f"pass `weight_fn=lambda {', '.join(loss.names)}: {source}` to `optaccum.value_and_grad`, "
+        f"pass {given} to `optaccum.value_and_grad`, "
         f"or its value for each microbatch as `weight=` to `optaccum.accumulate`{times}."
     )

@@ -72,7 +72,6 @@ def judge(cuts: list[Cut], tolerance: float) -> Verdict:
 
 
 def _off(cut: Cut, weights: np.ndarray) -> float:
-    """Returns how far the weighted means are from the full batch's gradients."""
     means = _means(cut, weights)
     if means is None:
         return float("inf")

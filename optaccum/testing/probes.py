@@ -8,28 +8,24 @@ import jax
 from jax.tree_util import GetAttrKey, keystr
 import numpy as np
 
+from optaccum._batch import named_leaves
 from optaccum.testing import numbers
-from optaccum.testing.gradients import scaled
+from optaccum.testing.gradients import apart, scaled
 from optaccum.testing.report import Finding, Report
 from optaccum.testing.runs import WINDOWS, Program, Run, StepError, distance, take
 
-FACTOR = (
-    "sum against mean: return the mean over rows as the loss, and take the mean of gradients "
-    "over the window (`use_grad_mean=True`), or multiply that by {scale:.6g}."
-)
 WEIGHTED = "drop `weight=` and `weight_fn`: the loss is a mean over rows, which count alike."
-INSIDE = (
-    "put everything that acts on every call inside: `optaccum.accumulate(every_k, "
-    "optax.chain(...))`, and keep averages of parameters by `has_released`."
-)
 REMEDIES = {
-    "optimizer": INSIDE,
-    "schedule": INSIDE,
-    "ema": INSIDE,
+    **dict.fromkeys(
+        ("optimizer", "schedule", "ema"),
+        "put everything that acts on every call inside: `optaccum.accumulate(every_k, "
+        "optax.chain(...))`, and keep averages of parameters by `has_released`.",
+    ),
     "clip": "clip the mean, not each microbatch: `optaccum.accumulate(every_k, "
     "optax.chain(optax.clip_by_global_norm(...), ...))`.",
     "divided_twice": "do not divide the loss by `every_k`: the window's mean divides already.",
-    "factor": "sum against mean: return the mean over rows as the loss, and `use_grad_mean=True`.",
+    "factor": "sum against mean: return the mean over rows as the loss, and take the mean of "
+    "gradients over the window (`use_grad_mean=True`), or multiply that by {scale:.6g}.",
     "weights": "pass what each microbatch counts, as the detail says, as `weight=` to "
     "`optaccum.accumulate` or `weight_fn` to `optaccum.value_and_grad`.",
     "dropout_keys": "give each microbatch a key of its own: `jax.random.fold_in(key, i)`, or "
@@ -93,17 +89,16 @@ class Probe:
 
     def _of_noise(self) -> Report:
         """Says whether microbatches of the same rows would be told apart by their keys."""
-        run, off, size = self._alike, np.inf, 1.0
+        run, off = self._alike, np.inf
         if run.per_window > 2:
             one, two = run.sum(1), run.sum(2)
             if one is not None and two is not None:
                 # Sums of equal gradients double, and their running mean stays.
-                off = min(np.linalg.norm(two - times * one) for times in (1, 2))
-                size = np.linalg.norm(two)
+                off = min(apart(times * one, two) for times in (1, 2))
         elif self.program.inside_step:
-            single = self.program.run(take(self.batch, 0, self.program.every_k), 1, 1).seen()
-            off, size = np.linalg.norm(run.seen() - single), np.linalg.norm(single)
-        if off <= 1e-4 * size:
+            single = self.program.run(take(self.batch, 0, self.program.every_k), 1, 1)
+            off = apart(run.seen(), single.seen())
+        if off <= 1e-4:
             detail = "microbatches of the same rows have the same gradient: they share one key"
             return self.report("dropout_keys", detail)
         detail = "the gradient depends on the order of the rows: they draw random numbers, or are "
@@ -149,14 +144,14 @@ class Probe:
                 return None
             for path in sorted(moved, key=lambda path: -off[path]):
                 rest = [other for other in moved if other != path]
-                if len(rest) > 0 and self._without(rest) <= self.bound:
+                if rest and self._without(rest) <= self.bound:
                     moved = rest
         names = " and ".join(map(keystr, moved))
         detail = f"{names} moves in every microbatch, and not once per window"
         kind = "state"
         if all(self.full.is_average(path) for path in moved):
             kind = "ema"
-        elif all(x == GetAttrKey("count") for path in moved for x in path[-1:]):
+        elif all(path[-1:] == (GetAttrKey("count"),) for path in moved):
             kind = "schedule"
         return self.report(kind, detail, left=left)
 
@@ -179,13 +174,13 @@ class Probe:
         if len(a) != len(b) or not a.any() or not b.any():
             return None
         scale = float(a @ b / (a @ a))
-        if np.linalg.norm(a - b) <= self.bound * np.linalg.norm(b):
+        if apart(a, b) <= self.bound:
             used = self.used & full.shown()
-            a, b = (run.change(WINDOWS)[used] for run in (self._alike, full))
-            if np.linalg.norm(a - b) <= 8 * self.bound * np.linalg.norm(b):
+            last = (run.change(WINDOWS)[used] for run in (self._alike, full))
+            if apart(*last) <= 8 * self.bound:
                 return None
             return self._suspects("the first window is right and a later one is not")
-        left = float(np.linalg.norm(scale * a - b) / np.linalg.norm(b))
+        left = apart(scale * a, b)
         if left > self.bound:
             return None
         if abs(scale - k) < 1e-3 * k:
@@ -194,7 +189,7 @@ class Probe:
         if abs(scale * k - 1) > 1e-3 and self.window.moving():
             return self._suspects(f"the gradient of a window of the same rows lacks {scale:.3g}")
         detail = f"the gradient of the full batch is {scale:.6g} times that of a window"
-        remedy = FACTOR.format(scale=scale)
+        remedy = REMEDIES["factor"].format(scale=scale)
         return self.report("factor", detail, remedy, scale=scale, left=left)
 
     def _suspects(self, what: str) -> Report:
@@ -230,8 +225,7 @@ class Probe:
         if verdict.kind == "weights" and verdict.weights is not None:
             by = f"`{verdict.source}`" if verdict.source else "a count of their own"
             detail = f"microbatches should count with {by}, and do not"
-            mean = (verdict.scale or 1.0) * np.einsum("n,np", verdict.weights, singles)
-            left = float(np.linalg.norm(mean - whole) / np.linalg.norm(whole))
+            left = apart((verdict.scale or 1.0) * verdict.weights @ singles, whole)
             fields = {"scale": verdict.scale, "weights": verdict.weights, "left": left}
             return self.report("weights", detail, **fields)
         if verdict.kind == "coupled":
@@ -264,10 +258,8 @@ class Probe:
         return self.full.seen(), np.stack(singles), window.seen()
 
     def _judge(self, whole: np.ndarray, singles: np.ndarray) -> numbers.Verdict:
-        """Returns how microbatches count in a gradient."""
         k = self.program.every_k
-        leaves = jax.tree_util.tree_leaves_with_path(self.batch)
-        counted = {f"batch{keystr(path)}": leaf for path, leaf in leaves}
+        counted = dict(named_leaves({"batch": self.batch}))
         return numbers.judge([scaled([whole], [singles], np.ones(k), counted)], 8 * self.bound)
 
 

@@ -14,7 +14,7 @@ from optaccum._microbatched import microbatched
 from optaccum._value_and_grad import value_and_grad
 from optaccum.testing import programs
 from optaccum.testing.explain import walk
-from optaccum.testing.gradients import Loss, flat
+from optaccum.testing.gradients import Loss, apart, flat
 
 
 def split(loss: Loss, n: int, hoist: bool) -> "Split":
@@ -54,8 +54,7 @@ class Split:
         left = float("inf")
         for each in (self, dataclasses.replace(self, stacked=True)):
             if left > bound:
-                off = float(np.linalg.norm(each.gradient() - full))
-                left = min(left, off / (float(np.linalg.norm(full)) or 1.0))
+                left = min(left, apart(each.gradient(), full))
         return left
 
     def gradient(self) -> np.ndarray:
@@ -96,7 +95,6 @@ class Split:
         return programs.part(program.jaxpr, eqns, [*env], [*wanted])(*env.values())
 
     def _begin(self, program: Any, arrays: dict[int, Any]) -> dict[Any, Any]:
-        """Returns the values that a program begins with."""
         args = jax.tree.leaves(self.loss.arrays | arrays)
         names = (*program.jaxpr.constvars, *program.jaxpr.invars)
         return dict(zip(names, (*program.consts, *args), strict=True))
@@ -106,7 +104,6 @@ class Split:
 
     @functools.cached_property
     def _alike(self) -> list[tuple[Any, Any]]:
-        """The equations that both programs have."""
         full, small = self.full.eqns, self.small.eqns
         names = ([e.primitive.name for e in eqns] for eqns in (full, small))
         blocks = difflib.SequenceMatcher(None, *names, autojunk=False).get_matching_blocks()
@@ -158,7 +155,6 @@ class Split:
         return x.reshape(rows, -1, *x.shape[1:])
 
     def _back(self, v: Any, x: jax.Array) -> jax.Array:
-        """Returns a value as it was before `_leading`."""
         x = jnp.moveaxis(x, 1, 0) if self.stacked else x
         return jnp.moveaxis(x.reshape(-1, *x.shape[2:]), 0, self._axis(v))
 

@@ -73,7 +73,12 @@ class Report:
 
 
 def _wrap(line: str) -> str:
-    indent = "  " if line.startswith("*") else ""
-    wrapper = textwrap.TextWrapper(100, subsequent_indent=indent, break_long_words=False)
-    wrapper.break_on_hyphens = False
-    return wrapper.fill(line)
+    indent = "  " * line.startswith("*")
+    return textwrap.fill(
+        line, 100, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False
+    )
+
+
+def said(error: BaseException | None) -> str:
+    """Returns what an exception says, shortened."""
+    return f"{type(error).__name__}: {str(error)[:300]}"

@@ -4,7 +4,8 @@ from collections.abc import Iterator
 from typing import Any
 
 import jax
-from jax.extend.core import ClosedJaxpr, Jaxpr, Literal
+from jax.extend.core import ClosedJaxpr, Jaxpr
+from jax.interpreters import partial_eval
 import jax.numpy as jnp
 import numpy as np
 
@@ -37,13 +38,8 @@ def count(program: Any) -> int:
 
 def narrowest(program: Any) -> float:
     """Returns the eps of the narrowest floating-point type that the results of a program need."""
-    needed = {x for x in program.jaxpr.outvars if not isinstance(x, Literal)}
-    used = []
-    for equation in reversed(program.eqns):
-        if not needed.isdisjoint(equation.outvars):
-            used.append(equation)
-            needed |= {x for x in equation.invars if not isinstance(x, Literal)}
-    return max((_eps(x) for e, _ in equations(used) for x in e.outvars), default=EPS)
+    needed, _ = partial_eval.dce_jaxpr(program.jaxpr, [True] * len(program.jaxpr.outvars))
+    return max((_eps(x) for e, _ in equations(needed.eqns) for x in e.outvars), default=EPS)
 
 
 def equations(eqns: list[Any], times: int = 1) -> Iterator[tuple[Any, int]]:

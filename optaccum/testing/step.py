@@ -10,16 +10,8 @@ import numpy as np
 from optaccum import _batch, _validate
 from optaccum.testing import numbers, rounding
 from optaccum.testing.probes import Probe, report_of
-from optaccum.testing.report import Report
-from optaccum.testing.runs import (
-    ROUNDING,
-    WINDOWS,
-    Program,
-    Run,
-    StepError,
-    distance,
-    of_means,
-)
+from optaccum.testing.report import Report, said
+from optaccum.testing.runs import ROUNDING, WINDOWS, Program, Run, StepError, distance, of_means
 
 PARAMS = "pass `get_params`, a function of the state that returns the parameters."
 LEARNING_RATE = "raise the learning rate, so that rounding is small beside a step."
@@ -45,14 +37,13 @@ def check(program: Program, batch: Any, tolerance: float | None) -> Report:
             return report_of("unknown", "the parameters were not found in the state", PARAMS)
         return _check(program, batch, tolerance)
     except StepError as error:
-        text = f"{type(error.__cause__).__name__}: {str(error.__cause__)[:300]}"
-        if "delete" in str(error.__cause__) or "donat" in str(error.__cause__):
-            detail = f"the step reads or donates a buffer that it donated before ({text})"
+        cause = error.__cause__
+        if "delete" in str(cause) or "donat" in str(cause):
+            detail = f"the step reads or donates a buffer that it donated before ({said(cause)})"
             return report_of("donated", detail)
-        return report_of("unknown", f"the step could not be run ({text})", RUN)
+        return report_of("unknown", f"the step could not be run ({said(cause)})", RUN)
     except Exception as error:
-        text = f"{type(error).__name__}: {str(error)[:300]}"
-        detail = f"the runs could not be compared, though the step ran ({text})"
+        detail = f"the runs could not be compared, though the step ran ({said(error)})"
         return report_of("unknown", detail, REPORT)
 
 
@@ -90,10 +81,13 @@ def _check(program: Program, batch: Any, tolerance: float | None) -> Report:
             return probe.report("unknown", detail, COARSE)
     if not error <= bound:
         return probe.find(ordered)
-    average = _average_that_differs(full, window, bound)
-    if average is not None:
-        detail = f"{average} takes in every microbatch, not every release"
-        return probe.report("ema", detail)
+    for path in window.moving():
+        x = full.held.get(path)
+        if x is not None and full.is_average(path):
+            off = np.linalg.norm(x[-1] - window.held[path][-1])
+            if off > 8 * bound * (np.linalg.norm(x[-1] - x[0]) or 1e-300):
+                detail = f"{keystr(path)} takes in every microbatch, not every release"
+                return probe.report("ema", detail)
     return Report(True, error, 1.0, tolerance=bound)
 
 
@@ -104,14 +98,3 @@ def _stored(full: Run, used: np.ndarray, eps: float) -> float:
     two computations per window.
     """
     return float(2 * WINDOWS * eps * np.linalg.norm(full.params[0][used]) / full.moved(used))
-
-
-def _average_that_differs(full: Run, window: Run, bound: float) -> str | None:
-    """Returns the path of an average of parameters that microbatches change otherwise."""
-    for path in window.moving():
-        x = full.held.get(path)
-        if x is not None and full.is_average(path):
-            moved = np.linalg.norm(x[-1] - x[0]) or 1e-300
-            if np.linalg.norm(x[-1] - window.held[path][-1]) > 8 * bound * moved:
-                return keystr(path)
-    return None

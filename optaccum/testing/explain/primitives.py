@@ -9,14 +9,13 @@ from optaccum.testing.explain import values as rules
 from optaccum.testing.explain.values import Value
 
 KEEP = {
-    "convert_element_type", "broadcast_in_dim", "squeeze", "transpose", "expand_dims", "copy",
+    "convert_element_type", "broadcast_in_dim", "squeeze", "transpose", "copy",
     "reduce_precision", "real", "imag", "neg", "name", "optimization_barrier",
     "sharding_constraint", "device_put", "pvary", "pcast", "pbroadcast", "reshard", "stop_gradient",
-    "mesh_cast", "bitcast_convert_type", "concatenate", "stack", "axis_index",
+    "mesh_cast", "bitcast_convert_type", "concatenate", "stack",
 }  # fmt: skip
 ORDER = {"cumsum", "cumprod", "cummax", "cummin", "cumlogsumexp", "rev", "sort", "top_k"}
 LINEAR = {"reduce_sum", "cumsum", "rev"}
-FLAT = {"sign", "floor", "ceil", "round", "nextafter"}  # without a gradient
 MATRICES = {"cholesky", "eigh", "eig", "svd", "qr", "lu", "triangular_solve", "fft"}
 DEVICES = {"psum", "psum_invariant", "all_gather", "all_to_all", "ppermute"}
 RANDOM = {"random_bits", "threefry2x32", "rng_bit_generator", "rng_uniform"}
@@ -51,9 +50,8 @@ def apply(e: Equation) -> Value:
         return rules.merge(e.values)
     if e.name in FOLD and all(v.number for v in e.values):
         with np.errstate(all="ignore"):
-            return rules.of_number(
-                *map(float, FOLD[e.name](*(np.array(v.number) for v in e.values)))
-            )
+            numbers = FOLD[e.name](*(np.array(v.number) for v in e.values))
+            return rules.of_number(*map(float, numbers))
     if e.name in RULES:
         return RULES[e.name](e)
     if e.name in ORDER or e.name.startswith(("reduce_", "arg")):
@@ -125,15 +123,11 @@ def _reshape(e: Equation) -> Value:
     return e.values[0]
 
 
-def _scatter_add(e: Equation) -> Value:
-    summed = any(e.before) and not e.after
-    return (
-        rules.sum_rows(rules.merge(e.values)) if summed else rules.add([e.values[0], e.values[-1]])
-    )
-
-
-def _overwrite(e: Equation) -> Value:
-    return rules.merge(e.values) if e.after or not any(e.before) else _unknown(e)
+def _scatter(e: Equation) -> Value:
+    merged = rules.merge(e.values)
+    if e.after or not any(e.before):
+        return merged
+    return rules.sum_rows(merged) if e.name == "scatter-add" else _unknown(e)
 
 
 def _of_matrices(e: Equation) -> Value:
@@ -162,8 +156,7 @@ RULES: dict[str, Callable[[Equation], Value]] = {
     "gather": _gather,
     **dict.fromkeys(("slice", "dynamic_slice", "split", "pad"), _slice),
     "reshape": _reshape,
-    **dict.fromkeys(("scatter", "dynamic_update_slice"), _overwrite),
-    "scatter-add": _scatter_add,
+    **dict.fromkeys(("scatter", "scatter-add", "dynamic_update_slice"), _scatter),
     **dict.fromkeys(MATRICES, _of_matrices),
     "conv_general_dilated": _convolution,
     **dict.fromkeys(DEVICES, _of_devices),

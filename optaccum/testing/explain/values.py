@@ -20,11 +20,10 @@ class Value:
     kind: str = "const"
     degree: float = 0.0  # the power of the number of rows in it; nan for another function of it
     active: bool = False  # whether it depends on what is differentiated
-    divided: bool = False  # whether a count of the data divides it
     positions: bool = False  # whether it holds the positions of rows: 0, 1, 2, ...
     number: tuple[float, float] | None = None  # for the rows, and for twice as many, if known
     leaves: frozenset[str] = frozenset()  # of the batch that it depends on
-    counted: frozenset[str] = frozenset()  # leaves that its divisors count
+    counted: frozenset[str] = frozenset()  # leaves that its divisors count, if one divides it
     findings: frozenset[Finding] = frozenset()  # on the way to it
 
 
@@ -46,7 +45,6 @@ def merge(values: list[Value], kind: str | None = None, **changes: Any) -> Value
         kind or least,
         max(v.degree for v in values if v.kind != "const" or kinds == {"const"}),
         active=any(v.active for v in values),
-        divided=any(v.divided for v in values),
         positions=any(v.positions for v in values),
         leaves=frozenset().union(*(v.leaves for v in values)),
         counted=frozenset().union(*(v.counted for v in values)),
@@ -71,7 +69,7 @@ def add(values: list[Value]) -> Value:
     if merged.kind == "const":
         same = len({v.degree for v in values}) == 1
         return merged if same else dataclasses.replace(merged, degree=math.nan)
-    scales = {(v.degree, v.divided) for v in values if v.active and v.kind != "const"}
+    scales = {(v.degree, bool(v.counted)) for v in values if v.active and v.kind != "const"}
     # Weights put a mean over counted rows right, and leave a regularizer beside it as it is.
     regularized = merged.degree and any(v.active and v.kind == "const" for v in values)
     if len(scales) > 1 or (regularized and merged.kind == "total"):
@@ -102,7 +100,7 @@ def multiply(values: list[Value], sign: int = 1) -> Value:
         known = not odd or merged.kind == "const"
         return merged if known else found(merged, "row_count", detail)
     for count, other in ((b, a), (a, b)):
-        below = count.divided or (divides and count is b)
+        below = count.counted or (divides and count is b)
         if count.kind == "total" and not count.active and below:
             return _divide(count, other, degree)
     if any(v.kind == "total" and not v.active for v in values):
@@ -116,13 +114,14 @@ def multiply(values: list[Value], sign: int = 1) -> Value:
 
 def _divide(count: Value, other: Value, degree: float) -> Value:
     """Returns a value that a count of the data divides."""
+    kind = "total" if other.kind == "const" else other.kind
+    counted = count.leaves | count.counted | other.counted
+    divided = merge([count, other], kind, degree=degree, counted=counted)
     if other.kind == "const":
-        return merge([count, other], "total", degree=degree, divided=True)
-    of = " and ".join(f"`{leaf}`" for leaf in sorted(count.leaves)[:3]) or "the data"
+        return divided
+    of = " and ".join(f"`{leaf}`" for leaf in sorted(count.leaves)[:3])
     detail = f"the loss is divided by a count of {of}, not by the number of rows"
-    merged = merge([count, other], other.kind, degree=degree, divided=True)
-    counted = merged.counted | count.leaves
-    return found(dataclasses.replace(merged, counted=counted), "divisor", detail)
+    return found(divided, "divisor", detail)
 
 
 def curve(values: list[Value]) -> Value:
@@ -134,7 +133,7 @@ def curve(values: list[Value]) -> Value:
         return merged
     if merged.kind == "total":
         return flaw(values, "nonlinear", "a nonlinear function of a sum over rows")
-    if any(v.kind == "row" and (v.divided or v.degree) for v in values):
+    if any(v.kind == "row" and (v.counted or v.degree) for v in values):
         return flaw(values, "batch_statistic", "rows that a count of the batch scales are curved")
     return merged
 

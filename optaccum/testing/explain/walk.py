@@ -8,12 +8,13 @@ from typing import Any
 from jax.extend.core import Literal
 import jax.numpy as jnp
 
+from optaccum._scatters import alike
 from optaccum.testing import programs
 from optaccum.testing.explain.lines import find_line
-from optaccum.testing.explain.primitives import FLAT, Equation, apply
+from optaccum.testing.explain.primitives import Equation, apply
 from optaccum.testing.explain.values import Value, flaw, merge, of_number, select
 from optaccum.testing.gradients import Loss
-from optaccum.testing.report import Finding
+from optaccum.testing.report import Finding, said
 
 COUPLING = ("pairwise", "batch_statistic", "nonlinear", "order")
 # Primitives by which a model's parameters act on rows, more than entry by entry.
@@ -36,8 +37,7 @@ def read(loss: Loss) -> Structure:
     try:
         once, twice = (programs.trace(loss, times * loss.num_rows) for times in (1, 2))
     except Exception as error:
-        text = f"{type(error).__name__}: {str(error)[:200]}"
-        detail = f"it could not be traced with twice the rows ({text})"
+        detail = f"it could not be traced with twice the rows ({said(error)})"
         return Structure(None, (Finding("unknown", None, detail),), traced=False)
     walk = Walk(loss.num_rows)
     try:
@@ -54,7 +54,7 @@ def inputs(loss: Loss) -> list[Value]:
     """Returns what is known of the arrays that a loss gets."""
     found = []
     for j in loss.arrays:
-        for name in loss.leaves(j):
+        for name in loss.leaves(loss.some(j)):
             row = Value("row", leaves=frozenset({name}))
             found.append(row if j in loss.rows else Value(active=j in loss.argnums))
     return found
@@ -89,7 +89,7 @@ class Walk:
                 value = self._unpaired(x, y, value)
                 if self.hoist and not outer and self._can_be_hoisted(a, x, y, value):
                     self.hoisted[x] = axes(x, y)
-                    value = Value("row" if axes(x, y) else "const")
+                    value = Value("row" if axes(x, y) else "const", leaves=value.leaves)
                 known[x] = self._located(value, at)
         self.known = known
         return _read(known, one.outvars, two.outvars)
@@ -112,8 +112,7 @@ class Walk:
         flat = [dataclasses.replace(v, active=False) for v in values]
         results = []
         for x, y in zip(a.outvars, b.outvars, strict=True):
-            real = jnp.issubdtype(x.aval.dtype, jnp.inexact) and a.primitive.name not in FLAT
-            real |= self.hoist
+            real = self.hoist or jnp.issubdtype(x.aval.dtype, jnp.inexact)
             equation = Equation(
                 a.primitive.name, a.params, values if real else flat, shapes, before,
                 x.aval.shape, axes(x, y), self.rows,
@@ -137,7 +136,6 @@ class Walk:
         return several and not value.active and len(axes(x, y)) < 2
 
     def _located(self, value: Value, at: tuple) -> Value:
-        """Returns a value whose findings have their line."""
         findings = frozenset(
             finding if finding.where else dataclasses.replace(finding, where=find_line(at))
             for finding in value.findings
@@ -147,7 +145,6 @@ class Walk:
 
 
 def _read(known: dict[Any, Value], once: list[Any], twice: list[Any]) -> list[Value]:
-    """Returns the values of variables and of numbers in the program."""
     return [
         known[a] if not isinstance(a, Literal) else of_number(float(a.val), float(b.val))
         for a, b in zip(once, twice, strict=True)
@@ -172,9 +169,8 @@ def _cond(follow: Follow, one: Any, two: Any, values: list[Value]) -> list[Value
 def _scan(follow: Follow, one: Any, two: Any, values: list[Value]) -> list[Value]:
     body = one.params["jaxpr"], two.params["jaxpr"]
     # What is scanned over has one axis less in the body. JAX names these numbers in several ways.
-    scanned = sum(map(_loses_axis, one.invars, body[0].jaxpr.invars))
-    carried = len(one.outvars) - sum(map(_loses_axis, one.outvars, body[0].jaxpr.outvars))
-    consts = len(one.invars) - scanned - carried
+    carried = alike(body[0].jaxpr.outvars, one.outvars)
+    consts = alike(body[0].jaxpr.invars, one.invars) - carried
     fixed, carry, xs = values[:consts], values[consts:][:carried], values[consts + carried :]
     over_rows = one.params["length"] != two.params["length"]
     results: list[Value] = []
@@ -188,7 +184,3 @@ def _scan(follow: Follow, one: Any, two: Any, values: list[Value]) -> list[Value
             break
         carry = new
     return [*carry, *results[carried:]]
-
-
-def _loses_axis(outer: Any, inner: Any) -> bool:
-    return len(outer.aval.shape) > len(inner.aval.shape)
