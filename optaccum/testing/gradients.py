@@ -78,7 +78,7 @@ class Loss:
 
         def leaf(x):
             x = jnp.asarray(x)
-            if not x.is_fully_addressable or _keys.is_typed_key(x):
+            if not x.is_fully_addressable or _batch.is_typed_key(x):
                 return x[order]
             return jax.device_put(np.asarray(x)[order], x.sharding)
 

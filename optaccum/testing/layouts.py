@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from optaccum._keys import is_typed_key
+from optaccum._batch import is_typed_key
 from optaccum._trees import ARRAYS
 
 Path = tuple[Any, ...]
