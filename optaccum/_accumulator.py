@@ -67,18 +67,18 @@ class Accumulator:
 
     def init(self, params: Any) -> Any:
         """Returns the state before the first microbatch."""
-        trained, none = fast(params), jnp.zeros([], jnp.int32)
+        trained, zero = fast(params), jnp.zeros([], jnp.int32)
         dtypes = dtypes_of_sums(trained, self.accumulator_dtype)
         devices = _reduce_axes.check_sums(trained, self.reduce_axes)
         arg_sums = self.extra_args.open_sums(trained, dtypes)
         zeros = Sums(jnp.zeros([], jnp.float32), self._open_sums(trained, dtypes), arg_sums)
         sums = devices.store(zeros)
-        report = () if self.judge is None else jax.eval_shape(self.judge, trained, none, params)[1]
+        report = () if self.judge is None else jax.eval_shape(self.judge, trained, zero, params)[1]
         return AccumulateState(
-            mini_step=none,
-            gradient_step=jnp.zeros_like(none),
+            mini_step=zero,
+            gradient_step=jnp.zeros_like(zero),
             released=jnp.zeros([], jnp.bool_),
-            skipped=jnp.zeros_like(none),
+            skipped=jnp.zeros_like(zero),
             weight=sums.weight,
             grad_sum=sums.grads,
             arg_sums=sums.args,
@@ -147,7 +147,7 @@ class Accumulator:
         counts = microbatch.counts
 
         # Does it close the window?
-        release = self._check_release(as_release(call.release))
+        release = self._release(as_release(call.release))
         length = _callbacks.length(self.every_k, state.gradient_step)
         _reduce_axes.check_agreed(length if release is None else release, devices)
         inner_args = self._inner_args(call.extra_args, grads)
@@ -174,7 +174,7 @@ class Accumulator:
                 jax.named_scope("optaccum.release")(take_step),
                 (*carried, state.inner_state),
                 makes_more=not carried,
-                by_select=release is True,
+                by_select=release is True,  # nearly every call takes the step
             )
         return result, AccumulateState(
             mini_step=jnp.where(closes, 0, jnp.where(counts, count, state.mini_step)),
@@ -214,7 +214,7 @@ class Accumulator:
         if isinstance(weight, jax.Array):
             so_far = devices.load(jnp.asarray(state.weight))
             before = 0.0 if opens is True else jnp.where(opens, 0, so_far)
-            accepted, weight = devices.weigh(weight, before)
+            weight, accepted = devices.weigh(weight, before)
             counts = both(counts, accepted)
         weight = None if weight is None else jnp.asarray(weight, jnp.float32)
         microbatch = Microbatch(weight, opens, counts, summed=self.summed)
@@ -292,7 +292,7 @@ class Accumulator:
         if call.params is not None:
             check_trained(fast(call.params), sums, applied=applied)
 
-    def _check_release(self, release: bool | jax.Array | None) -> bool | jax.Array | None:
+    def _release(self, release: bool | jax.Array | None) -> bool | jax.Array | None:
         return release
 
     def _inner_args(self, extra_args: dict[str, Any], grads: Any) -> dict[str, Any]:

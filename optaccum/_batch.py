@@ -26,7 +26,7 @@ def split(tree: Any, n: int) -> Any:
 
 
 def take(tree: Any, i: jax.Array, axis: int = 1) -> Any:
-    """Returns microbatch i of the tree that :func:`split` returned."""
+    """Returns microbatch i, which is on axis 1 behind :func:`split`."""
     return jax.tree.map(lambda x: lax.dynamic_index_in_dim(x, i, axis, keepdims=False), tree)
 
 
@@ -55,7 +55,7 @@ def named_leaves(
     ]
 
 
-def check_stack(batch: dict[str, Any], n: int, devices: int = 1) -> None:
+def check_stack(batch: dict[str, Any], n: int, devices: int) -> None:
     """Raises unless all leaves are [n, m, ...], and the devices can share m rows."""
     for name, leaf in named_leaves(batch):
         if jnp.ndim(leaf) < 2 or leaf.shape[0] != n:
@@ -63,11 +63,11 @@ def check_stack(batch: dict[str, Any], n: int, devices: int = 1) -> None:
                 f"batch leaf {name} must be [{n}, rows, ...] with `batch_layout` 'stacked', {n} "
                 f"microbatches, got {describe(leaf)}"
             )
-        check_shared(name, leaf.shape[1], devices)
+        check_divided(name, leaf.shape[1], devices)
 
 
-def check_shared(name: str, rows: int, devices: int, remedy: str = PAD) -> None:
-    """Raises unless the devices can share so many rows."""
+def check_divided(name: str, rows: int, devices: int, remedy: str = PAD) -> None:
+    """Raises unless the devices divide the rows."""
     if rows % devices:
         raise ValueError(
             f"the {rows} rows of batch leaf {name} cannot be divided among the {devices} devices "
@@ -81,7 +81,7 @@ def check_batch(
     """Raises unless all leaves have one number of rows, which `n` divides on every device.
 
     With the `layout` "uneven" they may have different numbers; None if there is no such option.
-    `devices` share the rows, or as many as the types say.
+    The rows lie on `devices`, or on more by their types.
     """
     leaves = named_leaves(batch)
     if not leaves:
@@ -99,7 +99,7 @@ def check_batch(
                 f"batch leaves must have one number of rows, but {first} has {whole.shape[0]} and "
                 f"{name} has {rows}{split_each}"
             )
-        check_shared(name, rows, devices, remedy)
+        check_divided(name, rows, devices, remedy)
         local = rows // max(devices, _devices_of_rows(leaf))
         if local % n and export.is_symbolic_dim(local):
             raise ValueError(

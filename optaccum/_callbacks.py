@@ -15,8 +15,8 @@ from optaccum._validate import (
     check_count,
     check_function,
     check_scalar,
-    kind,
     leaf_name,
+    rank,
 )
 
 
@@ -127,7 +127,7 @@ def _check_same_state(name: str, tree: Any, like: Any) -> None:
                 f"`{name}` returned a state whose leaf {leaf_name(path)} has the shape "
                 f"{jnp.shape(x)}, but began with {jnp.shape(y)}; a state cannot change its shapes"
             )
-        if kind(x) > kind(y):
+        if rank(x) > rank(y):
             raise TypeError(
                 f"`{name}` returned a state whose leaf {leaf_name(path)} is "
                 f"{jnp.result_type(x)}, but began as {jnp.result_type(y)}, and a cast back would "

@@ -30,7 +30,7 @@ class Replicated:
     axes: tuple[str, ...] = ()  # over which a release reduces
     largest: float = _window.LARGEST  # total of weights on a device
 
-    def share(self, tree: Any) -> Any:
+    def vary(self, tree: Any) -> Any:
         """Casts replicated values to the type that a device's gradients have."""
         return tree
 
@@ -42,14 +42,14 @@ class Replicated:
         """Returns sums of a state in the shapes of a microbatch."""
         return sums
 
-    def weigh(self, weight: jax.Array, before: jax.Array | float) -> tuple[Any, jax.Array]:
-        """Returns whether a microbatch counts by its weight, and the weight to add it with.
+    def weigh(self, weight: jax.Array, before: jax.Array | float) -> tuple[jax.Array, Any]:
+        """Returns the weight to add a microbatch with, and whether it counts by it.
 
         Args:
             weight: f32[].
             before: f32[], the total of the window so far.
         """
-        return _window.counts(weight, before), weight
+        return weight, _window.counts(weight, before)
 
     def agree(self, skip: jax.Array, report: Any) -> tuple[jax.Array, Any]:
         """Returns whether any device skips, and the largest of the reports."""
@@ -82,11 +82,11 @@ class PerDevice(Replicated):
         self.axes = axes
         self.largest = _window.LARGEST / lax.psum(1, axes)
 
-    def share(self, tree):
+    def vary(self, tree):
         return vary(tree, self.axes)
 
     def store(self, sums):
-        return jax.tree.map(lambda x: x[None], self.share(sums))
+        return jax.tree.map(lambda x: x[None], self.vary(sums))
 
     def load(self, sums):
         return jax.tree.map(lambda x: x[0], sums)
@@ -95,7 +95,7 @@ class PerDevice(Replicated):
         differs = bool(set(self.axes) & varying(weight))
         counts = True if differs else _window.counts(weight, 0)
         adds = _window.adds(weight, before, self.largest)
-        return counts, jnp.where(adds, weight, 0)
+        return jnp.where(adds, weight, 0), counts
 
     def agree(self, skip, report):
         def largest(x):
@@ -110,14 +110,14 @@ class PerDevice(Replicated):
     def total(self, sums, closes, *, by_select):
         weight = self.load(sums.weight)
         zero = vary(jnp.zeros([], weight.dtype), tuple(varying(weight) - set(self.axes)))
-        reduce = branch(closes, lambda _: (self._psum(weight),), (zero,), by_select=by_select)
-        return reduce[0]
+        found = branch(closes, lambda _: (self._psum(weight),), (zero,), by_select=by_select)
+        return found[0]
 
     def reduce(self, grads, args, like=None):
         return self._psum((grads, args))
 
     def _psum(self, tree):
-        return lax.psum(self.share(tree), self.axes)
+        return lax.psum(self.vary(tree), self.axes)
 
 
 class Unreduced(Replicated):
@@ -153,7 +153,7 @@ class Automatic(Replicated):
         mesh = jax.sharding.get_abstract_mesh()
         self.count = math.prod(mesh.shape[axis] for axis in axes)
 
-    def store(self, sums):
+    def store(self, sums):  # compiled, so that no device holds all of them
         return jax.jit(functools.partial(jax.tree.map, self._divide))(sums)
 
     def _divide(self, x):
@@ -167,8 +167,8 @@ class Automatic(Replicated):
 
     def total(self, sums, closes, *, by_select):
         zero = jnp.zeros([], sums.weight.dtype)
-        reduce = branch(closes, lambda _: (sums.weight.sum(0),), (zero,), by_select=by_select)
-        return reduce[0]
+        found = branch(closes, lambda _: (sums.weight.sum(0),), (zero,), by_select=by_select)
+        return found[0]
 
     def reduce_stored(self, sums, like):
         # `jnp.sum` would reduce bfloat16 in float32.

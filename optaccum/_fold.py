@@ -19,7 +19,7 @@ class Target(NamedTuple):
     total: jax.Array
     seen: jax.Array  # what `_scatters.apart` needs
     apart: bool  # whether it has to keep the value and the sum apart
-    path: tuple[Any, ...] = ()  # what happens to the value before: casts and permutations
+    path: tuple[Any, ...] = ()  # casts and permutations of the value on its way
 
 
 Targets = dict[int, Target]  # by the position of a result
@@ -62,8 +62,8 @@ def evaluate(
 def _plan(jaxpr: core.Jaxpr, targets: Targets) -> tuple[dict, set[int]]:
     """Returns which results of which equations to add inside, and the equations that this skips.
 
-    A result is added inside if nothing else reads it, and if only casts and transposes lie between
-    it and a scan, or a call that may hold one.
+    A result is added inside if nothing else reads it, and if only casts, transposes and reshapes
+    lie between it and a scan, a lookup or a call.
     """
     made = {v: (at, j) for at, e in enumerate(jaxpr.eqns) for j, v in enumerate(e.outvars)}
     read = [*jaxpr.outvars, *(v for e in jaxpr.eqns for v in e.invars)]

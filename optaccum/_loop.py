@@ -29,8 +29,8 @@ class Outputs(NamedTuple):
     loss: jax.Array  # l_i, a scalar
     aux: Any  # what `fun` returned beside the loss, without the carry
     weight: jax.Array | None  # w_i, a scalar; None if all are equal
-    counts: jax.Array | None  # bool[], whether the weight counts; None if all do
-    new: list[jax.Array]  # what the gradients overwrite, f32[...]
+    adds: jax.Array | None  # bool[], whether it adds anything; None if all do
+    new: list[jax.Array]  # new values of parameters, f32[...]
 
 
 class Settings(NamedTuple):
@@ -111,19 +111,20 @@ class Loop:
     def once(self) -> tuple[Any, Any, list, Any]:
         """Returns loss, aux, carry and gradients of one microbatch, without a scan or sums."""
         args = self.arguments(0, self._first_carry())
-        weight, counts = self.weigh(args, 0)
-        run = functools.partial(self.run, args, weight, counts)
+        weight, adds = self.weigh(args, 0)
+        run = functools.partial(self.run, args, weight, adds)
         ((loss, aux, new), grads), holds = _scatters.trace(run)
-        grads = _scatters.apart(grads, holds, 0) if counts is None else grads
-        carry, aux = self.carry_on(args, counts, aux)
+        # The caller may add it up in a loop.
+        grads = _scatters.apart(grads, holds, 0) if adds is None else grads
+        carry, aux = self.carry_on(args, adds, aux)
         if self.settings.summed:
             each = Sums(jnp.asarray(weight), grads, loss)
             grads, loss = _window.mean(each, each)
-        if counts is not None:
+        if adds is not None:
             zeros = jax.tree.map(jnp.zeros_like, (loss, grads))
-            loss, grads = optax.tree.where(counts, (loss, grads), zeros)
-        aux, new, counts = jax.tree.map(lambda x: jnp.asarray(x)[None], (aux, new, counts))
-        return loss, aux, carry, self._with_new(grads, new, counts)
+            loss, grads = optax.tree.where(adds, (loss, grads), zeros)
+        aux, new, adds = jax.tree.map(lambda x: jnp.asarray(x)[None], (aux, new, adds))
+        return loss, aux, carry, self._with_new(grads, new, adds)
 
     def scan(self) -> tuple[Any, Any, list, Any]:
         """Returns mean loss, stacked aux, last carry and mean gradients of all microbatches."""
@@ -133,7 +134,7 @@ class Loop:
             grads, (total, loss) = self.devices.reduce(grads, (sums.weight, sums.args))
         like = Sums(None, self.overwritten.split(self.params)[0], each.loss)
         grads, loss = _window.mean(Sums(total, grads, loss), like)
-        return loss, each.aux, carry, self._with_new(grads, each.new, each.counts)
+        return loss, each.aux, carry, self._with_new(grads, each.new, each.adds)
 
     def sums(self) -> tuple[Sums, Outputs, list]:
         """Returns sums over all microbatches on this device, what each returned, and the carry."""
@@ -161,7 +162,7 @@ class Loop:
         summed = self.settings.summed
         if each.weight is None and not summed:
             total = jnp.asarray(self.n if self.count is None else self.count, total.dtype)
-        all_of_them = Microbatch(each.weight, True, adds=each.counts, summed=summed)
+        all_of_them = Microbatch(each.weight, True, adds=each.adds, summed=summed)
         losses = _window.add(_window.open_sums(each.loss), each.loss, all_of_them)
         return Sums(total, sums, losses.sum()), each, carry
 
@@ -169,21 +170,21 @@ class Loop:
         """Runs microbatch i, and adds it to the sums of gradients and to the total weight."""
         sums, total, carry = carried
         args = self.arguments(i, carry)
-        weight, counts = self.weigh(args, total)
+        weight, adds = self.weigh(args, total)
         if self.count is not None and varying(self.count):  # other devices may have more
             real = i < self.count
             weight = jnp.asarray(weight, _dtype())
-            counts = real if counts is None else real & counts
-        unequal = None if counts is None else weight  # equal weights cancel
-        microbatch = Microbatch(unequal, adds=counts, summed=self.settings.summed)
-        run = functools.partial(self.run, args, weight, counts)
+            adds = real if adds is None else real & adds
+        unequal = None if adds is None else weight  # equal weights cancel
+        microbatch = Microbatch(unequal, adds=adds, summed=self.settings.summed)
+        run = functools.partial(self.run, args, weight, adds)
         (loss, aux, new), sums = add_gradients(run, sums, microbatch, total)
-        carry, aux = self.carry_on(args, counts, aux)
-        total += weight if counts is None else jnp.where(counts, weight, 0)
-        return (sums, total, carry), Outputs(loss, aux, unequal, counts, new)
+        carry, aux = self.carry_on(args, adds, aux)
+        total += weight if adds is None else jnp.where(adds, weight, 0)
+        return (sums, total, carry), Outputs(loss, aux, unequal, adds, new)
 
     def _real_trips(self, trips: jax.Array, start: tuple) -> tuple[tuple, Outputs]:
-        """Does what a scan does, in the time of the microbatches that are real on some device."""
+        """Does what a scan does, in as many trips as the device with the most needs."""
         if axes := tuple(varying(trips)):  # `fun` may communicate, so devices run alike
             trips = lax.pmax(trips, axes)
         closed, structure = flat_jaxpr(self.trip, start, jnp.int32(0))
@@ -211,9 +212,9 @@ class Loop:
         return args
 
     def weigh(self, args: list[Any], total: Any) -> tuple[Any, jax.Array | None]:
-        """Returns the weight of a microbatch, and whether it counts after a `total` of others.
+        """Returns the weight of a microbatch, and whether it adds anything to a `total` of others.
 
-        The second is None for a positive Python number, which counts and is the same for all.
+        The second is None for a positive Python number, which does and is the same for all.
         """
         weight, dtype = 1.0, _dtype()
         if self.weight_fn is not None:
@@ -221,34 +222,34 @@ class Loop:
         if isinstance(weight, float) and weight > 0:
             return weight, None
         weight = jnp.asarray(weight, dtype)
-        counts = _window.adds(weight, total, self.devices.largest)
-        return drop_unless(counts, weight), counts
+        adds = _window.adds(weight, total, self.devices.largest)
+        return drop_unless(adds, weight), adds
 
-    def run(self, args: list[Any], weight: Any, counts: jax.Array | None) -> tuple[Any, Any]:
+    def run(self, args: list[Any], weight: Any, adds: jax.Array | None) -> tuple[Any, Any]:
         """Returns `(loss, aux, new)` and the gradients of a microbatch."""
-        value, grads = call_with_drops(counts, functools.partial(self.differentiate, *args))
+        value, grads = call_with_drops(adds, functools.partial(self.differentiate, *args))
         loss, aux = value if self.settings.has_aux else (value, None)
         check_aux(aux)
         _reduce_axes.check_gradients(loss, grads, weight, self.devices)
         grads, new = self.overwritten.split(grads)
         return (loss, aux, new), grads
 
-    def _with_new(self, grads: Any, new: list[jax.Array], counts: jax.Array | None) -> Any:
+    def _with_new(self, grads: Any, new: list[jax.Array], adds: jax.Array | None) -> Any:
         """Returns the gradients with what overwrites parameters, of the microbatches that count."""
         if not self.overwritten.places:
             return grads
         real = jnp.arange(self.n) < (self.n if self.count is None else self.count)
-        counts = real if counts is None else real & counts
-        return self.overwritten.join(grads, new, counts, self.params)
+        adds = real if adds is None else real & adds
+        return self.overwritten.join(grads, new, adds, self.params)
 
-    def carry_on(self, args: list[Any], counts: jax.Array | None, aux: Any) -> tuple[list, Any]:
+    def carry_on(self, args: list[Any], adds: jax.Array | None, aux: Any) -> tuple[list, Any]:
         """Returns the carry of the next microbatch, and what is left of `aux`."""
         if not self.roles.carry:
             return [], aux
         old = args[self.roles.carry[0]]
         new, aux = as_carry_and_aux(aux, old)
-        new = _scatters.fence(self.devices.share(cast_like(new, old)))
-        return [new if counts is None else optax.tree.where(counts, new, old)], aux
+        new = _scatters.fence(self.devices.vary(cast_like(new, old)))
+        return [new if adds is None else optax.tree.where(adds, new, old)], aux
 
     def _first_carry(self) -> list:
         return [jax.tree.map(strongly_typed, self.args[j]) for j in self.roles.carry]

@@ -138,9 +138,9 @@ def microbatched(
         call = _call.Call(fun, positions, args, kwargs)
         call.check(n, "pad the batch and drop the outputs of the padding")
         of_args = refuse_changes(call.by_position(fun), call.title, None)
-        devices = _reduce_axes.check_shares(axes)
+        devices = _reduce_axes.check_in_shard_map(axes)
         if n == 1:
-            outputs = of_args(*_passes.share(call.args, devices))
+            outputs = of_args(*_passes.vary(call.args, devices))
             check_outputs(outputs, call.nums_rows[0])
             return outputs
         whole, rows, join = _passes.take_apart(call.roles.split(call.args, n), call.roles)
@@ -149,7 +149,7 @@ def microbatched(
         # is differentiated.
         of_arrays, closed_over, shapes = hoisted(
             lambda i, *arrays: of_args(*join(i, *arrays)),
-            *(first, *_passes.share(whole, devices), *_batch.take(rows, first)),
+            *(first, *_passes.vary(whole, devices), *_batch.take(rows, first)),
         )
         check_outputs(shapes, call.nums_rows[0] // n)
         check_joins(shapes, n)

@@ -106,7 +106,7 @@ def microbatched_loss(
         of_args = as_loss(call.by_position(fun), has_aux)
         of_args = refuse_changes(of_args, call.title, call.roles.carry)
         of_weight = None if weight_fn is None else call.by_position(weight_fn, "`weight_fn`")
-        devices = _reduce_axes.check_shares(axes)
+        devices = _reduce_axes.check_in_shard_map(axes)
         return _rule.run(call, of_args, of_weight, devices, of_call, count)
 
     return loss_fn

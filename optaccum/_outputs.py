@@ -42,7 +42,7 @@ def check_aux(aux: Any) -> None:
 
 
 def as_carry_and_aux(aux: Any, carry: Any) -> tuple[Any, Any]:
-    """Returns what `fun` returned beside its loss, if it is a pair of a like carry and aux."""
+    """Returns `aux`, or raises unless it is `(carry, aux)` with a carry like the old one."""
     if not isinstance(aux, tuple) or len(aux) != 2:
         raise TypeError(
             "`fun` must return `(loss, (carry, aux))` with `carry_argnum`, where aux may be (), "
@@ -68,7 +68,7 @@ def as_carry_and_aux(aux: Any, carry: Any) -> tuple[Any, Any]:
 def _widens(x: Any, old: Any) -> bool:
     """Returns whether `x` would lose bits in the dtype of `old`."""
     with jax.numpy_dtype_promotion("standard"):
-        wider = _validate.kind(x) > _validate.kind(old)
+        wider = _validate.rank(x) > _validate.rank(old)
         return wider or jnp.result_type(x, old) != jnp.result_type(old)
 
 

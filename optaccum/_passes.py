@@ -63,7 +63,7 @@ class Passes:
 
     # `(closed_over, i, *whole, *rows)` returns the outputs of microbatch i, leaves [m, ...].
     fun: Callable[..., Any]
-    devices: _devices.Replicated  # how they share what has no rows
+    devices: _devices.Replicated  # they cast what has no rows
     n: int  # the number of microbatches
     accumulator_dtype: Any
 
@@ -73,7 +73,7 @@ class Passes:
         Each is written to its place in the order of the batch. `lax.scan` would stack microbatches,
         and it takes a copy of all outputs to order them.
         """
-        whole = share(whole, self.devices)
+        whole = vary(whole, self.devices)
 
         def outputs(i):
             return self.fun(closed_over, i, *whole, *_batch.take(rows, i))
@@ -97,8 +97,8 @@ class Passes:
     def backward(self, residuals: Any, cotangents: Any) -> tuple[list, list, None]:
         """Returns the cotangents of whole arrays and of rows, and none of what is closed over."""
         (of_whole, of_rows), whole, rows, closed_over = residuals
-        shared = share(whole, self.devices)
-        trained = {k: shared[k] for k in of_whole}, of_rows
+        varied = vary(whole, self.devices)
+        trained = {k: varied[k] for k in of_whole}, of_rows
 
         def pull(i):
             """Returns the cotangents of the rows of microbatch i, and of whole arrays."""
@@ -108,7 +108,7 @@ class Passes:
             # the other. Without, XLA:GPU keeps what two towers compute at the same time.
             @jax.checkpoint
             def fun(some_whole, some_rows):
-                arrays = [some_whole.get(k, x) for k, x in enumerate(shared)]
+                arrays = [some_whole.get(k, x) for k, x in enumerate(varied)]
                 arrays += [some_rows.get(k, x) for k, x in enumerate(microbatch)]
                 return self.fun(closed_over, i, *arrays)
 
@@ -151,11 +151,11 @@ def _cotangent(i: jax.Array, y: jax.Array, cotangent: Any) -> Any:
     return _batch.take(cotangent, i)
 
 
-def share(tree: Any, devices: _devices.Replicated) -> Any:
+def vary(tree: Any, devices: _devices.Replicated) -> Any:
     """Returns a tree whose arrays that can have a gradient vary over the devices."""
 
     def leaf(x):
         inexact = isinstance(x, jax.Array) and jnp.issubdtype(x.dtype, jnp.inexact)
-        return devices.share(x) if inexact else x
+        return devices.vary(x) if inexact else x
 
     return jax.tree.map(leaf, tree)

@@ -68,8 +68,8 @@ def check_sums(params: Any, axes: tuple[str, ...]) -> Replicated:
     return devices
 
 
-def check_shares(axes: tuple[str, ...]) -> Replicated:
-    """Returns how the devices of a `jax.shard_map` share parameters, or raises elsewhere."""
+def check_in_shard_map(axes: tuple[str, ...]) -> Replicated:
+    """Returns where the devices of a `jax.shard_map` keep sums, or raises elsewhere."""
     devices = check_mesh(axes)
     if isinstance(devices, Automatic):
         raise AxisError(
@@ -82,7 +82,7 @@ def check_shares(axes: tuple[str, ...]) -> Replicated:
             f"`reduce_axes` names {axes}, Explicit axes, over which gradients with respect to "
             "`jax.reshard(p, P(..., reduced={axis}))` are reduced by JAX; leave `reduce_axes` out"
         )
-    if missing := set(axes) - varying(devices.share(jnp.zeros(()))):
+    if missing := set(axes) - varying(devices.vary(jnp.zeros(()))):
         raise TypeError(
             f"`reduce_axes` names {sorted(missing)}, but nothing can be told to vary over them in "
             "a jax.shard_map with `check_vma=False`; leave `check_vma` True, or `reduce_axes` out"

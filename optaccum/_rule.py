@@ -39,7 +39,7 @@ class Rule:
     structure: Any  # of the arguments
     roles: Roles  # of the arguments
     varies: list[frozenset[str]]  # the axes of `jax.shard_map` over which each leaf varies
-    devices: _devices.Replicated  # how they share what has no rows
+    devices: _devices.Replicated  # they cast what has no rows
     settings: Settings
 
     def primal(self, arrays: Arrays, closed_over: tuple) -> Any:
@@ -103,9 +103,9 @@ class Rule:
         leaves = list(self.others)
         for k, x in arrays.items():
             inexact = jnp.issubdtype(x.dtype, jnp.inexact)
-            shares = inexact and self.owners[k] not in self.roles.rows
+            casts = inexact and self.owners[k] not in self.roles.rows
             carried = self.owners[k] in self.roles.carry
-            leaves[k] = vary(self.devices.share(x), self.axes) if shares or carried else x
+            leaves[k] = vary(self.devices.vary(x), self.axes) if casts or carried else x
         return self.structure.unflatten(leaves)
 
     def arrays(self, args: Sequence[Any]) -> Arrays:

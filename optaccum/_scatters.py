@@ -8,7 +8,7 @@ what all devices but the first have summed (openxla/xla issue 49143). Two forms 
   scatter's size. Our loops use it.
 * `fence`, a barrier around the sum: one reduction per trip, in place. The loops of a loss get it.
 
-Programs for CPUs, for one device and for `jax.shard_map` stay as they are.
+Programs for CPUs, and those that XLA does not divide, stay as they are.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -38,8 +38,8 @@ _OF_ELEMENTS = "update_jaxpr"  # a scatter's parameter: how it adds two elements
 def trace(fun: Callable[[], Any]) -> tuple[Any, list[bool]]:
     """Returns `fun()`, with fences in its loops, and which of its leaves hold a scatter.
 
-    With a version that is right it returns `fun()` and []. So it does if nothing is traced (one
-    microbatch outside `jax.jit`, or `jax.disable_jit`): `fun` may read its arguments.
+    With other versions it returns `fun()` and []. So it does if nothing is traced (one microbatch
+    outside `jax.jit`, or `jax.disable_jit`): `fun` may read its arguments.
     """
     if not (_affected() and tracing()):
         return fun(), []
@@ -51,7 +51,7 @@ def trace(fun: Callable[[], Any]) -> tuple[Any, list[bool]]:
 def with_fences(closed: core.ClosedJaxpr) -> tuple[core.ClosedJaxpr, list[bool]]:
     """Returns a program with fences in its loops, and which of its results hold a scatter.
 
-    With a version that is right it returns the same program, and that none does.
+    With other versions it returns the same program, and False for each.
     """
     if not _affected():
         return closed, [False] * len(closed.jaxpr.outvars)
@@ -59,17 +59,17 @@ def with_fences(closed: core.ClosedJaxpr) -> tuple[core.ClosedJaxpr, list[bool]]
     return core.ClosedJaxpr(jaxpr, closed.consts), holds
 
 
-def apart(tree: Any, holds: list[bool], total: Any) -> Any:
+def apart(tree: Any, holds: list[bool], seen: Any) -> Any:
     """Returns a tree that is about to be summed, with a select behind each scatter in it.
 
-    The tree is the last part of a result of `trace`, which returned `holds` with it. `total`, f32[]
+    The tree is the last part of a result of `trace`, which returned `holds` with it. `seen`, f32[]
     >= 0, changes from trip to trip: no compiler knows that it is not negative.
     """
     leaves, structure = jax.tree.flatten(tree)
     holds = holds[len(holds) - len(leaves) :]
     if not any(holds):
         return tree
-    always = _unknown_p.bind(total >= 0)
+    always = _unknown_p.bind(seen >= 0)
     return structure.unflatten(
         lax.select(always, x, jnp.full_like(x, -0.0)) if holds_one else x
         for x, holds_one in zip(leaves, holds, strict=True)
@@ -182,7 +182,7 @@ def _partitioned(context: mlir.LoweringRuleContext) -> bool:
 
 
 def _primitive(name: str, if_partitioned: Callable, otherwise: Callable) -> core.Primitive:
-    """Returns an identity, and how to lower it for chips and for all else."""
+    """Returns an identity that is lowered by one of two functions."""
     primitive = core.Primitive(name)
     primitive.def_impl(_identity)
     primitive.def_abstract_eval(_identity)

@@ -199,7 +199,7 @@ def check_dtype(dtype: Any, path: Any = ()) -> jnp.dtype | None:
     return result
 
 
-def kind(x: Any) -> int:
+def rank(x: Any) -> int:
     """Returns the rank of a dtype among keys, booleans, integers, real and complex numbers."""
     kinds = jax.dtypes.prng_key, jnp.bool_, jnp.integer, jnp.floating, jnp.complexfloating
     return [jnp.issubdtype(jnp.result_type(x), k) for k in kinds].index(True)

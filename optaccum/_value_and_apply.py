@@ -80,7 +80,7 @@ def value_and_apply(
         the window if :func:`accumulate` names it: in `average_args` for an `inner` that reads it,
         or in `metrics`. In `jax.shard_map` with `reduce_axes` the loss that is returned is the loss
         of this device's rows.
-        (Under explicit sharding, `apply_gradients` is for `reduce_axes`.)
+        (With explicit `reduce_axes` call `apply_gradients` instead.)
 
         Under automatic sharding with `reduce_axes` each device computes the gradient of its rows,
         and a release reduces the sums. The loss is of all rows, and leaves of `aux` get a
@@ -179,7 +179,7 @@ def _add(
     """Returns the call with gradients, or their shapes, and the window with the microbatch."""
     call = call._replace(weight=loss.weigh(args, call.weight))
     # Over `reduce_axes` JAX would sum the gradients of what all devices share.
-    run = functools.partial(loss.value_and_grad, (devices.share(args[0]), *args[1:]))
+    run = functools.partial(loss.value_and_grad, (devices.vary(args[0]), *args[1:]))
     must_see = accumulator.judge is not None or not has_sums(call.state)
     if must_see or not tracing():
         program, (value, grads) = None, run()
@@ -203,9 +203,9 @@ def _add_on_each_device(
             "`weight` was passed with `reduce_axes` under automatic sharding, where each device "
             "needs the weight of its rows; pass `weight_fn` to `value_and_apply` instead"
         )
-    by_position = _call.Call(loss.fun, loss.argnums, tuple(args), {})
-    by_position.check(1, devices=devices.count)
-    shapes = []
+    of_fun = _call.Call(loss.fun, loss.argnums, tuple(args), {})
+    of_fun.check(1, devices=devices.count)
+    found = []
     # Extra arguments stand for all rows. They are added once, to the sums of the first device.
     named, state = accumulator.extra_args, call.state
     without = dataclasses.replace(named, averages={}, metrics={})
@@ -218,7 +218,7 @@ def _add_on_each_device(
         value, aux = added.value
         weight, value = _mean_loss(value, added, per_device)
         counts = added.microbatch.counts
-        shapes[:] = jax.tree.map(_as_shape, (new.grads, added.values)), added.known_positive, counts
+        found[:] = jax.tree.map(_as_shape, (new.grads, added.values)), added.known_positive, counts
         counts = () if isinstance(counts, bool) else counts
         return (weight, value, counts, added.skip_state), (as_shard(aux, devices), added.sums)
 
@@ -226,9 +226,9 @@ def _add_on_each_device(
     whole: Any = jax.P()
     specs = AccumulateState(*[whole] * len(state))._replace(weight=sharded, grad_sum=sharded)
     (weight, value, counts, skip_state), (aux, sums) = on_each_device(
-        fun, devices, by_position, (whole, sharded), (local_call.state,), (specs,)
+        fun, devices, of_fun, (whole, sharded), (local_call.state,), (specs,)
     )
-    (grads, values), known_positive, decided = shapes
+    (grads, values), known_positive, decided = found
     counts = decided if isinstance(decided, bool) else counts
     microbatch = Microbatch(weight, state.mini_step == 0, counts, summed=accumulator.summed)
     extra_args = named.with_value(call.extra_args, value)

@@ -235,13 +235,13 @@ def value_and_grad(
         trained, carry = call.roles.trained, call.roles.carry
         devices, *_ = [_reduce_axes.check_sums(args[j], axes) for j in trained]
         # Of parameters that all devices share JAX would sum the gradients, each time.
-        shared = [devices.share(x) if j in (*trained, *carry) else x for j, x in enumerate(args)]
+        varied = [devices.vary(x) if j in (*trained, *carry) else x for j, x in enumerate(args)]
         loss_fn = as_loss(call.by_position(fun), has_aux)
         loss_fn = refuse_changes(loss_fn, call.title, carry)
-        at, params = of_trained(call, range(len(args))), of_trained(call, shared)
+        at, params = of_trained(call, range(len(args))), of_trained(call, varied)
         return Loop(
             settings=of_call,
-            args=call.roles.split(shared, of_call.n),
+            args=call.roles.split(varied, of_call.n),
             roles=call.roles,
             params=params,
             differentiate=jax.value_and_grad(loss_fn, at, has_aux),

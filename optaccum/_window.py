@@ -129,6 +129,7 @@ def add(sums: Any, values: Any, microbatch: Microbatch = UNWEIGHTED) -> Any:
         old, term = s.astype(dtype), microbatch.term(jnp.asarray(x).astype(dtype))
         joined = jnp.maximum(old, term) if microbatch.largest else old + term
         new = select(counts, select(opens, term, joined).astype(s.dtype), s)
+        # Outside `jax.jit` the sum must not be the array of the caller, who may donate it.
         return jnp.copy(new) if new is x and not isinstance(new, Tracer) else new
 
     def keep(s):
@@ -149,7 +150,7 @@ def mean(sums: Sums, like: Sums, *, of_grads: bool = True, cast: bool = True) ->
     Args:
         sums: The sums of a window.
         like: What the last microbatch added. If it added None, others may have added to the sum:
-            then the mean has the dtype of the sum. It is None without sums.
+            then the mean has the dtype of the sum, or is None for an integer leaf.
         of_grads: Whether to average the gradients, too, or to return their sums.
         cast: Whether to cast to the dtypes of `like`, or to keep the dtypes of the sums.
     """

@@ -51,7 +51,7 @@ class WindowOfOne(Accumulator):
     def _check_fits(self, call, devices, applied):
         check_fits(call.grads, call.grads if call.params is None else fast(call.params))
 
-    def _check_release(self, release):
+    def _release(self, release):
         if release is not None and release is not True:
             raise ValueError(
                 "`release` must be None or True with `every_k` 1, which keeps no sums and cannot "

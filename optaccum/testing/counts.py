@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from optaccum._validate import kind
+from optaccum._validate import rank
 
 LARGEST = 2**24  # elements; a larger leaf is not a mask
 VALUES = 64  # of an integer leaf that are tried as the one to ignore
@@ -15,11 +15,11 @@ VALUES = 64  # of an integer leaf that are tried as the one to ignore
 def count(named: dict[str, Any], n: int) -> dict[str, np.ndarray]:
     """Returns {expression: f64[n]}, the simplest first, of those that are not all alike.
 
-    Of `named` leaves the likeliest come first. Microbatch i of n holds the rows i, i + n, ...
+    Pass the likeliest of the `named` leaves first. Microbatch i of n holds the rows i, i + n, ...
     """
     found: dict[str, np.ndarray] = {}
     # Booleans, integers and real numbers, not keys and complex numbers.
-    likely = {name: x for name, x in named.items() if kind(x) in (1, 2, 3)}
+    likely = {name: x for name, x in named.items() if rank(x) in (1, 2, 3)}
     leaves = {name: np.asarray(x) for name, x in likely.items() if np.size(x) <= LARGEST}
     for source, x in _counted(leaves):
         counts = x.reshape(len(x) // n, n, -1).astype(np.float64).sum((0, 2))

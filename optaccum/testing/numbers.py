@@ -23,7 +23,7 @@ def check_tolerance(tolerance: float | None) -> None:
 class Verdict:
     """What the gradients say."""
 
-    kind: str  # "exact", "factor", "weights", "coupled", "not_finite" or "unknown"
+    kind: str  # "exact", "coarse", or a kind of `check_loss`
     error: float  # of the mean with the weights in use, of the caller's order if it shows one
     scale: float | None = None  # the factor it lacks
     weights: np.ndarray | None = None  # f64[n], the right shares

@@ -58,8 +58,8 @@ class Probe:
 
     program: Program
     batch: Any
-    full: Run  # two windows of the batch as a whole
-    window: Run  # two windows of its microbatches
+    full: Run  # windows of the batch as a whole
+    window: Run  # windows of its microbatches
     used: np.ndarray  # bool[P], the numbers of the parameters that are compared
     error: float  # of the microbatches
     bound: float  # the error that rounding explains
