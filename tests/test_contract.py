@@ -80,22 +80,23 @@ def _assert_close(actual, expected):
 
 
 @functools.cache
-def _jitted(factory, step):
+def _jitted(factory):
     """Returns a transformation and its jitted step, which several tests share."""
     tx = factory()
-    return tx, jax.jit(functools.partial(step, tx))
+    return tx, jax.jit(functools.partial(apply_gradients, tx))
 
 
 @every_path
-@every_step
-def test_jit_equals_eager(factory, step):
-    tx, jitted = _jitted(factory, step)
+def test_jit_equals_eager(factory):
+    tx, jitted = _jitted(factory)
     extra = {"value": 1.0}
     params, state = PARAMS, tx.init(PARAMS)
     eager_params, eager_state = PARAMS, state
     for i in range(MICROBATCHES):
         params, state = jitted(_gradients(i), state, params, **extra)
-        eager_params, eager_state = step(tx, _gradients(i), eager_state, eager_params, **extra)
+        eager_params, eager_state = apply_gradients(
+            tx, _gradients(i), eager_state, eager_params, **extra
+        )
     _assert_close((params, state), (eager_params, eager_state))
 
 
@@ -177,13 +178,12 @@ def test_init_copies_only_what_would_be_donated_twice():
 
 
 @every_path
-@every_step
-def test_scan_equals_a_loop(factory, step):
-    tx, jitted = _jitted(factory, step)
+def test_scan_equals_a_loop(factory):
+    tx, jitted = _jitted(factory)
 
     def body(carry, grads):
         params, state = carry
-        return step(tx, grads, state, params, value=1.0), None
+        return apply_gradients(tx, grads, state, params, value=1.0), None
 
     carry = PARAMS, tx.init(PARAMS)
     batches = jax.tree.map(lambda *x: jnp.stack(x), *map(_gradients, range(MICROBATCHES)))
@@ -195,9 +195,8 @@ def test_scan_equals_a_loop(factory, step):
 
 
 @every_path
-@every_step
-def test_members_of_a_vmap_release_at_different_times(factory, step):
-    tx, jitted = _jitted(factory, step)
+def test_members_of_a_vmap_release_at_different_times(factory):
+    tx, jitted = _jitted(factory)
     run, members = functools.partial(jitted, value=1.0), 3
     population = jax.tree.map(lambda x: jnp.stack([x] * members), PARAMS)
     states = jax.vmap(tx.init)(population)
@@ -208,7 +207,9 @@ def test_members_of_a_vmap_release_at_different_times(factory, step):
             params, state = alone[member]
             alone[member] = run(_gradients(i), state, params)
     population, states = jax.tree.map(lambda *x: jnp.stack(x), *alone)
-    together = jax.jit(jax.vmap(functools.partial(step, tx, value=1.0), in_axes=(None, 0, 0)))
+    together = jax.jit(
+        jax.vmap(functools.partial(apply_gradients, tx, value=1.0), in_axes=(None, 0, 0))
+    )
     released = []
     for i in range(MICROBATCHES):
         population, states = together(_gradients(i), states, population)

@@ -97,7 +97,8 @@ def test_a_batch_in_one_call_equals_the_full_batch_and_reduces_once(mesh, n):
     assert_close(found, jax.value_and_grad(loss_fn)(PARAMS, WHOLE))
     if mesh.axis_names == ("data",):
         assert sum(collectives(compiled)[0]) <= BYTES + 8  # and the loss, and the weight
-    assert_close(jax.block_until_ready(step(*args)), found)  # outside `jax.jit`
+    if n > 1:  # outside `jax.jit`
+        assert_close(jax.block_until_ready(step(*args)), found)
 
 
 def test_it_is_right_without_weights_and_with_sums():

@@ -463,7 +463,7 @@ def test_a_collection_to_overwrite_is_refused(mesh):
         return state.apply_gradients(grads=vary(params)).params
 
     with pytest.raises(ValueError, match=rf"'{OVERWRITE_WITH_GRADIENT}'.*`reduce_axes`"):
-        jax.shard_map(step, mesh=mesh, in_specs=P(), out_specs=P())(params)
+        jax.jit(jax.shard_map(step, mesh=mesh, in_specs=P(), out_specs=P()))(params)
 
 
 def test_specs_on_an_explicit_mesh_are_those_of_shard_map():

@@ -250,18 +250,14 @@ INNERS = {
         ),
         LINE_SEARCH,
     ),
-    "zoom": (
-        lambda: optax.chain(optax.adam(1.0), optax.scale_by_zoom_linesearch(10)),
-        LINE_SEARCH,
-    ),
     "sam": (lambda: sam(True), ("grad_fn",)),
     "sophia": (lambda: optax.contrib.sophia(0.01, clip_threshold=99.0), ("obj_fn",)),
 }
 every_inner = pytest.mark.parametrize(
     ("inner", "names"),
     [
-        # What the other line searches share with L-BFGS runs on one version.
-        pytest.param(*row, id=name, marks=[pytest.mark.slow] * (name in ("backtracking", "zoom")))
+        # What the other line search shares with L-BFGS runs on one version.
+        pytest.param(*row, id=name, marks=[pytest.mark.slow] * (name == "backtracking"))
         for name, row in INNERS.items()
     ],
 )

@@ -133,7 +133,7 @@ def test_the_inner_optimizer_is_traced_once(step):
     assert traces == [0]
 
 
-def test_eager_holds_trace_the_inner_optimizer_no_more_than_once():
+def test_eager_holds_of_apply_gradients_do_not_trace_the_inner_optimizer():
     traces = []
 
     def inner_update(updates, state, params=None):
@@ -141,10 +141,10 @@ def test_eager_holds_trace_the_inner_optimizer_no_more_than_once():
         return updates, state
 
     tx = accumulate(9, optax.GradientTransformation(optax.init_empty_state, inner_update))
-    state = tx.init(PARAMS)
+    params, state = PARAMS, tx.init(PARAMS)
     for _ in range(8):
-        _, state = tx.update(PARAMS, state, PARAMS)
-    assert traces == [0]
+        params, state = apply_gradients(tx, PARAMS, state, params)
+    assert traces == []
 
 
 def test_the_program_does_not_grow_with_k():

@@ -172,8 +172,8 @@ def test_what_is_no_weight_on_all_devices_rejects_the_microbatch(mesh):
             _, state = tx.update(params + 1.0, state, weight=weights[i])
         return state.mini_step, state.skipped
 
-    found = jax.shard_map(run, mesh=mesh, in_specs=P(), out_specs=P())(jnp.array([1.0, -1.0, 1.0]))
-    assert tuple(map(int, found)) == (0, 1)
+    run = jax.jit(jax.shard_map(run, mesh=mesh, in_specs=P(), out_specs=P()))
+    assert tuple(map(int, run(jnp.array([1.0, -1.0, 1.0])))) == (0, 1)
 
 
 def test_a_window_without_weight_is_dropped_on_all_devices(mesh):
@@ -184,9 +184,8 @@ def test_a_window_without_weight_is_dropped_on_all_devices(mesh):
     assert int(state.gradient_step) == 2
 
 
-@pytest.mark.parametrize("k", [4, 16])
-def test_shard_map_reduces_once_a_window(mesh, k):
-    tx = accumulate(k, INNER, reduce_axes="data")
+def test_shard_map_reduces_once_a_window(mesh):
+    tx = accumulate(4, INNER, reduce_axes="data")
 
     def compiled(**extra_args):
         init, step = make_programs(tx, mesh, **extra_args)
@@ -237,7 +236,7 @@ def make_value_and_grad(mesh, n, fun=loss_fn, check_vma=True, **options):
 BATCH = jnp.concatenate(X[:4]), jnp.concatenate(MASK[:4])
 
 
-@pytest.mark.parametrize("n", [1, 2, 8])
+@pytest.mark.parametrize("n", [1, 8])
 def test_value_and_grad_equals_the_full_batch_and_reduces_once(mesh, n):
     step = make_value_and_grad(mesh, n)
     assert_close(step(PARAMS, *BATCH), jax.value_and_grad(loss_fn)(PARAMS, *BATCH))

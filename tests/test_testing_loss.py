@@ -17,15 +17,18 @@ from optaccum.testing import assert_equivalent, check_loss
 
 X, W = jax.random.normal(jax.random.key(0), (8, 3)), jnp.array([1.0, -2.0, 0.5])
 
-# Every loss that is right, and the first one of each kind of mistake, which it is to keep. They
-# take turns with what is added to them.
+# The first loss of each kind, which it is to keep. They take turns with what is added to them.
 FIRST = {(case.kind, case.structure): name for name, case in reversed(CASES.items())}
 CHANGED = [
-    name
-    for name, case in CASES.items()
-    if case.kind is None or FIRST[case.kind, case.structure] == name
-    if losses.mutate(case, "weight") is not None
+    name for name in CASES if name in FIRST.values() and losses.mutate(CASES[name], "weight")
 ]
+# Losses with the numbers of another one, here or in `helpers.reported`. Only lines are checked.
+ALSO_JUDGED = {
+    "batch_norm", "divided_before_it_is_summed", "divided_by_a_fixed_batch_size",
+    "divided_by_a_root", "divisor_in_a_scan", "hardest_examples", "load_balance",
+    "mixed_with_the_reversed_batch", "normalized_advantage", "sum_over_rows",
+    "token_mean_in_a_nested_jit", "value_at_risk", "worst_row",
+}  # fmt: skip
 MUTATIONS = list(zip(itertools.cycle(("weight", "factor", "coupled")), CHANGED))
 
 
@@ -36,7 +39,7 @@ def check(case, num_microbatches):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", [name for name in CASES if name not in ALSO_JUDGED])
 def test_numbers_give_the_verdict(name):
     case = CASES[name]
     report = check(case, N)
@@ -489,7 +492,7 @@ def test_devices_that_reduce_are_followed():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("option", [{}, {"tied": False}, {"scanned": True}], ids=str)
+@pytest.mark.parametrize("option", [{}, {"scanned": True}], ids=str)
 def test_the_models_of_the_benchmarks_have_no_finding(option):
     model = dataclasses.replace(transformer.PRESETS["100k"], vocabulary=32, width=16, **option)
     params = transformer.make_params(model)

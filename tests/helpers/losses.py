@@ -550,8 +550,6 @@ def mutate(case: Case, how: str) -> Case | None:
             return fun(p, b) * len(b["x"]) ** 2
 
         kind = {None: "factor"}.get(case.kind, case.kind)
-        if case.fun.__name__ == "sum_and_weight_decay":
-            kind = "terms"
     else:
 
         @functools.wraps(fun)

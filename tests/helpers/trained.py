@@ -67,14 +67,14 @@ def in_layout(name, make_tx):
     return make_step
 
 
-def beside(start, loss, change, inner=None):
+def beside(start, loss, change):
     """Returns a loop with something beside the parameters, which `change` moves in every call.
 
     `loss(params, extra, rows)` reads it, and `change(extra, params, rows)` returns the next.
     """
 
     def make_step(params, every_k):
-        tx = optaccum.accumulate(every_k, optax.adam(0.05) if inner is None else inner)
+        tx = optaccum.accumulate(every_k, optax.adam(0.05))
 
         @jax.jit
         def step(state, rows):
@@ -96,11 +96,6 @@ def beside(start, loss, change, inner=None):
 def _normalized(params, stats, rows):
     reward = (rows["reward"] - stats["mean"]) / jnp.sqrt(stats["var"] + 1e-3)
     return -jnp.mean(jnp.exp(0.3 * outputs(params, rows)[:, 0]) * reward)
-
-
-def _track(stats, params, rows):
-    mean = 0.9 * stats["mean"] + 0.1 * rows["reward"].mean()
-    return {"mean": mean, "var": 0.9 * stats["var"] + 0.1 * jnp.mean((rows["reward"] - mean) ** 2)}
 
 
 def _welford(stats, params, rows):
@@ -172,7 +167,6 @@ def _alone(params, extra, rows):
 
 STATS, ZERO = {"mean": jnp.float32(0), "var": jnp.float32(1)}, jnp.zeros([], jnp.int32)
 BESIDE = {
-    "normalized rewards": ("state", beside(STATS, _normalized, _track)),
     "welford": ("state", beside(STATS | {"count": jnp.float32(1)}, _normalized, _welford)),
     "expert biases": ("state", beside(jnp.zeros(3), _biased, _rebias)),
     "center and teacher": (
@@ -181,10 +175,6 @@ BESIDE = {
     ),
     "teacher": ("ema", beside(copy, _distilled, _follow)),
     "adaptive penalty": ("state", beside(jnp.float32(0.3), _penalized, _adapt)),
-    "adaptive penalty, sgd": (
-        "state",
-        beside(jnp.float32(0.3), _penalized, _adapt, optax.sgd(0.1)),
-    ),
     "annealed by calls": ("state", beside(ZERO, _annealed, _count)),
     "average that nothing reads": ("ema", beside(copy, _alone, _follow)),
     "counter that nothing reads": (None, beside(ZERO, _alone, _count)),
