@@ -94,7 +94,7 @@ def test_a_batch_in_one_call_equals_the_full_batch_and_reduces_once(mesh, n):
     args = place(mesh), rows(mesh, WHOLE)
     compiled = jax.jit(step).lower(*args).compile()
     found = jax.block_until_ready(compiled(*args))
-    assert_close(found, jax.value_and_grad(loss_fn)(PARAMS, WHOLE))
+    assert_close(found, jax.jit(jax.value_and_grad(loss_fn))(PARAMS, WHOLE))
     if mesh.axis_names == ("data",):
         assert sum(collectives(compiled)[0]) <= BYTES + 8  # and the loss, and the weight
     if n > 1:  # outside `jax.jit`
@@ -104,7 +104,7 @@ def test_a_batch_in_one_call_equals_the_full_batch_and_reduces_once(mesh, n):
 def test_it_is_right_without_weights_and_with_sums():
     with jax.set_mesh(mesh := make_mesh(AxisType.Auto)):
         args = place(mesh), rows(mesh, {"ids": WHOLE["ids"], "mask": jnp.ones_like(MASK)})
-        expected = jax.block_until_ready(jax.value_and_grad(loss_fn)(*args))
+        expected = jax.block_until_ready(jax.jit(jax.value_and_grad(loss_fn))(*args))
         mean = value_and_grad(loss_fn, num_microbatches=3, reduce_axes="data")
         assert_close(jax.jit(mean)(*args), expected)
 
@@ -340,7 +340,7 @@ def test_a_fast_and_a_slow_network():
         )
         step = value_and_grad(loss_fn, num_microbatches=3, weight_fn=tokens, reduce_axes="replica")
         step = jax.jit(step, out_shardings=(named(mesh, P()), shardings))
-        assert_close(step(*args), jax.value_and_grad(loss_fn)(PARAMS, WHOLE))
+        assert_close(step(*args), jax.jit(jax.value_and_grad(loss_fn))(PARAMS, WHOLE))
 
 
 def test_a_train_state_has_it_too():

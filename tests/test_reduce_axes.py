@@ -239,7 +239,7 @@ BATCH = jnp.concatenate(X[:4]), jnp.concatenate(MASK[:4])
 @pytest.mark.parametrize("n", [1, 8])
 def test_value_and_grad_equals_the_full_batch_and_reduces_once(mesh, n):
     step = make_value_and_grad(mesh, n)
-    assert_close(step(PARAMS, *BATCH), jax.value_and_grad(loss_fn)(PARAMS, *BATCH))
+    assert_close(step(PARAMS, *BATCH), jax.jit(jax.value_and_grad(loss_fn))(PARAMS, *BATCH))
     # The gradients, the loss and the weight, together; a reduction in the loop were there n times.
     compiled = step.lower(PARAMS, *BATCH).compile()
     assert collectives(compiled) == ([BYTES + 2 * SCALAR_BYTES], [])
@@ -256,7 +256,7 @@ def test_value_and_grad_without_weights_counts_devices_alike(mesh):
 def test_value_and_grad_counts_no_device_without_weight(mesh):
     step, (x, mask) = make_value_and_grad(mesh, 2), BATCH
     some = mask.at[8:40].set(0)
-    expected = jax.value_and_grad(loss_fn)(PARAMS, x, some)
+    expected = jax.jit(jax.value_and_grad(loss_fn))(PARAMS, x, some)
     assert_close(step(PARAMS, x, some), expected)
     assert_close(step(PARAMS, x.at[8:40].set(jnp.nan), some), expected)
     loss, grads = step(PARAMS, x * jnp.nan, jnp.zeros_like(mask))
@@ -268,7 +268,7 @@ def test_value_and_grad_counts_no_device_without_weight(mesh):
     bad = x.at[3].set(jnp.nan), mask
     step = make_value_and_grad(mesh, 1, weight_fn=judged)
     without = mask.at[:8].set(0)  # the rows of that device
-    assert_close(step(PARAMS, *bad), jax.value_and_grad(loss_fn)(PARAMS, x, without))
+    assert_close(step(PARAMS, *bad), jax.jit(jax.value_and_grad(loss_fn))(PARAMS, x, without))
 
 
 def test_a_loss_that_is_reduced_already_is_refused(mesh):

@@ -307,13 +307,7 @@ STEPS = {
     "by hand": (None, by_hand()),
     "by hand clipped": ("clip", by_hand(clip=0.05)),
     "linen": (None, linen_loop(Dense(), inside(ADAM)), linen_params(Dense())),
-    "linen MultiSteps": (None, linen_loop(Dense(), multi(ADAM)), linen_params(Dense())),
     "nnx": (None, nnx_loop(inside(ADAM)), Network()),
-    "nnx MultiSteps": (
-        None,
-        nnx_loop(lambda k: multi(ADAM)(k).gradient_transformation()),
-        Network(),
-    ),
     "average per release": (None, with_average(True)),
     "inside one step": (None, inside_one_step()),
     "inside, weighted": (None, inside_one_step(masked_loss, lambda p, rows: rows["mask"].sum())),
@@ -336,7 +330,6 @@ STEPS = {
             )
         ),
     ),
-    "divided twice sgd": ("divided_twice", plain(multi(SGD), divide=True)),
     "divided twice adam": ("divided_twice", plain(inside(ADAM), divide=True)),
     "summed": ("factor", by_hand(divide_by_k=False)),
     "no weights sgd": ("weights", plain(multi(SGD), masked_loss)),
