@@ -508,3 +508,13 @@ def test_a_loss_that_closes_over_its_batch_is_refused(n):
     x = jnp.arange(8.0).reshape(4, 2)
     with pytest.raises(ValueError, match="does not read the values of its batch"):
         check_loss(lambda p, batch: jnp.mean((x @ p) ** 2), jnp.ones(2), x, num_microbatches=n)
+
+
+def test_weights_may_add_up_to_less_than_one():
+    def loss(w, batch):
+        return jnp.sum(batch["w"] * (batch["x"] @ w) ** 2) / jnp.sum(batch["w"])
+
+    batch = {"x": X[:4], "w": jnp.array([1e-3, 2e-3, 3e-3, 5e-3])}
+    report = check_loss(loss, W, batch, num_microbatches=2)
+    assert report.kind == "weights"
+    assert "batch['w'].sum()" in str(report.remedy)

@@ -319,3 +319,20 @@ def test_a_hold_needs_no_tree_of_gradients():
         temporaries(value_and_apply(tx, loss_fn))
         < temporaries(in_two_calls(tx, loss_fn)) - size / 2
     )
+
+
+@pytest.mark.parametrize("named", [True, False])
+def test_an_inner_optimizer_gets_the_loss_if_its_signature_names_it(named):
+    def with_value(updates, state, params=None, *, value, **extra_args):
+        return jax.tree.map(lambda u: u * value, updates), state
+
+    def without(updates, state, params=None, **extra_args):
+        assert "value" not in extra_args
+        return updates, state
+
+    update = with_value if named else without
+    tx = accumulate(1, optax.GradientTransformationExtraArgs(optax.init_empty_state, update))
+    step = jax.jit(value_and_apply(tx, lambda w, x: jnp.sum(w * x)))
+    loss, w, _ = step(jnp.ones(2), tx.init(jnp.ones(2)), jnp.array([1.0, 2.0]))
+    factor = float(loss) if named else 1.0
+    np.testing.assert_array_equal(w, 1 + factor * np.array([1.0, 2.0]))
