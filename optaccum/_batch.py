@@ -80,7 +80,7 @@ def check_batch(
 ) -> None:
     """Raises unless all leaves have one number of rows, which `n` divides on every device.
 
-    With the `layout` "uneven" they may have different numbers; None if there is no such option.
+    With the `layout` "uneven" they may differ. It is None for a function without that option.
     The rows lie on `devices`, or on more by their types.
     """
     leaves = named_leaves(batch)

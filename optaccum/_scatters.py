@@ -38,7 +38,7 @@ _OF_ELEMENTS = "update_jaxpr"  # a scatter's parameter: how it adds two elements
 def trace(fun: Callable[[], Any]) -> tuple[Any, list[bool]]:
     """Returns `fun()`, with fences in its loops, and which of its leaves hold a scatter.
 
-    With other versions it returns `fun()` and []. So it does if nothing is traced (one microbatch
+    Outside of `AFFECTED` it returns `fun()` and []. So it does if nothing is traced (one microbatch
     outside `jax.jit`, or `jax.disable_jit`): `fun` may read its arguments.
     """
     if not (_affected() and tracing()):
@@ -51,7 +51,7 @@ def trace(fun: Callable[[], Any]) -> tuple[Any, list[bool]]:
 def with_fences(closed: core.ClosedJaxpr) -> tuple[core.ClosedJaxpr, list[bool]]:
     """Returns a program with fences in its loops, and which of its results hold a scatter.
 
-    With other versions it returns the same program, and False for each.
+    Outside of `AFFECTED` it returns the same program, and False for each.
     """
     if not _affected():
         return closed, [False] * len(closed.jaxpr.outvars)
