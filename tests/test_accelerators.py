@@ -539,7 +539,7 @@ TOWERS = {
     "in": jax.ShapeDtypeStruct((512, 2048), jnp.float32),
     "out": jax.ShapeDtypeStruct((2048, 512), jnp.float32),
 }
-PAIRS = {name: jax.ShapeDtypeStruct((2**11, 512), jnp.float32) for name in ("image", "text")}
+PAIRS = {name: jax.ShapeDtypeStruct((2**12, 512), jnp.float32) for name in ("image", "text")}
 
 
 def _covariance(z):
@@ -556,8 +556,8 @@ def test_microbatched_needs_the_memory_of_a_checkpointed_map(target):
         return compiled.memory_analysis().temp_size_in_bytes
 
     ours = temporaries(microbatched(_towers, num_microbatches=16))
-    # Newer compilers find the map a program with none at all; a microbatch of one tower has 1 MB.
-    assert ours <= 1.05 * temporaries(_in_map) + 2**18
+    # Newer compilers find the map a program with none at all; a microbatch of one tower has 2 MB.
+    assert ours <= 1.05 * temporaries(_in_map) + 2**20
 
 
 def test_microbatched_reduces_once_in_shard_map(target):
